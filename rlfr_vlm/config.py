@@ -1,0 +1,334 @@
+"""The configuration of every command: one tree of frozen, validated classes, read from YAML plus `a.b=c` overrides."""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import json
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from rlfr_vlm.errors import UserError
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+
+
+class ModelConfig(_Section):
+    """The policy."""
+
+    path: str = Field(description="folder or hub name of a Hugging Face model")
+    gguf_file: str | None = Field(None, description="file inside `path`, for checkpoints in GGUF")
+    dtype: Literal["float32", "bfloat16"] = Field("bfloat16", description="dtype of the weights in forward and backward")
+    master_weights: bool = Field(True, description="keep fp32 weights and optimiser state beside bfloat16 ones (at lr 1e-6 bf16 steps vanish)")
+    gradient_checkpointing: Literal["off", "reentrant", "nonreentrant"] = Field("off", description="recompute layers in the backward")
+    freeze_vision: bool = Field(True, description="keep the vision tower as it is (RLFR's VLM recipes do)")
+    trust_remote_code: bool = Field(False, description="run Python code found in the model folder")
+    device: str = Field("auto", description="auto, cpu, cuda, cuda:1, ...")
+
+
+class DataConfig(_Section):
+    """Prompts, their pictures and their gold answers."""
+
+    train: str | None = Field(None, description="JSONL, JSON or Parquet file, or `hub-name@split`")
+    eval: str | None = Field(None, description="held-out rows for `eval` and for evaluation during training")
+    expert: str | None = Field(None, description="rows with a `response` (an expert solution): what the flow is fitted on")
+    media_dirs: tuple[str, ...] = Field((), description="folders that picture paths may point into, besides the data file's own")
+    allow_urls: bool = Field(False, description="let rows name pictures by http(s) URL")
+    system: str | None = Field(None, description="system message put before every prompt that has none")
+    suffix: str = Field("", description="text put after every user question")
+    min_pixels: int = Field(4 * 28 * 28, description="pictures are scaled up to at least this area")
+    max_pixels: int = Field(640 * 28 * 28, description="pictures are scaled down to at most this area")
+    max_prompt_tokens: int = Field(3000, ge=1, description="longer prompts are bad rows; nothing is ever truncated")
+    on_bad_row: Literal["stop", "skip"] = Field("stop", description="stop with exit code 2, or skip, write bad_rows.jsonl and go on")
+    max_bad_frac: float = Field(0.01, ge=0, le=1, description="with `skip`: stop above this share of bad rows")
+    shuffle: bool = Field(True, description="a new seeded order in every epoch")
+    limit: int | None = Field(None, ge=1, description="use only the first rows of the training set")
+
+
+class VllmConfig(_Section):
+    """vLLM in process."""
+
+    gpu_memory_utilization: float = Field(0.3, gt=0, le=1, description="share of GPU memory for weights and KV cache")
+    kv_cache_gib: int = Field(1, ge=1, description="KV cache on CPU, GiB")
+    max_num_seqs: int = Field(256, ge=1, description="requests decoded together")
+    max_model_len: int | None = Field(None, description="tokens; default: longest prompt plus max_new_tokens")
+    enforce_eager: bool = Field(True, description="no CUDA graphs or compilation: starts faster, decodes slower")
+    dtype: Literal["auto", "float32", "bfloat16"] = Field("auto", description="auto: the policy's")
+    probe_tolerance: float | None = Field(None, description="largest mean log-prob gap after a sync; default 1e-3 in float32, 0.1 in bfloat16")
+
+
+class RolloutConfig(_Section):
+    """How responses are sampled."""
+
+    engine: Literal["auto", "hf", "vllm"] = Field("auto", description="auto: vLLM where installed, else transformers")
+    num_prompts: int = Field(128, ge=1, description="prompts per step (arXiv:2510.10201: 128)")
+    group_size: int = Field(8, ge=1, description="responses per prompt, G (arXiv:2510.10201: 8)")
+    max_new_tokens: int = Field(1024, ge=1, description="response budget, tokens")
+    temperature: float = Field(1.0, gt=0, description="sampling temperature; log-probs are taken at it too")
+    stop: tuple[str, ...] = Field((), description="strings that end a response, besides EOS")
+    ignore_eos: bool = Field(False, description="force max_new_tokens tokens (benchmarks)")
+    hf_batch_size: int = Field(256, ge=1, description="HF engine: requests decoded together")
+    vllm: VllmConfig = VllmConfig()
+
+
+class GraderConfig(_Section):
+    """The answer checker's worker processes."""
+
+    workers: int = Field(2, ge=1, description="processes")
+    cpu_seconds: float = Field(2.0, gt=0, description="CPU time of one verdict; beyond it the verdict is `error`")
+    wall_seconds: float = Field(5.0, gt=0, description="wall time of one verdict before its worker is killed: `error`")
+    memory_mib: int = Field(1024, ge=128, description="address space of a worker above its start")
+
+
+class RewardConfig(_Section):
+    """What a response earns."""
+
+    answer: Literal["boxed", "tag", "text"] = Field("boxed", description=r"where the answer stands: \boxed{}, <answer>..</answer>, or anywhere")
+    format_weight: float = Field(0.0, ge=0, description="reward of the <think>..</think><answer>..</answer> format (RLFR's VLM recipe: 0.5)")
+    overlong_buffer: int = Field(0, ge=0, description="tokens before max_new_tokens over which a penalty grows to -1 (DAPO); 0: none")
+    function: str | None = Field(None, description="`file.py:function` that scores responses instead of the built-in reward")
+    max_error_frac: float = Field(0.1, ge=0, le=1, description="stop when more verdicts of a step than this are errors")
+    grader: GraderConfig = GraderConfig()
+
+
+class AlgorithmConfig(_Section):
+    """The policy objective."""
+
+    advantage: Literal["grpo"] = Field("grpo", description="group-normalised outcome (arXiv:2402.03300)")
+    clip_low: float = Field(0.2, gt=0, lt=1, description="ratio clipped at 1 - clip_low")
+    clip_high: float = Field(0.2, gt=0, description="ratio clipped at 1 + clip_high")
+    dual_clip: float | None = Field(None, description="bound c > 1 of the loss where the advantage is negative (verl: 3)")
+    loss_aggregation: Literal["token", "sequence"] = Field("token", description="mean over tokens, or per-sequence means averaged (RLFR as published)")
+    updates_per_rollout: int = Field(1, ge=1, description="optimiser steps per batch of rollouts; 1 is on-policy")
+
+
+class FlowNetworkConfig(_Section):
+    """The velocity network (METHOD: one network for all hooked layers, width = hidden size)."""
+
+    depth: int = Field(4, ge=1, description="residual blocks (arXiv:2510.10201: 4 up to 3B, 6 above)")
+
+
+class FlowRewardConfig(_Section):
+    """From deviations to token rewards."""
+
+    coef: float = Field(0.01, ge=0, description="weight of the flow reward (arXiv:2510.10201: 0.01); 0 is plain GRPO")
+    normalise: Literal["minmax", "bilateral", "mean"] = Field("minmax", description="minmax: penalty only; the others are signed")
+    threshold: float = Field(0.6, description="keep scores beyond it (signed: by absolute value); <= 0: keep all")
+    top_k: int = Field(15, ge=0, description="keep the k largest per response (signed: k/2 of each sign); 0: keep all")
+    gamma: float = Field(1.0, gt=0, description="power of the score's size")
+
+
+class FlowFitConfig(_Section):
+    """Offline flow matching on expert solutions."""
+
+    steps: int | None = Field(None, ge=1, description="optimiser steps; default: `epochs` over the expert rows")
+    epochs: float = Field(2.0, gt=0, description="passes over the expert rows when `steps` is unset")
+    batch_size: int = Field(128, ge=1, description="expert solutions per step")
+    batch_mul: int = Field(4, ge=1, description="independent (noise, time) draws per latent")
+    lr: float = Field(1e-4, gt=0, description="AdamW, cosine, 10 % warm-up")
+    weight_decay: float = Field(0.01, ge=0, description="AdamW")
+    max_tokens: int = Field(8192, ge=1, description="expert rows longer than this are bad rows")
+
+
+class FlowOnlineConfig(_Section):
+    """Online update by rejection sampling."""
+
+    enabled: bool = Field(True, description="follow the latents of correct responses during RL")
+    lr: float = Field(1e-4, gt=0, description="AdamW(0.9, 0.95)")
+    soft_weight: float = Field(0.0, ge=0, le=1, description="weight of wrong responses; 0 rejects them")
+
+
+class FlowConfig(_Section):
+    """The flow field and its reward; `null` in the YAML is plain RLVR."""
+
+    checkpoint: str | None = Field(None, description="field written by `rlfr-vlm flow`; none: a new, zero field")
+    layers: tuple[float, ...] = Field((0.25, 0.5, 0.75), description="hooked decoder layers, as fractions of depth")
+    context: Literal["token_pre", "token_post", "identity"] = Field("token_pre", description="the token after, before, or the target itself")
+    shift: int = Field(1, ge=1, description="tokens between target and context")
+    times: tuple[float, ...] = Field((0.8,), description="flow times of the reward, in [0, 1); 1 is data")
+    network: FlowNetworkConfig = FlowNetworkConfig()
+    reward: FlowRewardConfig = FlowRewardConfig()
+    fit: FlowFitConfig = FlowFitConfig()
+    online: FlowOnlineConfig = FlowOnlineConfig()
+
+    @model_validator(mode="after")
+    def _ranges(self) -> FlowConfig:
+        for p in self.layers:
+            if not 0 <= p <= 1:
+                raise ValueError(f"layers: {p} is not a fraction of depth between 0 and 1")
+        for t in self.times:
+            if not 0 <= t < 1:
+                raise ValueError(f"times: {t} is not in [0, 1)")
+        if not self.layers or not self.times:
+            raise ValueError("layers and times need at least one value each")
+        return self
+
+
+class OptimConfig(_Section):
+    """The policy's optimiser: AdamW."""
+
+    lr: float = Field(1e-6, gt=0, description="peak learning rate (arXiv:2510.10201: 1e-6)")
+    betas: tuple[float, float] = Field((0.9, 0.95), description="AdamW")
+    weight_decay: float = Field(0.0, ge=0, description="AdamW")
+    max_grad_norm: float = Field(1.0, gt=0, description="gradient clipping")
+    warmup_frac: float = Field(0.03, ge=0, lt=1, description="share of the steps with linear warm-up")
+    min_lr_ratio: float = Field(0.1, ge=0, le=1, description="cosine decay ends at this share of lr; 1: constant")
+
+
+class TrainConfig(_Section):
+    """The schedule of a run."""
+
+    steps: int = Field(100, ge=1, description="rollout batches")
+    tokens_per_microbatch: int = Field(16384, ge=1, description="packed tokens per forward and backward (a longer single sample goes alone)")
+    save_steps: int = Field(50, ge=1, description="checkpoint every so many steps, and at the end")
+    keep_checkpoints: int = Field(2, ge=2, description="newest ones kept")
+    log_rollouts: int = Field(4, ge=0, description="groups per step written to rollouts/; 0: none")
+
+
+class EvalConfig(_Section):
+    """Evaluation on `data.eval`."""
+
+    every: int = Field(0, ge=0, description="steps between evaluations during training; 0: none")
+    num_samples: int = Field(8, ge=1, description="sampled responses per problem")
+    temperature: float = Field(1.0, gt=0, description="of the sampled responses")
+    limit: int | None = Field(None, ge=1, description="problems; default all")
+    pictures: Literal["as_is", "blank"] = Field("as_is", description="blank: are the pictures used at all?")
+
+
+class Config(_Section):
+    """Everything a command needs."""
+
+    seed: int = Field(0, description="every random choice derives from it")
+    output_dir: str = Field(description="folder of the run")
+    resume: bool = Field(True, description="go on from the newest good checkpoint in output_dir")
+    model: ModelConfig
+    data: DataConfig = DataConfig()
+    rollout: RolloutConfig = RolloutConfig()
+    reward: RewardConfig = RewardConfig()
+    algorithm: AlgorithmConfig = AlgorithmConfig()
+    flow: FlowConfig | None = None
+    optim: OptimConfig = OptimConfig()
+    train: TrainConfig = TrainConfig()
+    eval: EvalConfig = EvalConfig()
+
+    @model_validator(mode="after")
+    def _cross(self) -> Config:
+        batch = self.rollout.num_prompts * self.rollout.group_size
+        if batch % self.algorithm.updates_per_rollout:
+            raise ValueError(
+                f"algorithm.updates_per_rollout={self.algorithm.updates_per_rollout} does not divide the batch: "
+                f"rollout.num_prompts x rollout.group_size = {batch}"
+            )
+        if self.rollout.group_size < 2:
+            raise ValueError("rollout.group_size=1: group-normalised advantages need at least 2 responses per prompt")
+        if self.algorithm.dual_clip is not None and self.algorithm.dual_clip <= 1:
+            raise ValueError(f"algorithm.dual_clip={self.algorithm.dual_clip} must be above 1")
+        return self
+
+
+def _known_keys(model: type[BaseModel], prefix: str = "") -> list[str]:
+    """Every dotted key of the tree."""
+    keys = []
+    for name, field in model.model_fields.items():
+        keys.append(prefix + name)
+        for candidate in (field.annotation, *getattr(field.annotation, "__args__", ())):
+            if isinstance(candidate, type) and issubclass(candidate, BaseModel):
+                keys += _known_keys(candidate, f"{prefix}{name}.")
+    return keys
+
+
+def _nearest(key: str) -> str:
+    keys = _known_keys(Config)
+    found = difflib.get_close_matches(key, keys, n=1, cutoff=0.5)
+    if not found:  # the right leaf in the wrong section
+        leaf = difflib.get_close_matches(key.rsplit(".", 1)[-1], [k.rsplit(".", 1)[-1] for k in keys], n=1, cutoff=0.7)
+        found = [k for k in keys if leaf and k.rsplit(".", 1)[-1] == leaf[0]][:1]
+    return f"; did you mean `{found[0]}`?" if found else ""
+
+
+def _override(tree: dict[str, Any], assignment: str) -> None:
+    key, equals, text = assignment.partition("=")
+    if not equals or not key:
+        raise UserError(f"override `{assignment}` is not of the form key.path=value")
+    node = tree
+    *parents, leaf = key.split(".")
+    for parent in parents:
+        child = node.get(parent)
+        if child is None:
+            child = node[parent] = {}
+        if not isinstance(child, dict):
+            raise UserError(f"override `{assignment}`: `{parent}` is a value, not a section")
+        node = child
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise UserError(f"override `{assignment}`: the value is not YAML") from error
+    if isinstance(value, str):  # YAML 1.1 reads 1e-4 as text
+        try:
+            value = float(value)
+        except ValueError:
+            pass
+    node[leaf] = value
+
+
+def _floats(node: Any) -> Any:
+    """YAML 1.1 reads `1e-4` as text; read it as the number that was meant."""
+    if isinstance(node, dict):
+        return {k: _floats(v) for k, v in node.items()}
+    if isinstance(node, list):
+        return [_floats(v) for v in node]
+    if isinstance(node, str) and node[:1] in "+-.0123456789" and "e" in node.lower():
+        try:
+            return float(node)
+        except ValueError:
+            return node
+    return node
+
+
+def parse_config(tree: dict[str, Any], source: str = "config") -> Config:
+    """Validate a tree. Raises UserError naming the field, and for an unknown key the nearest known one."""
+    try:
+        return Config.model_validate(_floats(tree))
+    except ValidationError as error:
+        lines = []
+        for problem in error.errors():
+            key = ".".join(str(part) for part in problem["loc"])
+            if problem["type"] == "extra_forbidden":
+                lines.append(f"unknown key `{key}`{_nearest(key)}")
+            elif problem["type"] == "missing":
+                lines.append(f"`{key}` is required")
+            else:
+                given = "" if isinstance(problem["input"], dict) else f" (given: {problem['input']!r})"
+                lines.append(f"{'`' + key + '`: ' if key else ''}{problem['msg'].removeprefix('Value error, ')}{given}")
+        raise UserError(f"{source}: " + "; ".join(lines)) from None
+
+
+def load_config(path: str | Path, overrides: tuple[str, ...] = ()) -> Config:
+    """Read a YAML file and apply `a.b=c` overrides. Raises UserError for whatever does not fit."""
+    try:
+        tree = yaml.safe_load(Path(path).read_text())
+    except OSError as error:
+        raise UserError(f"config {path}: {error.strerror}") from None
+    except yaml.YAMLError as error:
+        raise UserError(f"config {path}: not YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(tree, dict):
+        raise UserError(f"config {path}: expected a mapping of sections at the top")
+    for assignment in overrides:
+        _override(tree, assignment)
+    return parse_config(tree, f"config {path}")
+
+
+def to_yaml(cfg: Config) -> str:
+    """The resolved config as YAML."""
+    return yaml.safe_dump(cfg.model_dump(mode="json"), sort_keys=False)
+
+
+def config_hash(cfg: Config) -> str:
+    """Digest of what decides a run's numbers: everything but where it is written and how long it runs."""
+    tree = cfg.model_dump(mode="json", exclude={"output_dir": True, "resume": True, "train": {"keep_checkpoints", "save_steps", "log_rollouts"}})
+    return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()[:16]

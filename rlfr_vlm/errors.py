@@ -1,0 +1,31 @@
+"""Errors whose message is meant for the user; the command line turns each into one line and an exit code."""
+
+
+class UserError(Exception):
+    """Bad configuration, data, model or lock: names the field, row or file and what to do. Exit code 2."""
+
+    exit_code = 2
+
+
+class CheckpointError(UserError):
+    """No checkpoint can be trusted: names the file and what was expected of it. Exit code 4."""
+
+    exit_code = 4
+
+
+class DiskFullError(UserError):
+    """The disk is full: names the path and how much is missing. Exit code 5."""
+
+    exit_code = 5
+
+
+class StoppedError(UserError):
+    """A check stopped the run (weight sync, monitor): says what, where and what to do. Exit code 3."""
+
+    exit_code = 3
+
+
+class Preempted(Exception):
+    """The run was asked to stop (SIGTERM) and has saved a checkpoint. Exit code 75."""
+
+    exit_code = 75
