@@ -24,7 +24,9 @@ class ModelConfig(_Section):
     path: str = Field(description="folder or hub name of a Hugging Face model")
     gguf_file: str | None = Field(None, description="file inside `path`, for checkpoints in GGUF")
     dtype: Literal["float32", "bfloat16"] = Field("bfloat16", description="dtype of the weights in forward and backward")
-    master_weights: bool = Field(True, description="keep fp32 weights and optimiser state beside bfloat16 ones (at lr 1e-6 bf16 steps vanish)")
+    master_weights: bool = Field(
+        True, description="keep fp32 weights and optimiser state beside bfloat16 ones (at lr 1e-6 bf16 steps vanish)"
+    )
     gradient_checkpointing: Literal["off", "reentrant", "nonreentrant"] = Field("off", description="recompute layers in the backward")
     freeze_vision: bool = Field(True, description="keep the vision tower as it is (RLFR's VLM recipes do)")
     trust_remote_code: bool = Field(False, description="run Python code found in the model folder")
@@ -59,7 +61,9 @@ class VllmConfig(_Section):
     max_model_len: int | None = Field(None, description="tokens; default: longest prompt plus max_new_tokens")
     enforce_eager: bool = Field(True, description="no CUDA graphs or compilation: starts faster, decodes slower")
     dtype: Literal["auto", "float32", "bfloat16"] = Field("auto", description="auto: the policy's")
-    probe_tolerance: float | None = Field(None, description="largest mean log-prob gap after a sync; default 1e-3 in float32, 0.1 in bfloat16")
+    probe_tolerance: float | None = Field(
+        None, description="largest mean log-prob gap after a sync; default 1e-3 in float32, 0.1 in bfloat16"
+    )
 
 
 class RolloutConfig(_Section):
@@ -88,8 +92,12 @@ class GraderConfig(_Section):
 class RewardConfig(_Section):
     """What a response earns."""
 
-    answer: Literal["boxed", "tag", "text"] = Field("boxed", description=r"where the answer stands: \boxed{}, <answer>..</answer>, or anywhere")
-    format_weight: float = Field(0.0, ge=0, description="reward of the <think>..</think><answer>..</answer> format (RLFR's VLM recipe: 0.5)")
+    answer: Literal["boxed", "tag", "text"] = Field(
+        "boxed", description=r"where the answer stands: \boxed{}, <answer>..</answer>, or anywhere"
+    )
+    format_weight: float = Field(
+        0.0, ge=0, description="reward of the <think>..</think><answer>..</answer> format (RLFR's VLM recipe: 0.5)"
+    )
     overlong_buffer: int = Field(0, ge=0, description="tokens before max_new_tokens over which a penalty grows to -1 (DAPO); 0: none")
     function: str | None = Field(None, description="`file.py:function` that scores responses instead of the built-in reward")
     max_error_frac: float = Field(0.1, ge=0, le=1, description="stop when more verdicts of a step than this are errors")
@@ -103,7 +111,9 @@ class AlgorithmConfig(_Section):
     clip_low: float = Field(0.2, gt=0, lt=1, description="ratio clipped at 1 - clip_low")
     clip_high: float = Field(0.2, gt=0, description="ratio clipped at 1 + clip_high")
     dual_clip: float | None = Field(None, description="bound c > 1 of the loss where the advantage is negative (verl: 3)")
-    loss_aggregation: Literal["token", "sequence"] = Field("token", description="mean over tokens, or per-sequence means averaged (RLFR as published)")
+    loss_aggregation: Literal["token", "sequence"] = Field(
+        "token", description="mean over tokens, or per-sequence means averaged (RLFR as published)"
+    )
     updates_per_rollout: int = Field(1, ge=1, description="optimiser steps per batch of rollouts; 1 is on-policy")
 
 
@@ -148,7 +158,9 @@ class FlowConfig(_Section):
 
     checkpoint: str | None = Field(None, description="field written by `rlfr-vlm flow`; none: a new, zero field")
     layers: tuple[float, ...] = Field((0.25, 0.5, 0.75), description="hooked decoder layers, as fractions of depth")
-    context: Literal["token_pre", "token_post", "identity"] = Field("token_pre", description="the token after, before, or the target itself")
+    context: Literal["token_pre", "token_post", "identity"] = Field(
+        "token_pre", description="the token after, before, or the target itself"
+    )
     shift: int = Field(1, ge=1, description="tokens between target and context")
     times: tuple[float, ...] = Field((0.8,), description="flow times of the reward, in [0, 1); 1 is data")
     network: FlowNetworkConfig = FlowNetworkConfig()
@@ -184,7 +196,9 @@ class TrainConfig(_Section):
     """The schedule of a run."""
 
     steps: int = Field(100, ge=1, description="rollout batches")
-    tokens_per_microbatch: int = Field(16384, ge=1, description="packed tokens per forward and backward (a longer single sample goes alone)")
+    tokens_per_microbatch: int = Field(
+        16384, ge=1, description="packed tokens per forward and backward (a longer single sample goes alone)"
+    )
     save_steps: int = Field(50, ge=1, description="checkpoint every so many steps, and at the end")
     keep_checkpoints: int = Field(2, ge=2, description="newest ones kept")
     log_rollouts: int = Field(4, ge=0, description="groups per step written to rollouts/; 0: none")
@@ -330,5 +344,7 @@ def to_yaml(cfg: Config) -> str:
 
 def config_hash(cfg: Config) -> str:
     """Digest of what decides a run's numbers: everything but where it is written and how long it runs."""
-    tree = cfg.model_dump(mode="json", exclude={"output_dir": True, "resume": True, "train": {"keep_checkpoints", "save_steps", "log_rollouts"}})
+    tree = cfg.model_dump(
+        mode="json", exclude={"output_dir": True, "resume": True, "train": {"keep_checkpoints", "save_steps", "log_rollouts"}}
+    )
     return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()[:16]

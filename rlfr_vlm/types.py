@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from PIL.Image import Image
     from torch import Tensor
 
+    from rlfr_vlm.flow.latents import Latents
+
 FinishReason = Literal["stop", "length"]
 Verdict = Literal["correct", "wrong", "error"]
 
@@ -92,8 +94,7 @@ class PolicyOutput:
 
     logprobs: Tensor  # [N] float32, at the batch's temperature, with gradient
     entropy: Tensor | None  # [N] float32, nats, no gradient
-    latents: Tensor | None  # [L, N, D] outputs of the hooked layers at the tokens themselves, detached
-    contexts: Tensor | None  # [L, N, D] the same at each token's context position; zeros where there is none
+    latents: Latents | None  # outputs of the hooked layers at the tokens and their contexts, detached
 
 
 def request_seed(*parts: int | str) -> int:

@@ -1,0 +1,212 @@
+"""What each verb of the command line does, as functions of a config: build the parts, run, take them down."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from rich.console import Console
+
+from rlfr_vlm.config import Config
+from rlfr_vlm.data.prompts import BadRows, PromptStream, load_prompts
+from rlfr_vlm.data.render import PromptSource, Renderer, encode_all
+from rlfr_vlm.errors import UserError
+from rlfr_vlm.evaluation.heldout import HeldoutResult, evaluate_heldout
+from rlfr_vlm.flow.field import FlowField, FlowSpec
+from rlfr_vlm.models.policy import Policy
+from rlfr_vlm.rewards.grader import Grader
+from rlfr_vlm.rollout.engine import RolloutEngine, make_engine
+from rlfr_vlm.training.fit_flow import fit_flow
+from rlfr_vlm.training.loop import train as train_loop
+from rlfr_vlm.training.optim import Optimizer
+from rlfr_vlm.training.run import Run
+from rlfr_vlm.training.update import Learner
+from rlfr_vlm.types import EncodedPrompt, Prompt
+
+console = Console(stderr=True)
+
+
+def say(message: str) -> None:
+    """A line for the user."""
+    console.print(message, highlight=False, markup=False, soft_wrap=True)
+
+
+@dataclass(frozen=True)
+class Workbench:
+    """The parts that every verb needs."""
+
+    cfg: Config
+    policy: Policy
+    grader: Grader
+    engine: RolloutEngine | None
+
+
+@contextmanager
+def workbench(cfg: Config, with_engine: bool = True) -> Iterator[Workbench]:
+    """Load the policy, start grader and engine; stop them afterwards."""
+    tune_allocator()
+    policy = Policy(cfg.model)
+    with Grader(cfg.reward.grader) as grader:
+        engine = make_engine(cfg, policy) if with_engine else None
+        try:
+            yield Workbench(cfg, policy, grader, engine)
+        finally:
+            if engine is not None:
+                engine.close()
+
+
+def flow(cfg: Config) -> Path:
+    """Fit the flow field offline on `data.expert`; returns its folder, `output_dir/flow`."""
+    rows = expert_prompts(cfg)
+    policy = Policy(cfg.model)
+    return fit(cfg, policy, rows)
+
+
+def fit(cfg: Config, policy: Policy, rows: Sequence[Prompt]) -> Path:
+    """Fit a new field for this policy."""
+    if cfg.flow is None:
+        raise UserError("the config has no `flow` section: nothing to fit")
+    folder = Path(cfg.output_dir) / "flow"
+    field = FlowField(FlowSpec.of(cfg.flow, policy.identity), seed=cfg.seed, device=policy.device)
+    fit_flow(cfg, policy, field, rows, Renderer(policy, cfg.data, str(cfg.data.expert)), folder, say)
+    return folder
+
+
+def train(cfg: Config) -> Path:
+    """RL; returns the run's folder."""
+    prompts, heldout, bad = rl_prompts(cfg)
+    with workbench(cfg) as bench:
+        return run_training(bench, prompts, heldout, bad)
+
+
+def run_training(bench: Workbench, prompts: Sequence[Prompt], heldout: Sequence[Prompt], bad: BadRows) -> Path:
+    """RL with parts that are already up."""
+    cfg, policy = bench.cfg, bench.policy
+    assert bench.engine is not None and cfg.data.train is not None
+    source = PromptSource(
+        checked(prompts, bench.grader, bad),
+        Renderer(policy, cfg.data, cfg.data.train),
+        PromptStream(len(prompts), cfg.seed, cfg.data.shuffle),
+        bad,
+    )
+    encoded = encode_heldout(cfg, policy, heldout, bad) if cfg.eval.every else []
+    run = Run(cfg, bench.grader, encoded)
+    run.tokenizer = policy.tokenizer
+    try:
+        train_loop(cfg, make_learner(cfg, policy), bench.engine, source, bench.grader, run)
+    finally:
+        run.close()
+    if bad.rows:
+        say(f"{len(bad.rows)} bad rows were left out: {Path(cfg.output_dir) / 'bad_rows.jsonl'}")
+    return run.folder
+
+
+def evaluate(cfg: Config) -> HeldoutResult:
+    """Held-out accuracy of `model.path`, written to `output_dir/eval`."""
+    heldout, bad = heldout_prompts(cfg)
+    with workbench(cfg) as bench:
+        return run_evaluation(bench, encode_heldout(cfg, bench.policy, heldout, bad))
+
+
+def run_evaluation(bench: Workbench, prompts: Sequence[EncodedPrompt], step: int = 0, cfg: Config | None = None) -> HeldoutResult:
+    """Held-out accuracy with parts that are already up."""
+    assert bench.engine is not None
+    cfg = cfg or bench.cfg
+    bench.engine.load_weights(bench.policy)
+    return evaluate_heldout(cfg, bench.engine, prompts, bench.grader, step, Path(cfg.output_dir) / "eval")
+
+
+# -- data ------------------------------------------------------------------------------------------------------------
+
+
+def _bad_rows(cfg: Config) -> BadRows:
+    return BadRows(cfg.data, Path(cfg.output_dir) / "bad_rows.jsonl")
+
+
+def _required(value: str | None, field: str) -> str:
+    if value is None:
+        raise UserError(f"{field} is required for this command")
+    return value
+
+
+def rl_prompts(cfg: Config) -> tuple[list[Prompt], list[Prompt], BadRows]:
+    """Training and held-out rows, read before anything heavy starts."""
+    bad = _bad_rows(cfg)
+    prompts = load_prompts(_required(cfg.data.train, "data.train"), cfg.data, bad, cfg.data.limit)
+    if cfg.flow is not None and cfg.flow.checkpoint is not None and not Path(cfg.flow.checkpoint).is_dir():
+        raise UserError(f"flow.checkpoint: {cfg.flow.checkpoint} is not a folder; fit a field first with `rlfr-vlm flow`")
+    heldout = load_prompts(_required(cfg.data.eval, "data.eval"), cfg.data, bad, cfg.eval.limit) if cfg.eval.every else []
+    return prompts, heldout, bad
+
+
+def heldout_prompts(cfg: Config) -> tuple[list[Prompt], BadRows]:
+    """Held-out rows."""
+    bad = _bad_rows(cfg)
+    return load_prompts(_required(cfg.data.eval, "data.eval"), cfg.data, bad, cfg.eval.limit), bad
+
+
+def expert_prompts(cfg: Config) -> list[Prompt]:
+    """Rows with an expert response."""
+    return load_prompts(_required(cfg.data.expert, "data.expert"), cfg.data, _bad_rows(cfg), need="response")
+
+
+def checked(prompts: Sequence[Prompt], grader: Grader, bad: BadRows) -> list[Prompt]:
+    """Rows whose gold answer the grader can read; the others are bad rows."""
+    from rlfr_vlm.data.prompts import RowError
+
+    kept = []
+    for prompt, reason in zip(prompts, check_golds(prompts, grader), strict=True):
+        if reason is None:
+            kept.append(prompt)
+        else:
+            bad.add(prompt.id, RowError("answer", f"{prompt.origin}: answer {prompt.answer[:80]!r}: {reason}"), len(prompts))
+    return kept
+
+
+def check_golds(prompts: Sequence[Prompt], grader: Grader) -> Iterable[str | None]:
+    """Why each gold answer cannot be used, or None."""
+    return [grader.check_gold(prompt.answer) for prompt in prompts]
+
+
+def encode_heldout(cfg: Config, policy: Policy, heldout: Sequence[Prompt], bad: BadRows) -> list[EncodedPrompt]:
+    """Held-out prompts as the model reads them, with blank pictures where the config says so."""
+    return encode_all(heldout, Renderer(policy, cfg.data, str(cfg.data.eval), cfg.eval.pictures), bad)
+
+
+# -- parts -----------------------------------------------------------------------------------------------------------
+
+
+def make_learner(cfg: Config, policy: Policy) -> Learner:
+    """Optimisers, and the flow field: the checkpoint's, or a new one."""
+    updates = cfg.train.steps * cfg.algorithm.updates_per_rollout
+    optim = cfg.optim
+    schedule = (updates, optim.warmup_frac, optim.min_lr_ratio)
+    master = cfg.model.master_weights and policy.dtype != torch.float32
+    optimizer = Optimizer(
+        dict(policy.model.named_parameters()), optim.lr, optim.betas, optim.weight_decay, optim.max_grad_norm, *schedule, master
+    )
+    if cfg.flow is None:
+        return Learner(policy, optimizer)
+    spec = FlowSpec.of(cfg.flow, policy.identity)
+    if cfg.flow.checkpoint is not None:
+        field = FlowField.load(cfg.flow.checkpoint, spec, policy.device)
+    else:
+        field = FlowField(spec, seed=cfg.seed, device=policy.device)
+    online = cfg.flow.online
+    if not online.enabled:
+        field.network.requires_grad_(False)
+        return Learner(policy, optimizer, field)
+    flow_optimizer = Optimizer(dict(field.network.named_parameters()), online.lr, (0.9, 0.95), 0.0, 1.0, *schedule)
+    return Learner(policy, optimizer, field, flow_optimizer)
+
+
+def describe(result: HeldoutResult) -> dict[str, object]:
+    """A result as plain data."""
+    return asdict(result)
+
+
+def tune_allocator() -> None:
+    """Let glibc keep freed pages on CPU runs: large tensors are otherwise mapped and faulted in anew at every step."""

@@ -1,0 +1,96 @@
+"""Opening the pictures that rows name, as untrusted input."""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import io
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+MAX_BYTES = 32 * 2**20
+MAX_PIXELS = 50_000_000  # checked in the header, before anything is decoded
+FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF")
+
+
+class ImageError(Exception):
+    """A picture that cannot be used; the message says which and why."""
+
+
+def open_image(source: Any, roots: Sequence[Path], allow_urls: bool = False) -> Image.Image:
+    """An RGB picture from a path inside one of `roots`, a URL (if allowed), bytes, base64 text, a {"bytes", "path"} dict or a PIL image.
+
+    Raises ImageError for a missing or broken file, one outside the roots, one too large, or a format that is not a picture's.
+    """
+    if isinstance(source, Image.Image):
+        return source.convert("RGB")
+    name, data = read_bytes(source, roots, allow_urls)
+    if not data:
+        raise ImageError(f"{name} is empty (0 bytes)")
+    if len(data) > MAX_BYTES:
+        raise ImageError(f"{name} has {len(data)} bytes, more than {MAX_BYTES}")
+    try:
+        image = Image.open(io.BytesIO(data), formats=FORMATS)
+        if image.width * image.height > MAX_PIXELS:
+            raise ImageError(f"{name} has {image.width} x {image.height} pixels, more than {MAX_PIXELS} in all")
+        return image.convert("RGB")
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise ImageError(f"{name} is not a readable picture: {error}") from None
+
+
+def read_bytes(source: Any, roots: Sequence[Path], allow_urls: bool) -> tuple[str, bytes]:
+    """A name for messages, and the encoded picture."""
+    if isinstance(source, dict):
+        return read_bytes(source["bytes"] if source.get("bytes") is not None else source.get("path"), roots, allow_urls)
+    if isinstance(source, bytes):
+        return "the embedded picture", source
+    if not isinstance(source, str):
+        raise ImageError(f"a picture is given as {type(source).__name__}; expected a path, URL, bytes, base64 text or a picture")
+    if source.startswith("data:image/") or len(source) > 512:
+        return "the base64 picture", decode_base64(source)
+    if source.startswith(("http://", "https://")):
+        return source, fetch(source, allow_urls)
+    path = locate(source, roots)
+    if path.stat().st_size > MAX_BYTES:
+        raise ImageError(f"{source} has {path.stat().st_size} bytes, more than {MAX_BYTES}")
+    return source, path.read_bytes()
+
+
+def decode_base64(text: str) -> bytes:
+    """Bytes of base64 text, with or without a data-URL head."""
+    try:
+        return base64.b64decode(text.partition(",")[2] if text.startswith("data:") else text, validate=True)
+    except (binascii.Error, ValueError):
+        raise ImageError("the picture's text is neither a path nor base64") from None
+
+
+def fetch(url: str, allow_urls: bool) -> bytes:
+    """Download a picture, where the user allowed it, with a limit on time and size."""
+    if not allow_urls:
+        raise ImageError(f"{url} is a URL: set data.allow_urls=true to download pictures")
+    import urllib.request
+
+    try:
+        with urllib.request.urlopen(url, timeout=20) as response:
+            return response.read(MAX_BYTES + 1)
+    except OSError as error:
+        raise ImageError(f"{url}: {error}") from None
+
+
+def locate(name: str, roots: Sequence[Path]) -> Path:
+    """The file of that name inside one of the roots, links resolved."""
+    outside = False
+    for root in roots:
+        base = root.resolve()
+        path = (base / name).resolve()
+        if not path.is_relative_to(base):
+            outside = True
+        elif path.is_file():
+            return path
+    where = ", ".join(str(root) for root in roots) or "no folder"
+    if outside:
+        raise ImageError(f"{name} lies outside {where}: name its folder in data.media_dirs")
+    raise ImageError(f"{name} is missing (searched in {where})")

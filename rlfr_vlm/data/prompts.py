@@ -1,0 +1,298 @@
+"""Rows of a data set -> Prompt: JSONL, JSON, Parquet or a hub name, under every column name that users have."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from rlfr_vlm.config import DataConfig
+from rlfr_vlm.errors import UserError
+from rlfr_vlm.types import Prompt
+
+IMAGE_MARK = "<image>"
+COLUMNS = {
+    "prompt": ("prompt", "messages", "message", "conversations", "problem", "question", "query"),
+    "images": ("images", "image", "image_path"),
+    "answer": ("answer", "solution", "ground_truth", "label", "reward_model"),
+    "response": ("response", "expert_response"),
+    "id": ("id", "uid", "index"),
+    "data_source": ("data_source", "datasource"),
+}
+ROLES = {"human": "user", "gpt": "assistant", "user": "user", "assistant": "assistant", "system": "system"}
+
+
+class RowError(Exception):
+    """A row that cannot be used. `kind` is a short class for counting, the message says what is wrong and where."""
+
+    def __init__(self, kind: str, message: str) -> None:
+        super().__init__(message)
+        self.kind = kind
+
+
+@dataclass(frozen=True)
+class BadRow:
+    """A row that was left out."""
+
+    id: str
+    kind: str
+    reason: str
+
+
+class BadRows:
+    """What happens to rows that cannot be used: stop at the first, or skip, record and count them."""
+
+    def __init__(self, cfg: DataConfig, record: Path | None = None) -> None:
+        self.stop = cfg.on_bad_row == "stop"
+        self.max_frac = cfg.max_bad_frac
+        self.record = record
+        self.rows: list[BadRow] = []
+
+    def add(self, row_id: str, error: RowError, total: int) -> None:
+        """Raises UserError with `on_bad_row=stop`, or when more than `max_bad_frac` of `total` rows are bad."""
+        if self.stop:
+            raise UserError(f"{error} (data.on_bad_row=skip leaves such rows out)")
+        row = BadRow(row_id, error.kind, str(error))
+        self.rows.append(row)
+        if self.record is not None:
+            self.record.parent.mkdir(parents=True, exist_ok=True)
+            with self.record.open("a") as file:
+                file.write(json.dumps(row.__dict__) + "\n")
+        if len(self.rows) > self.max_frac * total:
+            raise UserError(f"{len(self.rows)} bad rows of {total} exceed data.max_bad_frac={self.max_frac}; the last: {error}")
+
+
+def read_rows(source: str) -> Iterator[tuple[str, dict[str, Any] | None, str]]:
+    """Rows of a file or hub data set as (where, row, problem); `row` is None where the line is not a JSON object, and `problem` says why."""
+    path = Path(source)
+    if not path.exists():
+        if path.suffix or source.startswith((".", "/")):
+            raise UserError(f"data file {source} does not exist")
+        yield from _hub_rows(source)
+    elif path.suffix == ".jsonl":
+        with path.open("rb") as file:
+            for number, line in enumerate(file, 1):
+                if line.strip():
+                    yield (f"{path.name}:{number}", *_json_row(line))
+    elif path.suffix == ".json":
+        try:
+            rows = json.loads(path.read_text())
+        except ValueError as error:
+            raise UserError(f"data file {source} is not JSON: {error}") from None
+        if not isinstance(rows, list):
+            raise UserError(f"data file {source}: expected a list of rows")
+        for number, row in enumerate(rows):
+            yield (f"{path.name}[{number}]", row, "") if isinstance(row, dict) else (f"{path.name}[{number}]", None, "not an object")
+    elif path.suffix == ".parquet":
+        import pyarrow.parquet as parquet
+
+        for number, row in enumerate(parquet.read_table(path).to_pylist()):
+            yield f"{path.name}[{number}]", row, ""
+    else:
+        raise UserError(f"data file {source}: expected .jsonl, .json or .parquet")
+
+
+def _json_row(line: bytes) -> tuple[dict[str, Any] | None, str]:
+    try:
+        row = json.loads(line)
+    except ValueError as error:
+        return None, f"not JSON: {error}"
+    return (row, "") if isinstance(row, dict) else (None, "not a JSON object")
+
+
+def _hub_rows(source: str) -> Iterator[tuple[str, dict[str, Any] | None, str]]:
+    try:
+        from datasets import load_dataset
+    except ImportError:
+        raise UserError(f"data `{source}` is no file; for a hub data set install the extra: pip install 'rlfr-vlm[data]'") from None
+    name, _, split = source.partition("@")
+    try:
+        rows = load_dataset(name, split=split or "train")
+    except Exception as error:  # the hub client raises many kinds; all mean that the data set is not to be had
+        raise UserError(f"data set {source} cannot be loaded: {' '.join(str(error).split())[:300]}") from error
+    for number, row in enumerate(rows):
+        yield f"{source}[{number}]", row, ""
+
+
+def load_prompts(
+    source: str,
+    cfg: DataConfig,
+    bad: BadRows,
+    limit: int | None = None,
+    need: str = "answer",
+    check: Callable[[Sequence[Prompt]], Iterable[str | None]] | None = None,
+) -> list[Prompt]:
+    """All usable rows of a data set.
+
+    need: the column that every row must have, "answer" for RL and evaluation or "response" for fitting the flow. check: given all parsed
+    prompts, yields for each the reason why it cannot be used, or None (gold answers that the grader cannot read, say).
+    Raises UserError for an unreadable file, for bad rows as `data.on_bad_row` says, and for a data set without rows.
+    """
+    parsed: list[tuple[str, Prompt | None, RowError | None]] = []
+    for where, row, problem in read_rows(source):
+        if limit is not None and len(parsed) >= limit:
+            break
+        try:
+            if row is None:
+                raise RowError("schema", f"{where}: {problem}")
+            parsed.append((where, parse_row(row, where, cfg, need), None))
+        except RowError as error:
+            parsed.append((where, None, error))
+    if not parsed:
+        raise UserError(f"data {source}: no rows")
+    prompts = [prompt for _, prompt, _ in parsed if prompt is not None]
+    reasons = iter(check(prompts)) if check is not None else iter(())
+    kept: list[Prompt] = []
+    seen: dict[str, str] = {}
+    for where, prompt, error in parsed:
+        reason = next(reasons, None) if prompt is not None else None
+        if reason:
+            error = RowError("answer", f"{where}: {reason}")
+        elif prompt is not None and prompt.id in seen:
+            error = RowError("duplicate_id", f"{where}: id `{prompt.id}` was already used at {seen[prompt.id]}")
+        if error is not None or prompt is None:
+            bad.add(where, error or RowError("schema", where), len(parsed))
+            continue
+        seen[prompt.id] = where
+        kept.append(prompt)
+    if not kept:
+        raise UserError(f"data {source}: no usable rows")
+    return kept
+
+
+def parse_row(row: dict[str, Any], where: str, cfg: DataConfig, need: str = "answer") -> Prompt:
+    """One row -> Prompt. Raises RowError naming the row and the column."""
+    images = _as_list(_column(row, "images"))
+    messages = _messages(row, where)
+    if cfg.system and messages[0]["role"] != "system":
+        messages.insert(0, {"role": "system", "content": [{"type": "text", "text": cfg.system}]})
+    if cfg.suffix:
+        messages[-1] = {**messages[-1], "content": [*messages[-1]["content"], {"type": "text", "text": cfg.suffix}]}
+    embedded = [part["source"] for m in messages for part in m["content"] if part.get("source") is not None]
+    if embedded and not images:
+        images = embedded
+    marks = sum(part["type"] == "image" for m in messages for part in m["content"])
+    if images and not marks:  # rows that never mark the place: the pictures come first
+        first = next(i for i, m in enumerate(messages) if m["role"] == "user")
+        messages[first] = {**messages[first], "content": [{"type": "image"}] * len(images) + messages[first]["content"]}
+    elif marks != len(images):
+        raise RowError("image_count", f"{where}: {len(images)} images but {marks} image placeholders in the prompt")
+    answer = _answer(row)
+    response = _column(row, "response")
+    if need == "answer" and not answer:
+        raise RowError("answer", f"{where}: the answer is empty or missing (columns: {', '.join(COLUMNS['answer'])})")
+    if need == "response" and not (isinstance(response, str) and response.strip()):
+        raise RowError("response", f"{where}: the expert response is empty or missing (columns: {', '.join(COLUMNS['response'])})")
+    known = {name for names in COLUMNS.values() for name in names}
+    clean = tuple({"role": m["role"], "content": [{k: v for k, v in p.items() if k != "source"} for p in m["content"]]} for m in messages)
+    row_id = _column(row, "id")
+    return Prompt(
+        id=str(row_id) if row_id is not None else where,
+        messages=clean,
+        images=tuple(images),
+        answer=answer,
+        response=response if isinstance(response, str) else None,
+        data_source=str(_column(row, "data_source") or ""),
+        extra={k: v for k, v in row.items() if k not in known},
+        origin=where,
+    )
+
+
+def _column(row: dict[str, Any], name: str) -> Any:
+    for key in COLUMNS[name]:
+        if row.get(key) is not None:
+            return row[key]
+    return None
+
+
+def _as_list(value: Any) -> list[Any]:
+    if value is None or value == "":
+        return []
+    return list(value) if isinstance(value, list | tuple) else [value]
+
+
+def _answer(row: dict[str, Any]) -> str:
+    value = _column(row, "answer")
+    if isinstance(value, dict):  # verl: {"style": "rule", "ground_truth": ...}
+        value = value.get("ground_truth")
+    if isinstance(value, list) and len(value) == 1:
+        value = value[0]
+    if isinstance(value, bool) or not isinstance(value, str | int | float):
+        return ""
+    return str(value).strip()
+
+
+def _messages(row: dict[str, Any], where: str) -> list[dict[str, Any]]:
+    """Chat messages whose content is a list of text and image parts, from a question, messages, or from/value turns."""
+    value = _column(row, "prompt")
+    if isinstance(value, str) and value.lstrip().startswith("[{"):
+        try:
+            value = json.loads(value)
+        except ValueError:
+            pass  # a question that happens to start like a list
+    if isinstance(value, str):
+        value = [{"role": "user", "content": value}]
+    if not isinstance(value, list) or not value or not all(isinstance(m, dict) for m in value):
+        raise RowError("schema", f"{where}: no prompt (columns: {', '.join(COLUMNS['prompt'])})")
+    messages = []
+    for message in value:
+        role = ROLES.get(message.get("role", message.get("from")))
+        content = message.get("content", message.get("value"))
+        if role is None or content is None:
+            raise RowError("schema", f"{where}: a message needs a role (system, user, assistant) and content")
+        messages.append({"role": role, "content": _parts(content, where)})
+    while len(messages) > 1 and messages[-1]["role"] == "assistant":
+        messages.pop()  # the solution: it has a column of its own
+    if messages[-1]["role"] != "user":
+        raise RowError("schema", f"{where}: the last message must be the user's")
+    if not any(p["type"] == "image" or p["text"].strip() for p in messages[-1]["content"]):
+        raise RowError("schema", f"{where}: the prompt is empty")
+    return messages
+
+
+def _parts(content: Any, where: str) -> list[dict[str, Any]]:
+    if isinstance(content, str):
+        pieces = content.split(IMAGE_MARK)
+        parts: list[dict[str, Any]] = []
+        for number, piece in enumerate(pieces):
+            if number:
+                parts.append({"type": "image"})
+            if piece:
+                parts.append({"type": "text", "text": piece})
+        return parts or [{"type": "text", "text": ""}]
+    if not isinstance(content, list):
+        raise RowError("schema", f"{where}: message content must be text or a list of parts")
+    parts = []
+    for part in content:
+        kind = part.get("type") if isinstance(part, dict) else None
+        if kind == "text" and isinstance(part.get("text"), str):
+            parts += _parts(part["text"], where)
+        elif kind in ("image", "image_url"):
+            source = part.get("image", part.get("url", part.get("image_url", part.get("path"))))
+            parts.append({"type": "image", "source": source.get("url") if isinstance(source, dict) and "url" in source else source})
+        else:
+            raise RowError("schema", f"{where}: a message part is neither text nor an image")
+    return parts
+
+
+class PromptStream:
+    """Prompts in a seeded order, a new one each epoch, from a position that a checkpoint can hold."""
+
+    def __init__(self, size: int, seed: int, shuffle: bool) -> None:
+        self.size, self.seed, self.shuffle = size, seed, shuffle
+        self.position = 0  # rows drawn since the start
+
+    def draw(self) -> int:
+        """Index of the next row."""
+        epoch, offset = divmod(self.position, self.size)
+        self.position += 1
+        if not self.shuffle:
+            return offset
+        if getattr(self, "_epoch", None) != epoch:
+            generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
+            self._epoch, self._order = epoch, torch.randperm(self.size, generator=generator).tolist()
+        return self._order[offset]

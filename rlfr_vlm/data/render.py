@@ -1,0 +1,144 @@
+"""Prompt -> token ids and vision tensors, exactly as the model reads them."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+from torch import Tensor
+
+from rlfr_vlm.config import DataConfig
+from rlfr_vlm.data.images import ImageError, open_image
+from rlfr_vlm.data.prompts import BadRows, PromptStream, RowError
+from rlfr_vlm.errors import UserError
+from rlfr_vlm.models.policy import Policy
+from rlfr_vlm.types import EncodedPrompt, Prompt
+
+
+class Renderer:
+    """Encodes prompts for one policy."""
+
+    def __init__(self, policy: Policy, cfg: DataConfig, data_file: str, pictures: str = "as_is") -> None:
+        """data_file: its folder is where picture paths are looked up first. pictures: "blank" replaces each by a grey one of its size."""
+        self.policy, self.cfg, self.pictures = policy, cfg, pictures
+        self.roots = [Path(data_file).parent, *(Path(d) for d in cfg.media_dirs)]
+        self.tokenizer = policy.tokenizer
+        self._special = re.compile(
+            "|".join(re.escape(t) for t in sorted(self.tokenizer.all_special_tokens, key=len, reverse=True)) or r"(?!)"
+        )
+
+    def encode(self, prompt: Prompt) -> EncodedPrompt:
+        """Raises RowError naming the row: a picture that does not open, pictures for a text model, a prompt over the limit."""
+        if prompt.images and self.policy.processor is None:
+            raise RowError("images", f"{prompt.origin}: the row has pictures, but model.path is a text model")
+        try:
+            images = [self._fit(open_image(source, self.roots, self.cfg.allow_urls)) for source in prompt.images]
+        except ImageError as error:
+            raise RowError("image", f"{prompt.origin}: {error}") from None
+        short = self._tokenize(prompt.messages)
+        vision, counts = self._vision(images)
+        expanded = self._expand(short, counts, prompt)
+        if len(expanded) > self.cfg.max_prompt_tokens:
+            raise RowError(
+                "too_long",
+                f"{prompt.origin}: {len(expanded)} tokens, pictures included, exceed data.max_prompt_tokens={self.cfg.max_prompt_tokens}",
+            )
+        return EncodedPrompt(prompt, expanded, tuple(short), self.policy.position_ids(expanded, vision), tuple(images), vision)
+
+    def _fit(self, image: Image.Image) -> Image.Image:
+        """Resize as Qwen's processor would, to the config's pixel limits, so that every later processor leaves the picture as it is."""
+        from transformers.models.qwen2_vl.image_processing_qwen2_vl import smart_resize
+
+        processor = self.policy.processor.image_processor
+        factor = processor.patch_size * processor.merge_size
+        try:
+            height, width = smart_resize(image.height, image.width, factor, self.cfg.min_pixels, self.cfg.max_pixels)
+        except ValueError as error:
+            raise ImageError(f"a picture of {image.width} x {image.height} pixels: {error}") from None
+        if self.pictures == "blank":
+            return Image.new("RGB", (width, height), (128, 128, 128))
+        return image if image.size == (width, height) else image.resize((width, height), Image.Resampling.BICUBIC)
+
+    def _vision(self, images: Sequence[Image.Image]) -> tuple[dict[str, Tensor], list[int]]:
+        """The processor's tensors, and the number of image tokens of each picture."""
+        if not images:
+            return {}, []
+        processor = self.policy.processor.image_processor
+        features = processor(images=list(images), return_tensors="pt", do_resize=False)
+        vision = {key: features[key] for key in ("pixel_values", "image_grid_thw")}
+        vision["pixel_values"] = vision["pixel_values"].to(self.policy.dtype)
+        return vision, (vision["image_grid_thw"].prod(-1) // processor.merge_size**2).tolist()
+
+    def _tokenize(self, messages: Sequence[dict[str, Any]]) -> list[int]:
+        """Token ids with one image token per picture.
+
+        Special tokens typed by a row's author stay plain text: the template is rendered around stand-ins, and such texts are tokenised on
+        their own with special tokens split.
+        """
+        typed = [p["text"] for m in messages for p in m["content"] if p["type"] == "text" and self._special.search(p["text"])]
+        marks = {text: f"\x02{number}\x03" for number, text in enumerate(dict.fromkeys(typed))}
+        rendered = self._render([
+            {**m, "content": [{**p, "text": marks.get(p["text"], p["text"])} if p["type"] == "text" else p for p in m["content"]]} for m in messages
+        ])  # fmt: skip
+        texts = {mark: text for text, mark in marks.items()}
+        ids: list[int] = []
+        for piece in re.split("(\x02\\d+\x03)", rendered) if marks else [rendered]:
+            plain = piece in texts
+            ids += self.tokenizer(texts.get(piece, piece), add_special_tokens=False, split_special_tokens=plain)["input_ids"]
+        return ids
+
+    def _render(self, messages: list[dict[str, Any]]) -> str:
+        """The chat template's text up to where the response starts; without a template, the texts end to end."""
+        if self.policy.processor is None:
+            plain = [{**m, "content": "".join(p["text"] for p in m["content"])} for m in messages]
+            if not self.tokenizer.chat_template:
+                return (self.tokenizer.bos_token or "") + "\n".join(m["content"] for m in plain)
+            return self.tokenizer.apply_chat_template(plain, tokenize=False, add_generation_prompt=True)
+        return self.policy.processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+
+    def _expand(self, short: Sequence[int], counts: Sequence[int], prompt: Prompt) -> tuple[int, ...]:
+        """Each image token repeated as often as its picture has features."""
+        image_token = self.policy.image_token_id
+        found = sum(token == image_token for token in short)
+        if found != len(counts):
+            raise RowError("image_count", f"{prompt.origin}: the template wrote {found} image tokens for {len(counts)} pictures")
+        remaining = iter(counts)
+        return tuple(t for token in short for t in ([token] * next(remaining) if token == image_token else [token]))
+
+
+class PromptSource:
+    """Encoded training prompts, in the stream's order; rows that turn out bad when opened are replaced by the next ones."""
+
+    def __init__(self, prompts: Sequence[Prompt], renderer: Renderer, stream: PromptStream, bad: BadRows) -> None:
+        self.prompts, self.renderer, self.stream, self.bad = prompts, renderer, stream, bad
+        self._known_bad: set[int] = set()
+
+    def next(self, count: int) -> list[EncodedPrompt]:
+        """The next `count` prompts. Raises UserError as `data.on_bad_row` says, or when no row is left."""
+        drawn: list[EncodedPrompt] = []
+        while len(drawn) < count:
+            index = self.stream.draw()
+            if index in self._known_bad:
+                continue
+            try:
+                drawn.append(self.renderer.encode(self.prompts[index]))
+            except RowError as error:
+                self.bad.add(self.prompts[index].id, error, len(self.prompts))
+                self._known_bad.add(index)
+                if len(self._known_bad) == len(self.prompts):
+                    raise UserError("no usable row is left in the data set") from None
+        return drawn
+
+
+def encode_all(prompts: Sequence[Prompt], renderer: Renderer, bad: BadRows) -> list[EncodedPrompt]:
+    """Encode a whole (small) data set; bad rows as `data.on_bad_row` says."""
+    encoded = []
+    for prompt in prompts:
+        try:
+            encoded.append(renderer.encode(prompt))
+        except RowError as error:
+            bad.add(prompt.id, error, len(prompts))
+    return encoded

@@ -1,0 +1,1 @@
+"""The policy: one backbone class for language and vision-language models."""

