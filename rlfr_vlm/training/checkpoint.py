@@ -124,5 +124,7 @@ def newest_good(root: Path, warn: Callable[[str], None]) -> Path | None:
             problems.append(str(error))
             warn(f"checkpoint {folder.name} is damaged: {error}; trying the one before")
     if problems:
-        raise CheckpointError(f"no good checkpoint is left in {root}: {problems[0]}; set resume=false or another output_dir to start afresh")
+        raise CheckpointError(
+            f"no good checkpoint is left in {root}: {problems[0]}; set resume=false or another output_dir to start afresh"
+        )
     return None

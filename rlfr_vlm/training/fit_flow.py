@@ -25,7 +25,9 @@ from rlfr_vlm.types import Prompt, Rollout, request_seed
 HELDOUT_FRAC = 0.05
 
 
-def fit_flow(cfg: Config, policy: Policy, field: FlowField, prompts: Sequence[Prompt], renderer: Renderer, folder: Path, say=print) -> float:
+def fit_flow(
+    cfg: Config, policy: Policy, field: FlowField, prompts: Sequence[Prompt], renderer: Renderer, folder: Path, say=print
+) -> float:
     """Flow matching (arXiv:2210.02747) on expert latents, the backbone frozen: logit-normal times, `batch_mul` draws per latent.
 
     A twentieth of the rows is held out. Writes flow_fit.jsonl and, at the end, the field into `folder`. Returns the held-out loss.

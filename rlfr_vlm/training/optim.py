@@ -60,7 +60,9 @@ class Optimizer:
         norm = float(torch.nn.utils.get_total_norm(gradients)) if gradients else 0.0
         if not math.isfinite(norm):
             broken = [name for name, p in self.parameters.items() if p.grad is not None and not p.grad.isfinite().all()]
-            raise StoppedError(f"the gradient is not finite at update {self.steps} (first: `{broken[0] if broken else '?'}`); lower optim.lr")
+            raise StoppedError(
+                f"the gradient is not finite at update {self.steps} (first: `{broken[0] if broken else '?'}`); lower optim.lr"
+            )
         if norm > self.max_grad_norm:
             torch._foreach_mul_(gradients, self.max_grad_norm / (norm + 1e-6))
         for group in self.adamw.param_groups:

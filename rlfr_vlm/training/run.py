@@ -90,7 +90,9 @@ class Run:
         if found is not None:
             state = json.loads((found / "state.json").read_text())
             if state["config_hash"] != config_hash(self.cfg):
-                raise UserError(f"{found} was written with another config: {changed_keys(state['config'], self.cfg)}; use another output_dir")
+                raise UserError(
+                    f"{found} was written with another config: {changed_keys(state['config'], self.cfg)}; use another output_dir"
+                )
             load_state(found, learner, prompts, state)
             step = state["step"]
             self.say(f"resumed from {found.name}")
@@ -189,7 +191,12 @@ class Run:
         return result
 
     def _write_rollouts(
-        self, step: int, groups: Sequence[RolloutGroup], outcomes: Sequence[Outcome], samples: Sequence[Sample], records: Sequence[TokenRecord]
+        self,
+        step: int,
+        groups: Sequence[RolloutGroup],
+        outcomes: Sequence[Outcome],
+        samples: Sequence[Sample],
+        records: Sequence[TokenRecord],
     ) -> None:
         folder = self.folder / "rollouts"
         (folder / "images").mkdir(parents=True, exist_ok=True)
@@ -215,7 +222,9 @@ def rollout_line(
 ) -> dict[str, Any]:
     """One response as a JSON object: the contract of the report."""
     prompt = rollout.prompt.prompt
-    question = "".join("<image>" if p["type"] == "image" else p["text"] for m in prompt.messages if m["role"] == "user" for p in m["content"])
+    question = "".join(
+        "<image>" if p["type"] == "image" else p["text"] for m in prompt.messages if m["role"] == "user" for p in m["content"]
+    )
     return {
         "step": step,
         "prompt_id": prompt.id,

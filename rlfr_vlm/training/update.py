@@ -115,9 +115,7 @@ def _scores(learner: Learner, output: PolicyOutput, samples: Sequence[Sample]) -
     return logprobs, deviations, output.latents.valid, output.entropy
 
 
-def token_advantages(
-    samples: Sequence[Sample], deviations: Tensor, valid: Tensor, cfg: FlowRewardConfig | None
-) -> tuple[Tensor, Tensor]:
+def token_advantages(samples: Sequence[Sample], deviations: Tensor, valid: Tensor, cfg: FlowRewardConfig | None) -> tuple[Tensor, Tensor]:
     """A_t = outcome advantage of the response + flow rewards from t on (arXiv:2510.10201). Returns advantages and flow rewards, [N] each."""
     lengths = torch.tensor([s.length for s in samples], device=deviations.device)
     outcome = torch.tensor([s.advantage for s in samples], device=deviations.device).repeat_interleave(lengths)

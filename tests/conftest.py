@@ -1,0 +1,27 @@
+"""Shared fixtures: tiny random models, made once per session."""
+
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import pytest
+import torch
+
+from tests import tiny_models
+
+torch.set_num_threads(2)
+
+
+@pytest.fixture(scope="session")
+def model_folder(tmp_path_factory):
+    """Folder of a tiny random model of a family, made at first use."""
+    made = {}
+
+    def folder(family: str, **options) -> str:
+        key = (family, *sorted(options.items()))
+        if key not in made:
+            made[key] = str(getattr(tiny_models, f"tiny_{family}")(tmp_path_factory.mktemp(family), **options))
+        return made[key]
+
+    return folder
