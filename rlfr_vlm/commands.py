@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -11,13 +11,14 @@ import torch
 from rich.console import Console
 
 from rlfr_vlm.config import Config
-from rlfr_vlm.data.prompts import BadRows, PromptStream, load_prompts
+from rlfr_vlm.data.prompts import BadRows, PromptStream, RowError, load_prompts
 from rlfr_vlm.data.render import PromptSource, Renderer, encode_all
 from rlfr_vlm.errors import UserError
 from rlfr_vlm.evaluation.heldout import HeldoutResult, evaluate_heldout
 from rlfr_vlm.flow.field import FlowField, FlowSpec
 from rlfr_vlm.models.policy import Policy
 from rlfr_vlm.rewards.grader import Grader
+from rlfr_vlm.rewards.outcome import load_reward_function
 from rlfr_vlm.rollout.engine import RolloutEngine, make_engine
 from rlfr_vlm.training.fit_flow import fit_flow
 from rlfr_vlm.training.loop import train as train_loop
@@ -49,7 +50,7 @@ def workbench(cfg: Config, with_engine: bool = True) -> Iterator[Workbench]:
     """Load the policy, start grader and engine; stop them afterwards."""
     tune_allocator()
     policy = Policy(cfg.model)
-    with Grader(cfg.reward.grader) as grader:
+    with Grader(cfg.reward.grader, cfg.reward.answer) as grader:
         engine = make_engine(cfg, policy) if with_engine else None
         try:
             yield Workbench(cfg, policy, grader, engine)
@@ -86,10 +87,11 @@ def run_training(bench: Workbench, prompts: Sequence[Prompt], heldout: Sequence[
     """RL with parts that are already up."""
     cfg, policy = bench.cfg, bench.policy
     assert bench.engine is not None and cfg.data.train is not None
+    kept = checked(prompts, bench.grader, bad) if cfg.reward.function is None else list(prompts)
     source = PromptSource(
-        checked(prompts, bench.grader, bad),
+        kept,
         Renderer(policy, cfg.data, cfg.data.train),
-        PromptStream(len(prompts), cfg.seed, cfg.data.shuffle),
+        PromptStream(len(kept), cfg.seed, cfg.data.shuffle),
         bad,
     )
     encoded = encode_heldout(cfg, policy, heldout, bad) if cfg.eval.every else []
@@ -135,6 +137,8 @@ def _required(value: str | None, field: str) -> str:
 def rl_prompts(cfg: Config) -> tuple[list[Prompt], list[Prompt], BadRows]:
     """Training and held-out rows, read before anything heavy starts."""
     bad = _bad_rows(cfg)
+    if cfg.reward.function is not None:
+        load_reward_function(cfg.reward.function)
     prompts = load_prompts(_required(cfg.data.train, "data.train"), cfg.data, bad, cfg.data.limit)
     if cfg.flow is not None and cfg.flow.checkpoint is not None and not Path(cfg.flow.checkpoint).is_dir():
         raise UserError(f"flow.checkpoint: {cfg.flow.checkpoint} is not a folder; fit a field first with `rlfr-vlm flow`")
@@ -155,20 +159,13 @@ def expert_prompts(cfg: Config) -> list[Prompt]:
 
 def checked(prompts: Sequence[Prompt], grader: Grader, bad: BadRows) -> list[Prompt]:
     """Rows whose gold answer the grader can read; the others are bad rows."""
-    from rlfr_vlm.data.prompts import RowError
-
     kept = []
-    for prompt, reason in zip(prompts, check_golds(prompts, grader), strict=True):
+    for prompt, reason in zip(prompts, grader.check_golds([p.answer for p in prompts]), strict=True):
         if reason is None:
             kept.append(prompt)
         else:
             bad.add(prompt.id, RowError("answer", f"{prompt.origin}: answer {prompt.answer[:80]!r}: {reason}"), len(prompts))
     return kept
-
-
-def check_golds(prompts: Sequence[Prompt], grader: Grader) -> Iterable[str | None]:
-    """Why each gold answer cannot be used, or None."""
-    return [grader.check_gold(prompt.answer) for prompt in prompts]
 
 
 def encode_heldout(cfg: Config, policy: Policy, heldout: Sequence[Prompt], bad: BadRows) -> list[EncodedPrompt]:

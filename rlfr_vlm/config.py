@@ -99,7 +99,7 @@ class RewardConfig(_Section):
         0.0, ge=0, description="reward of the <think>..</think><answer>..</answer> format (RLFR's VLM recipe: 0.5)"
     )
     overlong_buffer: int = Field(0, ge=0, description="tokens before max_new_tokens over which a penalty grows to -1 (DAPO); 0: none")
-    function: str | None = Field(None, description="`file.py:function` that scores responses instead of the built-in reward")
+    function: str | None = Field(None, description="`file.py:function` whose score stands in for the accuracy")
     max_error_frac: float = Field(0.1, ge=0, le=1, description="stop when more verdicts of a step than this are errors")
     grader: GraderConfig = GraderConfig()
 
@@ -240,6 +240,10 @@ class Config(_Section):
             )
         if self.rollout.group_size < 2:
             raise ValueError("rollout.group_size=1: group-normalised advantages need at least 2 responses per prompt")
+        if self.reward.overlong_buffer >= self.rollout.max_new_tokens:
+            raise ValueError(
+                f"reward.overlong_buffer={self.reward.overlong_buffer} must be below rollout.max_new_tokens={self.rollout.max_new_tokens}"
+            )
         if self.algorithm.dual_clip is not None and self.algorithm.dual_clip <= 1:
             raise ValueError(f"algorithm.dual_clip={self.algorithm.dual_clip} must be above 1")
         return self

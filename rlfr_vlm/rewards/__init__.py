@@ -1,0 +1,1 @@
+"""Rewards: the answer grader, what a response earns."""

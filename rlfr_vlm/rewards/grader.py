@@ -1,0 +1,305 @@
+"""The grader of training and evaluation: comparisons run in worker processes that cannot hang, crash or starve the caller.
+
+A worker is this module in a fresh interpreter (`python -m rlfr_vlm.rewards.grader`): no fork of a process with threads, no import of the
+caller's script, no torch, and no environment variables beyond what an interpreter needs, so no keys. It answers one line of JSON with
+another. The kernel ends a worker whose verdict takes more CPU time than allowed, even where C code holds the interpreter lock. CPU time
+decides rather than wall time, so that a busy machine does not change rewards; the wall limit is the net below it. Whichever limit is met,
+the verdict is `error`, never a reward.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import selectors
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, get_args
+
+from rlfr_vlm.rewards.answers import MAX_ANSWER, MAX_GOLD, Where, extract_answer, gold_problem, grade_answer, unwrap_gold
+from rlfr_vlm.types import Verdict
+
+if TYPE_CHECKING:
+    from rlfr_vlm.config import GraderConfig
+
+__all__ = ["Graded", "Grader", "extract_answer", "gold_problem", "grade_answer"]
+
+START_SECONDS = 120.0  # wall time for a worker to import sympy; about 1.5 s of CPU time
+MAX_FAILED_STARTS = 3  # in a row, before the fault is taken for one of the installation
+_ENVIRONMENT = ("PATH", "LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH", "PYTHONHOME", "HOME", "LANG", "LC_ALL", "TMPDIR")
+
+
+@dataclass(frozen=True)
+class Graded:
+    """One graded response."""
+
+    verdict: Verdict
+    prediction: str  # the answer as extracted, cut at MAX_ANSWER + 1 characters; "" if there is none
+    reason: str = ""  # of an error
+
+
+# --- in the worker ----------------------------------------------------------------------------------------------------
+
+
+def _peak_bytes() -> int:
+    """Largest address space that this process has had; 0 where the system does not tell (not Linux)."""
+    try:
+        with open("/proc/self/status", "rb") as status:
+            return next((int(line.split()[1]) * 1024 for line in status if line.startswith(b"VmPeak:")), 0)
+    except FileNotFoundError:
+        return 0
+
+
+def _confine(memory: int) -> None:
+    """Limit this process: `memory` more bytes of address space, no bytes into files, no new processes, no core dumps, 32 open files."""
+    import resource
+
+    limits = [(resource.RLIMIT_FSIZE, 0), (resource.RLIMIT_CORE, 0), (resource.RLIMIT_NPROC, 0), (resource.RLIMIT_NOFILE, 32)]
+    if peak := _peak_bytes():
+        limits.append((resource.RLIMIT_AS, peak + memory))
+    for limit, value in limits:
+        hard = resource.getrlimit(limit)[1]
+        value = value if hard == resource.RLIM_INFINITY else min(value, hard)
+        resource.setrlimit(limit, (value, value))
+
+
+def _answer(request: dict[str, str]) -> tuple[str, str]:
+    """(verdict, reason) of one request. A gold answer alone is only checked: `correct` if it can be used."""
+    gold, prediction = request["gold"], request.get("prediction")
+    try:
+        verdict = "wrong" if prediction is None else grade_answer(gold, prediction)
+        problem = gold_problem(gold) if prediction is None or verdict == "error" else None
+    except Exception as error:  # sympy raises anything on hostile input; each is reported as an error verdict and counted
+        return "error", f"{type(error).__name__} in the comparison: {str(error)[:200]}"
+    return ("error", problem) if problem else (verdict if prediction is not None else "correct", "")
+
+
+def _serve(parent: int, cpu_seconds: float, memory: int) -> None:
+    """The worker's life: a line in, a line out, until the parent closes the pipe or is gone."""
+    import select
+
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C and SIGTERM go to the whole process group: the parent decides
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    signal.signal(signal.SIGPROF, signal.SIG_DFL)  # the kernel's own end of a process: needs no interpreter
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGPROF})
+    replies = os.dup(1)
+    grade_answer(r"\frac{1}{2}", "(x+1)^2")  # imports and first tables, before anything is limited or measured
+    quiet = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(quiet, 1)  # the parser prints
+    os.dup2(quiet, 2)
+    _confine(memory)
+    start, pending = _peak_bytes(), b""
+    os.write(replies, b'["ready", "", false]\n')
+    while True:
+        if not select.select([0], [], [], 5.0)[0]:
+            if os.getppid() != parent:  # a fork of the parent may hold the pipe open for ever
+                return
+            continue
+        chunk = os.read(0, 65536)
+        if not chunk:
+            return
+        pending += chunk
+        if not pending.endswith(b"\n"):
+            continue
+        request, pending = json.loads(pending), b""
+        signal.setitimer(signal.ITIMER_PROF, cpu_seconds)
+        verdict, reason = _answer(request)
+        signal.setitimer(signal.ITIMER_PROF, 0.0)
+        grown = _peak_bytes() - start
+        if verdict == "wrong" and grown > memory // 2:  # math-verify takes a MemoryError for a difference
+            verdict, reason = "error", f"memory: the comparison needed more than {memory >> 21} MiB"
+        leaving = grown > memory // 4  # the peak would count against the next verdict; a new worker starts clean
+        os.write(replies, json.dumps([verdict, reason, leaving]).encode() + b"\n")
+        if leaving:
+            return
+
+
+# --- in the caller ----------------------------------------------------------------------------------------------------
+
+
+class _Worker:
+    """A worker process, the item it has in hand and the time by which it has to answer."""
+
+    def __init__(self, cfg: GraderConfig) -> None:
+        environment = {name: os.environ[name] for name in _ENVIRONMENT if name in os.environ}
+        environment["PYTHONPATH"] = os.pathsep.join(os.path.abspath(entry) for entry in sys.path)
+        environment["PYTHONHASHSEED"] = "0"  # sympy's order of terms, and with it what it simplifies to, follows the hash
+        arguments = [str(os.getpid()), str(cfg.cpu_seconds), str(cfg.memory_mib << 20)]
+        self.process = subprocess.Popen(
+            [sys.executable, "-P", "-m", "rlfr_vlm.rewards.grader", *arguments],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            bufsize=0,
+            env=environment,
+        )
+        self.ready = False
+        self.item: int | None = None
+        self.deadline = time.monotonic() + START_SECONDS
+        self.received = b""
+
+    def send(self, item: int, request: bytes, deadline: float) -> bool:
+        """Hand over a request (below the 64 KiB of a pipe: this never blocks). False if the worker is gone."""
+        try:
+            self.process.stdin.write(request)  # type: ignore[union-attr]
+        except BrokenPipeError:
+            return False
+        self.item, self.deadline = item, deadline
+        return True
+
+    def receive(self) -> list[Any] | None:
+        """The reply (verdict, reason, whether it leaves) if it is complete, [] if not yet, None if the worker is gone."""
+        chunk = os.read(self.process.stdout.fileno(), 65536)  # type: ignore[union-attr]
+        self.received += chunk
+        if not chunk:
+            return None
+        if not self.received.endswith(b"\n"):
+            return []
+        line, self.received = self.received, b""
+        return json.loads(line)
+
+    def kill(self) -> int:
+        """End it now; its exit status (minus the signal)."""
+        self.process.kill()
+        status = self.process.wait()
+        for pipe in (self.process.stdin, self.process.stdout):
+            if pipe:
+                pipe.close()
+        return status
+
+
+class Grader:
+    """A pool of worker processes that grade answers; a context manager.
+
+    May be used from any thread (calls take turns), not from a forked child. Verdicts depend on the two texts alone: not on order, number of
+    workers or earlier answers; only the limits, of which CPU time is the first to be met, are measured, and they yield `error`.
+    """
+
+    def __init__(self, cfg: GraderConfig, where: Where = "boxed") -> None:
+        if where not in get_args(Where):
+            raise ValueError(f"where={where!r}: expected one of {', '.join(get_args(Where))}")
+        self.cfg, self.where = cfg, where
+        self._lock = threading.Lock()
+        self._pid = os.getpid()
+        self._failed_starts = 0
+        self._workers = [_Worker(cfg) for _ in range(cfg.workers)]  # they import while the caller goes on
+
+    def __enter__(self) -> Grader:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End the workers. The grader cannot be used afterwards."""
+        if os.getpid() == self._pid:
+            with self._lock:
+                while self._workers:
+                    self._workers.pop().kill()
+
+    def grade(self, items: Sequence[tuple[str, str]]) -> list[Graded]:
+        """Verdicts of (gold answer, response text) pairs, in order. A response without an answer is wrong."""
+        predictions = [(extract_answer(response, self.where) or "")[: MAX_ANSWER + 1] for _, response in items]
+        requests = [{"gold": _cut(gold), "prediction": prediction} for (gold, _), prediction in zip(items, predictions, strict=True)]
+        replies = self._run(requests)
+        return [Graded(verdict, prediction, reason) for (verdict, reason), prediction in zip(replies, predictions, strict=True)]
+
+    def check_golds(self, golds: Sequence[str]) -> list[str | None]:
+        """For each gold answer the reason why it cannot be graded against, or None."""
+        return [reason or None for _, reason in self._run([{"gold": _cut(gold)} for gold in golds])]
+
+    def check_gold(self, gold: str) -> str | None:
+        """Why this gold answer cannot be graded against, or None."""
+        return self.check_golds([gold])[0]
+
+    def _run(self, requests: Sequence[dict[str, str]]) -> list[tuple[Any, str]]:
+        """(verdict, reason) of each request, all workers at once."""
+        if os.getpid() != self._pid:
+            raise RuntimeError("this Grader belongs to the process that made it; make another one after a fork")
+        lines = [json.dumps(request).encode() + b"\n" for request in requests]  # ASCII, so lone surrogates pass
+        replies: list[tuple[Any, str] | None] = [None] * len(lines)
+        waiting = deque(range(len(lines)))
+        with self._lock:
+            if not self._workers:
+                raise RuntimeError("this Grader is closed")
+            try:
+                while waiting or any(worker.item is not None for worker in self._workers):
+                    self._hand_out(lines, waiting)
+                    for item, reply in self._collect():
+                        replies[item] = reply
+            finally:
+                for slot, worker in enumerate(self._workers):
+                    if worker.item is not None:  # interrupted: its reply must not be taken for the next call's
+                        worker.kill()
+                        self._workers[slot] = _Worker(self.cfg)
+        return [reply for reply in replies if reply is not None]
+
+    def _hand_out(self, lines: Sequence[bytes], waiting: deque[int]) -> None:
+        for slot, worker in enumerate(self._workers):
+            if waiting and worker.ready and worker.item is None:
+                if worker.send(waiting[0], lines[waiting[0]], time.monotonic() + self.cfg.wall_seconds):
+                    waiting.popleft()
+                else:
+                    self._replace(slot, grace=1.0)
+
+    def _collect(self) -> list[tuple[int, tuple[str, str]]]:
+        """Wait for replies, deaths and deadlines; the items that they settle."""
+        settled: list[tuple[int, tuple[str, str]]] = []
+        pending = [worker.deadline for worker in self._workers if worker.item is not None or not worker.ready]
+        with selectors.DefaultSelector() as selector:
+            for slot, worker in enumerate(self._workers):
+                selector.register(worker.process.stdout, selectors.EVENT_READ, slot)  # type: ignore[arg-type]
+            events = selector.select(max(0.0, min(pending, default=0.0) - time.monotonic()))
+        for slot in (key.data for key, _ in events):
+            worker = self._workers[slot]
+            reply = worker.receive()
+            if reply is None:
+                item, status = worker.item, self._replace(slot, grace=1.0)
+                if item is not None:
+                    settled.append((item, ("error", self._cause(status))))
+            elif reply:
+                if worker.item is not None:
+                    settled.append((worker.item, (reply[0], reply[1])))
+                worker.ready, worker.item, self._failed_starts = True, None, 0
+                if reply[2]:
+                    self._replace(slot, grace=0.0)
+        for slot, worker in enumerate(self._workers):
+            if time.monotonic() > worker.deadline and (worker.item is not None or not worker.ready):
+                item = worker.item
+                self._replace(slot, grace=0.0)
+                if item is not None:
+                    settled.append((item, ("error", f"wall limit: no verdict within {self.cfg.wall_seconds:g} s")))
+        return settled
+
+    def _replace(self, slot: int, grace: float) -> int:
+        """End a worker (one that closed its pipe is given `grace` seconds to tell its own exit status) and start another in its place."""
+        worker = self._workers[slot]
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            worker.process.wait(timeout=grace)
+        status = worker.kill()
+        if not worker.ready:
+            self._failed_starts += 1
+            if self._failed_starts >= MAX_FAILED_STARTS:
+                raise RuntimeError(f"{self._failed_starts} grader workers did not start (exit status {status}): see their messages above")
+        self._workers[slot] = _Worker(self.cfg)
+        return status
+
+    def _cause(self, status: int) -> str:
+        if status == -signal.SIGPROF:
+            return f"CPU limit: no verdict within {self.cfg.cpu_seconds:g} s of CPU time"
+        return f"the worker died: exit status {status}"
+
+
+def _cut(gold: str) -> str:
+    """The gold answer out of its column, cut where it is too long to be one."""
+    return unwrap_gold(gold)[: MAX_GOLD + 1]
+
+
+if __name__ == "__main__":
+    _serve(int(sys.argv[1]), float(sys.argv[2]), int(sys.argv[3]))

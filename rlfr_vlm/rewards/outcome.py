@@ -1,0 +1,292 @@
+"""What a response earns: accuracy, format and length, or the score of a function in a file of the user's."""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import inspect
+import math
+import sys
+import traceback
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rlfr_vlm.errors import StoppedError, UserError
+from rlfr_vlm.rewards.grader import Graded
+from rlfr_vlm.types import Outcome
+
+if TYPE_CHECKING:
+    from rlfr_vlm.config import RewardConfig
+    from rlfr_vlm.rewards.grader import Grader
+    from rlfr_vlm.types import Rollout, RolloutGroup
+
+REASONS_SHOWN = 3
+
+
+def grade(groups: Sequence[RolloutGroup], cfg: RewardConfig, grader: Grader, max_new_tokens: int) -> list[Outcome]:
+    """One outcome per response, group by group, siblings in order.
+
+    reward = accuracy (1 or 0) + format_weight * format + overlong penalty. With `cfg.function` its score stands in for the accuracy, while
+    *correct* still comes from the grader and the gold answer unless the function tells. An `error` verdict earns 0.0 and has to be left
+    out of its group. Raises StoppedError above `cfg.max_error_frac` errors, and UserError where the user's function fails.
+    """
+    if grader.where != cfg.answer:
+        raise ValueError(f"the grader looks for answers in {grader.where!r}, reward.answer is {cfg.answer!r}")
+    rollouts = [rollout for group in groups for rollout in group.rollouts]
+    graded = grader.grade([(rollout.prompt.prompt.answer, rollout.text) for rollout in rollouts])
+    if cfg.function is None:
+        outcomes = [_outcome(rollout, result, None, cfg, max_new_tokens) for rollout, result in zip(rollouts, graded, strict=True)]
+    else:
+        scores = load_reward_function(cfg.function)(rollouts)
+        settled = [_settle(result, score) for result, score in zip(graded, scores, strict=True)]
+        outcomes = [_outcome(*triple, cfg, max_new_tokens) for triple in zip(rollouts, settled, scores, strict=True)]
+    _stop_on_errors(outcomes, rollouts, cfg.max_error_frac)
+    return outcomes
+
+
+def _outcome(rollout: Rollout, graded: Graded, score: CustomScore | None, cfg: RewardConfig, max_new_tokens: int) -> Outcome:
+    if graded.verdict == "error":
+        return Outcome(0.0, "error", prediction=graded.prediction, reason=graded.reason)
+    accuracy = float(graded.verdict == "correct")
+    reward = accuracy if score is None or score.reward is None else score.reward
+    parts = {"accuracy": accuracy} if score is None else {**score.parts, "function": reward, "accuracy": accuracy}
+    if cfg.format_weight:
+        parts["format"] = format_reward(rollout.text)
+        reward += cfg.format_weight * parts["format"]
+    if cfg.overlong_buffer:
+        parts["overlong"] = overlong_penalty(len(rollout.token_ids), max_new_tokens, cfg.overlong_buffer)
+        reward += parts["overlong"]
+    return Outcome(reward, graded.verdict, parts, graded.prediction)
+
+
+def format_reward(text: str) -> float:
+    """1.0 for exactly one <think>..</think> followed by exactly one <answer>..</answer> and nothing else, else 0.0 (RLFR's VLM recipe)."""
+    text = text.strip()
+    if any(text.count(tag) != 1 for tag in ("<think>", "</think>", "<answer>", "</answer>")):
+        return 0.0
+    thought, _, answer = text.partition("</think>")
+    return float(thought.startswith("<think>") and answer.lstrip().startswith("<answer>") and answer.endswith("</answer>"))
+
+
+def overlong_penalty(num_tokens: int, max_new_tokens: int, buffer: int) -> float:
+    """Soft overlong punishment: 0 up to L - C tokens, then (L - C - |y|) / C down to -1 at L (arXiv:2503.14476, eq. 13).
+
+    L = max_new_tokens, C = buffer >= 1, |y| = num_tokens, all in tokens.
+    """
+    excess = num_tokens - (max_new_tokens - buffer)
+    return -min(max(excess / buffer, 0.0), 1.0)
+
+
+def _stop_on_errors(outcomes: Sequence[Outcome], rollouts: Sequence[Rollout], max_error_frac: float) -> None:
+    failed = [(rollout, outcome) for rollout, outcome in zip(rollouts, outcomes, strict=True) if not outcome.graded]
+    if len(failed) <= max_error_frac * len(outcomes):
+        return
+    reasons = {f"row {rollout.prompt.prompt.id}: {outcome.reason}": None for rollout, outcome in failed}  # in order, once each
+    raise StoppedError(
+        f"{len(failed)} of {len(outcomes)} responses could not be graded (reward.max_error_frac={max_error_frac:g}): "
+        + "; ".join(list(reasons)[:REASONS_SHOWN])
+        + "; no reward was given. Check the gold answers of these rows, or the limits under reward.grader"
+    )
+
+
+# --- the user's own function --------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class CustomScore:
+    """What a user's function says of one response."""
+
+    reward: float | None  # None: not gradable
+    correct: bool | None = None  # None: the built-in grader decides
+    parts: dict[str, float] = field(default_factory=dict)
+
+
+def _settle(graded: Graded, score: CustomScore) -> Graded:
+    """The verdict where grader and function have both spoken. A gold answer that only the function can read is no error."""
+    if score.reward is None:
+        return Graded("error", graded.prediction, "the reward function returned None")
+    correct = graded.verdict == "correct" if score.correct is None else score.correct
+    return Graded("correct" if correct else "wrong", graded.prediction)
+
+
+@functools.cache
+def load_reward_function(spec: str) -> Callable[[Sequence[Rollout]], list[CustomScore]]:
+    """Load `file.py:function` and adapt it from one of the four shapes in use, told apart by the names of its parameters.
+
+    TRL       f(prompts, completions, **columns) -> list of float or None; both are chat messages, columns are lists
+    verl      compute_score(data_source, solution_str, ground_truth, extra_info) -> float, or dict with `score` and maybe `acc`
+    EasyR1    compute_score(reward_inputs) -> list of dict with `overall` and maybe `accuracy`
+    OpenRLHF  reward_func(queries, prompts, labels) -> rewards, or dict with `rewards` and maybe `extra_logs`
+
+    Columns are answer (also as solution, ground_truth, label), id, data_source and those of the row that are none of ours.
+    Raises UserError naming the file and function if it cannot be loaded or fits none of these.
+    """
+    function = _UserFunction.load(spec)
+    parameters = function.signature.parameters.values()
+    names = [parameter.name for parameter in parameters]
+    for marker, shape in (("completions", _trl_scores), ("solution_str", _verl_scores), ("queries", _openrlhf_scores)):
+        if marker in names:
+            return functools.partial(shape, function)
+    if sum(p.default is p.empty and p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD) for p in parameters) == 1:
+        return functools.partial(_easyr1_scores, function)
+    raise UserError(
+        f"reward.function {spec}: its parameters ({', '.join(names)}) are those of none of f(prompts, completions, ...) as in TRL, "
+        "f(data_source, solution_str, ground_truth, extra_info) as in verl, f(reward_inputs) as in EasyR1, "
+        "f(queries, prompts, labels) as in OpenRLHF"
+    )
+
+
+def _trl_scores(function: _UserFunction, rollouts: Sequence[Rollout]) -> list[CustomScore]:
+    rows = [_columns(rollout) for rollout in rollouts]
+    given = {name: [row.get(name) for row in rows] for row in rows for name in row}
+    given["prompts"] = [list(rollout.prompt.prompt.messages) for rollout in rollouts]
+    given["completions"] = [[{"role": "assistant", "content": rollout.text}] for rollout in rollouts]
+    given["completion_ids"] = [list(rollout.token_ids) for rollout in rollouts]
+    values = function.per_response(function(given, rollouts), rollouts)
+    return [function.score(value, "", "", rollout) for value, rollout in zip(values, rollouts, strict=True)]
+
+
+def _verl_scores(function: _UserFunction, rollouts: Sequence[Rollout]) -> list[CustomScore]:
+    scores = []
+    for rollout in rollouts:
+        prompt = rollout.prompt.prompt
+        own = prompt.extra.get("extra_info")
+        given = {
+            "data_source": prompt.data_source,
+            "solution_str": rollout.text,
+            "ground_truth": prompt.answer,
+            "extra_info": {**prompt.extra, **(own if isinstance(own, Mapping) else {}), "id": prompt.id},
+        }
+        scores.append(function.score(function(given, [rollout]), "score", "acc", rollout))
+    return scores
+
+
+def _easyr1_scores(function: _UserFunction, rollouts: Sequence[Rollout]) -> list[CustomScore]:
+    inputs = [{**_columns(rollout), "response": rollout.text, "response_length": len(rollout.token_ids)} for rollout in rollouts]
+    values = function.per_response(function({next(iter(function.signature.parameters)): inputs}, rollouts), rollouts)
+    return [function.score(value, "overall", "accuracy", rollout) for value, rollout in zip(values, rollouts, strict=True)]
+
+
+def _openrlhf_scores(function: _UserFunction, rollouts: Sequence[Rollout]) -> list[CustomScore]:
+    prompts = [_chatml(rollout) for rollout in rollouts]
+    given = {
+        "queries": [prompt + rollout.text for prompt, rollout in zip(prompts, rollouts, strict=True)],
+        "prompts": prompts,
+        "labels": [rollout.prompt.prompt.answer for rollout in rollouts],
+    }
+    result = function(given, rollouts)
+    if not isinstance(result, Mapping):
+        result = {"rewards": result}
+    if "rewards" not in result:
+        raise UserError(f"reward.function {function.spec}: the dict that it returned has no `rewards`: {sorted(result)}")
+    columns = {"rewards": result["rewards"], **(result.get("extra_logs") or {})}
+    columns = {name: function.per_response(values, rollouts) for name, values in columns.items()}
+    rows = [{name: values[i] for name, values in columns.items()} for i in range(len(rollouts))]
+    accuracy = "acc" if "acc" in columns else "accuracy"
+    return [function.score(row, "rewards", accuracy, rollout) for row, rollout in zip(rows, rollouts, strict=True)]
+
+
+def _columns(rollout: Rollout) -> dict[str, Any]:
+    """The row of the data set for a user's function, the gold answer under each of its usual names."""
+    prompt = rollout.prompt.prompt
+    gold = dict.fromkeys(("answer", "solution", "ground_truth", "label"), prompt.answer)
+    return {**gold, "id": prompt.id, "data_source": prompt.data_source, **prompt.extra}
+
+
+def _chatml(rollout: Rollout) -> str:
+    """The prompt as text with Qwen's turn marks, at which functions written for OpenRLHF split; a picture is one placeholder."""
+    turns = []
+    for message in rollout.prompt.prompt.messages:
+        content = message["content"]
+        parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
+        text = "".join(part["text"] if part["type"] == "text" else "<|vision_start|><|image_pad|><|vision_end|>" for part in parts)
+        turns.append(f"<|im_start|>{message['role']}\n{text}<|im_end|>\n")
+    return "".join(turns) + "<|im_start|>assistant\n"
+
+
+@dataclass(frozen=True)
+class _UserFunction:
+    """A function out of a user's file. What goes wrong in it or with its result is a UserError that names function and row."""
+
+    spec: str
+    function: Callable[..., Any]
+    signature: inspect.Signature
+
+    @classmethod
+    def load(cls, spec: str) -> _UserFunction:
+        """Import it from `file.py:function`."""
+        file, _, name = spec.rpartition(":")
+        if not file.endswith(".py") or not name:
+            raise UserError(f"reward.function {spec}: expected `file.py:function`")
+        path = Path(file).expanduser().resolve()
+        if not path.is_file():
+            raise UserError(f"reward.function {spec}: there is no file {path}")
+        module_spec = importlib.util.spec_from_file_location(f"rlfr_vlm_reward_{path.stem}", path)
+        assert module_spec and module_spec.loader  # the name ends in .py
+        module = importlib.util.module_from_spec(module_spec)
+        sys.modules[module_spec.name] = module  # dataclasses look their module up
+        try:
+            module_spec.loader.exec_module(module)
+        except Exception as error:
+            raise UserError(f"reward.function {spec}: {path} cannot be loaded: {_describe(error)}") from error
+        function = getattr(module, name, None)
+        if not inspect.isfunction(function):
+            found = [n for n, value in vars(module).items() if inspect.isfunction(value) and not n.startswith("_")]
+            raise UserError(f"reward.function {spec}: no function `{name}` in {path} (functions there: {', '.join(found) or 'none'})")
+        return cls(spec, function, inspect.signature(function))
+
+    def __call__(self, given: dict[str, Any], rollouts: Sequence[Rollout]) -> Any:
+        """Call it with those of the given arguments that it takes."""
+        kinds = {name: parameter.kind for name, parameter in self.signature.parameters.items()}
+        positional = [given[name] for name, kind in kinds.items() if kind is inspect.Parameter.POSITIONAL_ONLY and name in given]
+        takes_any = inspect.Parameter.VAR_KEYWORD in kinds.values()
+        named = {name: value for name, value in given.items() if name in kinds or takes_any}
+        named = {name: value for name, value in named.items() if kinds.get(name) is not inspect.Parameter.POSITIONAL_ONLY}
+        try:
+            self.signature.bind(*positional, **named)
+        except TypeError as error:
+            raise UserError(f"reward.function {self.spec}: {error}; it can be given {', '.join(given)}") from None
+        try:
+            return self.function(*positional, **named)
+        except Exception as error:
+            ids = list(dict.fromkeys(rollout.prompt.prompt.id for rollout in rollouts))
+            rows = ", ".join(ids[:REASONS_SHOWN]) + (", ..." if len(ids) > REASONS_SHOWN else "")
+            raise UserError(f"reward.function {self.spec} failed on row{'s' * (len(ids) > 1)} {rows}: {_describe(error)}") from error
+
+    def per_response(self, values: Any, rollouts: Sequence[Rollout]) -> list[Any]:
+        """One value per response out of a list, array or tensor."""
+        values = values.tolist() if hasattr(values, "tolist") else values
+        if not isinstance(values, (list, tuple)) or len(values) != len(rollouts):
+            got = len(values) if isinstance(values, (list, tuple)) else type(values).__name__
+            raise UserError(f"reward.function {self.spec}: expected {len(rollouts)} values, one per response, got {got}")
+        return list(values)
+
+    def score(self, value: Any, reward: str, accuracy: str, rollout: Rollout) -> CustomScore:
+        """A score out of a number, or of a dict with the named keys (`accuracy` may be absent); its other numbers become parts."""
+        if not isinstance(value, Mapping):
+            return CustomScore(self._number(value, rollout))
+        if reward not in value:
+            raise UserError(f"reward.function {self.spec}: its dict for row {rollout.prompt.prompt.id} has no `{reward}`: {sorted(value)}")
+        verified = self._number(value.get(accuracy), rollout)
+        parts = {name: float(part) for name, part in value.items() if name != reward and isinstance(part, (int, float))}
+        return CustomScore(self._number(value[reward], rollout), None if verified is None else verified > 0.5, parts)
+
+    def _number(self, value: Any, rollout: Rollout) -> float | None:
+        """A finite float, or None for None: nothing else may reach the optimiser."""
+        if value is None:
+            return None
+        try:
+            number = float(value)
+        except (TypeError, ValueError):
+            number = math.nan
+        if not math.isfinite(number):
+            raise UserError(f"reward.function {self.spec}: {value!r} for row {rollout.prompt.prompt.id} is no finite number")
+        return number
+
+
+def _describe(error: Exception) -> str:
+    """Type, message and line of code: the command line prints no traceback."""
+    frames = traceback.extract_tb(error.__traceback__)
+    return f"{type(error).__name__}: {error} ({Path(frames[-1].filename).name}:{frames[-1].lineno})"

@@ -1,0 +1,79 @@
+"""The checkpoint protocol on small files."""
+
+import json
+
+import pytest
+
+from rlfr_vlm.errors import CheckpointError
+from rlfr_vlm.training.checkpoint import commit_checkpoint, list_checkpoints, newest_good, verify
+
+
+def write(content):
+    def into(folder):
+        (folder / "flow").mkdir()
+        (folder / "policy.bin").write_bytes(content * 100)
+        (folder / "flow" / "flow.bin").write_bytes(content)
+
+    return into
+
+
+def committed(root, *steps):
+    for step in steps:
+        commit_checkpoint(root, step, write(bytes([step])), keep=10)
+    return root
+
+
+def test_a_committed_checkpoint_verifies_and_latest_names_it(tmp_path):
+    committed(tmp_path, 1, 2)
+    assert (tmp_path / "latest").read_text() == "global_step_2"
+    for folder in list_checkpoints(tmp_path):
+        verify(folder)
+    assert set(json.loads((tmp_path / "global_step_1/manifest.json").read_text())["files"]) == {"policy.bin", "flow/flow.bin"}
+
+
+def test_old_ones_go_only_after_the_new_one_stands(tmp_path):
+    for step in (1, 2, 3):
+        commit_checkpoint(tmp_path, step, write(b"x"), keep=2)
+    assert [p.name for p in list_checkpoints(tmp_path)] == ["global_step_2", "global_step_3"]
+
+
+def test_a_failed_write_leaves_nothing_and_a_stale_folder_is_cleared(tmp_path):
+    committed(tmp_path, 1)
+
+    def fails(folder):
+        (folder / "half").write_text("x")
+        raise OSError("device went away")
+
+    with pytest.raises(OSError, match="went away"):
+        commit_checkpoint(tmp_path, 2, fails, keep=2)
+    (tmp_path / ".tmp-global_step_9-dead").mkdir()
+    committed(tmp_path, 3)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["global_step_1", "global_step_3", "latest"]
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda f: (f / "policy.bin").write_bytes(b"\x03" * 99 + b"\x04"), r"policy\.bin has sha256"),
+        (lambda f: (f / "policy.bin").write_bytes(b"\x03" * 50), r"policy\.bin has 50 bytes, expected 100"),
+        (lambda f: (f / "flow/flow.bin").unlink(), r"flow\.bin is missing"),
+        (lambda f: (f / "manifest.json").write_text("{"), r"manifest\.json cannot be read"),
+    ],
+)
+def test_damage_is_named_and_the_one_before_is_used(tmp_path, damage, message):
+    committed(tmp_path, 2, 3)
+    damage(tmp_path / "global_step_3")
+    with pytest.raises(CheckpointError, match=message):
+        verify(tmp_path / "global_step_3")
+    warnings = []
+    assert newest_good(tmp_path, warnings.append).name == "global_step_2"
+    assert "global_step_3" in warnings[0]
+
+
+def test_no_good_checkpoint_is_never_a_fresh_start(tmp_path):
+    committed(tmp_path, 1)
+    (tmp_path / "global_step_1/policy.bin").unlink()
+    with pytest.raises(CheckpointError, match="no good checkpoint") as raised:
+        newest_good(tmp_path, lambda message: None)
+    assert raised.value.exit_code == 4
+    assert newest_good(tmp_path / "empty", lambda message: None) is None
