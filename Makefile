@@ -1,0 +1,24 @@
+# Two commands are all a newcomer needs: `make demo` and `make test`. Each installs into .venv what is missing, once.
+.PHONY: demo demo-text test test-slow bench lint install
+SEED ?= 0
+export HF_HUB_OFFLINE ?= 1
+export TOKENIZERS_PARALLELISM = false
+
+install: .venv/.installed
+.venv/.installed: pyproject.toml scripts/install.sh scripts/torchvision_hook.py
+	@bash scripts/install.sh
+
+demo: install            ## a vision-language model gets better at reading pictures, in minutes, on CPU
+	@.venv/bin/python scripts/demo.py vision --seed $(SEED)
+
+demo-text: install       ## SmolLM2 gets better at arithmetic
+	@.venv/bin/python scripts/demo.py text --seed $(SEED)
+
+test: install            ## the fast lane
+	.venv/bin/python -m pytest -m "not slow and not gpu"
+
+test-slow: install       ## kills, training curves and figures
+	.venv/bin/python -m pytest -m slow
+
+lint: install
+	.venv/bin/ruff check . && .venv/bin/ruff format --check . && .venv/bin/mypy

@@ -1,0 +1,134 @@
+"""Rows -> Prompt: every accepted shape, and how a row that cannot be used is named."""
+
+import json
+
+import pytest
+
+from rlfr_vlm.config import DataConfig
+from rlfr_vlm.data.prompts import BadRows, PromptStream, RowError, load_prompts, parse_row
+from rlfr_vlm.errors import UserError
+
+CFG = DataConfig()
+
+
+def kinds(prompt):
+    return [(m["role"], [p["type"] for p in m["content"]]) for m in prompt.messages]
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"prompt": "<image>How many?", "images": ["a.png"], "answer": "3"},
+        {"problem": "<image>How many?", "images": ["a.png"], "answer": 3},
+        {"question": "How many?", "image": "a.png", "solution": "3"},
+        {"message": json.dumps([{"role": "user", "content": "<image>How many?"}]), "image_path": "a.png", "ground_truth": "3"},
+        {"messages": [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "How many?"}]}], "images": ["a.png"], "label": "3"},
+        {"messages": [{"role": "user", "content": [{"type": "image", "image": "a.png"}, {"type": "text", "text": "How many?"}]}], "label": "3"},
+        {"conversations": [{"from": "human", "value": "<image>How many?"}, {"from": "gpt", "value": "3"}], "image": "a.png", "answer": "3"},
+        {"prompt": [{"role": "user", "content": "<image>How many?"}], "images": ["a.png"], "reward_model": {"ground_truth": "3", "style": "rule"}},
+    ],
+)
+def test_accepted_shapes_all_give_the_same_prompt(row):
+    prompt = parse_row(row, "f:1", CFG)
+    assert kinds(prompt) == [("user", ["image", "text"])]
+    assert prompt.messages[0]["content"][1]["text"] == "How many?"
+    assert (prompt.images, prompt.answer) == (("a.png",), "3")
+
+
+def test_system_and_suffix_are_added_once():
+    cfg = DataConfig(system="Think.", suffix=" Box it.")
+    prompt = parse_row({"prompt": "1+1?", "answer": "2"}, "f:1", cfg)
+    assert [m["role"] for m in prompt.messages] == ["system", "user"]
+    assert [p["text"] for p in prompt.messages[1]["content"]] == ["1+1?", " Box it."]
+
+
+def test_other_columns_travel_with_the_row():
+    prompt = parse_row({"id": 7, "prompt": "x", "answer": "1", "level": 3, "data_source": "s"}, "f:1", CFG)
+    assert (prompt.id, prompt.extra, prompt.data_source) == ("7", {"level": 3}, "s")
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"prompt": "x"}, "f:1: the answer is empty or missing"),
+        ({"prompt": "x", "answer": "  "}, "the answer is empty"),
+        ({"prompt": "x", "answer": {"a": 1}}, "the answer is empty"),
+        ({"answer": "1"}, "no prompt"),
+        ({"prompt": "", "answer": "1"}, "prompt is empty"),
+        ({"prompt": "<image><image>x", "images": ["a.png"], "answer": "1"}, "1 images but 2 image placeholders"),
+        ({"prompt": "<image>x", "images": ["a.png", "b.png"], "answer": "1"}, "2 images but 1 image placeholders"),
+        ({"prompt": "<image>x", "answer": "1"}, "0 images but 1"),
+        ({"messages": [{"role": "user"}], "answer": "1"}, "needs a role"),
+        ({"messages": [{"role": "system", "content": "x"}], "answer": "1"}, "last message must be the user's"),
+        ({"messages": [{"role": "user", "content": [{"type": "video"}]}], "answer": "1"}, "neither text nor an image"),
+    ],
+)
+def test_unusable_rows_name_themselves(row, message):
+    with pytest.raises(RowError, match=message):
+        parse_row(row, "f:1", CFG)
+
+
+def write(folder, *lines):
+    path = folder / "rows.jsonl"
+    path.write_text("\n".join(line if isinstance(line, str) else json.dumps(line) for line in lines))
+    return str(path)
+
+
+GOOD = [{"id": str(i), "prompt": f"{i}?", "answer": str(i)} for i in range(8)]
+
+
+def test_stop_names_the_first_bad_row(tmp_path):
+    path = write(tmp_path, GOOD[0], "{torn", {"prompt": "x"})
+    with pytest.raises(UserError, match=r"rows\.jsonl:2: not JSON"):
+        load_prompts(path, CFG, BadRows(CFG))
+
+
+def test_skip_records_and_counts(tmp_path):
+    cfg = DataConfig(on_bad_row="skip", max_bad_frac=0.5)
+    path = write(tmp_path, *GOOD, "[]", {"id": "3", "prompt": "again", "answer": "1"}, {"prompt": "x", "answer": ""})
+    bad = BadRows(cfg, tmp_path / "bad_rows.jsonl")
+    assert [p.id for p in load_prompts(path, cfg, bad)] == [str(i) for i in range(8)]
+    recorded = [json.loads(line) for line in (tmp_path / "bad_rows.jsonl").read_text().splitlines()]
+    assert [r["kind"] for r in recorded] == ["schema", "duplicate_id", "answer"]
+    assert "rows.jsonl:4" in recorded[1]["reason"]
+
+
+def test_too_many_bad_rows_stop(tmp_path):
+    cfg = DataConfig(on_bad_row="skip", max_bad_frac=0.1)
+    with pytest.raises(UserError, match=r"2 bad rows of 10 exceed data\.max_bad_frac=0\.1"):
+        load_prompts(write(tmp_path, *GOOD, {}, {}), cfg, BadRows(cfg))
+
+
+@pytest.mark.parametrize("name", ["rows.json", "rows.parquet"])
+def test_other_formats(tmp_path, name):
+    path = tmp_path / name
+    if name.endswith("json"):
+        path.write_text(json.dumps(GOOD))
+    else:
+        import pyarrow as pa
+        import pyarrow.parquet as parquet
+
+        parquet.write_table(pa.Table.from_pylist(GOOD), path)
+    assert len(load_prompts(str(path), CFG, BadRows(CFG))) == 8
+
+
+@pytest.mark.parametrize(("name", "message"), [("none.jsonl", "does not exist"), ("rows.csv", "expected .jsonl")])
+def test_files_that_cannot_be_read(tmp_path, name, message):
+    (tmp_path / "rows.csv").write_text("a,b")
+    with pytest.raises(UserError, match=message):
+        load_prompts(str(tmp_path / name), CFG, BadRows(CFG))
+
+
+def test_an_empty_file_is_an_error(tmp_path):
+    with pytest.raises(UserError, match="no rows"):
+        load_prompts(write(tmp_path, ""), CFG, BadRows(CFG))
+
+
+def test_the_stream_covers_every_row_each_epoch_and_resumes():
+    stream = PromptStream(10, seed=3, shuffle=True)
+    epochs = [[stream.draw() for _ in range(10)] for _ in range(2)]
+    assert all(sorted(epoch) == list(range(10)) for epoch in epochs)
+    assert epochs[0] != epochs[1]
+    again = PromptStream(10, seed=3, shuffle=True)
+    again.position = 7
+    assert [again.draw() for _ in range(5)] == (epochs[0] + epochs[1])[7:12]

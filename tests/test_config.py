@@ -1,0 +1,74 @@
+"""The config tree: what it accepts, and how it refuses."""
+
+import pytest
+
+from rlfr_vlm.config import config_hash, load_config, parse_config, to_yaml
+from rlfr_vlm.errors import UserError
+
+MINIMAL = {"output_dir": "out", "model": {"path": "m"}}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"rollout": {"group_sise": 4}}, "unknown key `rollout.group_sise`; did you mean `rollout.group_size`"),
+        ({"group_size": 4}, "unknown key `group_size`; did you mean `rollout.group_size`"),
+        ({"rollout": {"temperature": 0}}, r"rollout\.temperature.*greater than 0 \(given: 0\)"),
+        ({"rollout": {"group_size": 1}}, "group_size=1"),
+        ({"algorithm": {"updates_per_rollout": 7}}, "updates_per_rollout=7 does not divide the batch.*1024"),
+        ({"flow": {"times": [1.0]}}, r"times: 1.0 is not in \[0, 1\)"),
+        ({"flow": {"layers": [25]}}, "layers: 25.0 is not a fraction"),
+        ({"model": {}}, "`model.path` is required"),
+        ({"reward": {"overlong_buffer": 2000}}, "overlong_buffer=2000 must be below"),
+    ],
+)
+def test_refusals_name_the_field_and_the_value(change, message):
+    with pytest.raises(UserError, match=message):
+        parse_config({**MINIMAL, **change})
+
+
+def test_overrides_and_numbers(tmp_path):
+    path = tmp_path / "c.yaml"
+    path.write_text("output_dir: out\nmodel: {path: m}\noptim: {lr: 1e-5}\n")
+    cfg = load_config(path, ("optim.weight_decay=1e-2", "flow.reward.top_k=3", "rollout.stop=[</answer>]"))
+    assert (cfg.optim.lr, cfg.optim.weight_decay, cfg.flow.reward.top_k, cfg.rollout.stop) == (1e-5, 0.01, 3, ("</answer>",))
+
+
+@pytest.mark.parametrize("override", ["optim.lr", "=3", "model.path.deep=1"])
+def test_a_malformed_override_is_named(tmp_path, override):
+    path = tmp_path / "c.yaml"
+    path.write_text("output_dir: out\nmodel: {path: m}\n")
+    with pytest.raises(UserError, match="override"):
+        load_config(path, (override,))
+
+
+def test_missing_and_broken_files_are_named(tmp_path):
+    with pytest.raises(UserError, match=r"nothing\.yaml: No such file"):
+        load_config(tmp_path / "nothing.yaml")
+    (tmp_path / "bad.yaml").write_text("a: [1")
+    with pytest.raises(UserError, match="not YAML"):
+        load_config(tmp_path / "bad.yaml")
+
+
+def test_yaml_round_trip(tmp_path):
+    cfg = parse_config({**MINIMAL, "flow": {}})
+    (tmp_path / "c.yaml").write_text(to_yaml(cfg))
+    assert load_config(tmp_path / "c.yaml") == cfg
+
+
+def test_the_hash_ignores_where_a_run_is_written_and_nothing_else():
+    base = config_hash(parse_config(MINIMAL))
+    assert config_hash(parse_config({**MINIMAL, "output_dir": "elsewhere"})) == base
+    assert config_hash(parse_config({**MINIMAL, "seed": 1})) != base
+
+
+def test_every_field_says_what_it_is():
+    from pydantic import BaseModel
+
+    from rlfr_vlm import config
+
+    for model in vars(config).values():
+        if isinstance(model, type) and issubclass(model, BaseModel):
+            for name, field in model.model_fields.items():
+                nested = isinstance(field.default, BaseModel) or name in ("model", "flow")
+                assert nested or field.description, f"{model.__name__}.{name}"
