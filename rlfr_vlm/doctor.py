@@ -22,7 +22,7 @@ PARTS = (
     ("multimodal benchmarks", "vlmeval", "pip install -e '.[eval]'"),
     ("data from the hub, Parquet", "datasets", "pip install -e '.[data]'"),
     ("demo data", "sklearn", "pip install -e '.[demo]'"),
-    ("report charts", "plotly", "pip install -e '.[demo]'"),
+    ("report charts", "plotly", "pip install -e ."),
 )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import platform
@@ -96,6 +97,8 @@ class Run:
             load_state(found, learner, prompts, state)
             step = state["step"]
             self.say(f"resumed from {found.name}")
+        else:
+            seed_generators(self.cfg.seed)
         self._truncate_metrics(step)
         (self.folder / "config.resolved.yaml").write_text(to_yaml(self.cfg))
         (self.folder / "env.json").write_text(json.dumps(environment(), indent=1))
@@ -254,8 +257,6 @@ def save_pictures(prompt: EncodedPrompt, folder: Path) -> list[str]:
     """Write a prompt's pictures once each, named by content. Returns their paths relative to rollouts/."""
     names = []
     for image in prompt.images:
-        import hashlib
-
         name = f"{hashlib.sha256(image.tobytes() + str(image.size).encode()).hexdigest()[:16]}.png"
         if not (folder / name).exists():
             image.save(folder / name)
@@ -330,8 +331,15 @@ def load_state(folder: Path, learner: Learner, prompts: PromptSource, state: dic
     prompts.stream.position = state["data_position"]
 
 
+def seed_generators(seed: int) -> None:
+    """Start the global generators that a custom reward, say, may draw from; our own draws are keyed by their request."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+
+
 def rng_state() -> dict[str, Any]:
-    """Generators that code outside of this package (a custom reward, say) may use; our own draws are keyed by their request."""
+    """State of the global generators."""
     version, internal, gauss = random.getstate()
     kind, keys, position, has_gauss, cached = np.random.get_state(legacy=True)
     return {

@@ -74,10 +74,10 @@ def test_expert_responses_end_in_the_answer_of_what_they_read(data_dir):
         assert int(row["answer"]) == by_kind[row["data_source"].removeprefix("digits/")]
 
 
-def test_the_seed_decides_everything(data_dir, tmp_path):
+def test_the_seed_decides_everything(data_dir, tmp_path, monkeypatch):
     again, other = tmp_path / "again", tmp_path / "other"
-    command = [sys.executable, str(RECIPES / "digits.py"), "build", str(again), *(f"--{k}={n}" for k, n in COUNTS.items()), "--seed=3"]
-    subprocess.run(command, check=True, capture_output=True)
+    monkeypatch.setattr(sys, "argv", ["digits.py", "build", str(again), *(f"--{split}={n}" for split, n in COUNTS.items()), "--seed=3"])
+    digits.main()
     digits.build(other, COUNTS, seed=4)
     files = sorted(path.relative_to(data_dir) for path in data_dir.rglob("*.*"))
     assert len(files) == len(COUNTS) + sum(COUNTS.values())
@@ -169,9 +169,9 @@ def test_the_committed_model_is_partly_right():
     model = AutoModelForImageTextToText.from_pretrained(path, dtype=torch.float32).eval()
     examples = list(digits.draw_examples("test", 64, seed=0))
     torch.manual_seed(0)
-    sampled = tiny_vlm.accuracy(examples, tiny_vlm.respond(model, processor, examples, num_samples=2))
+    sampled = tiny_vlm.accuracy(examples, tiny_vlm.respond(model, processor, examples, num_samples=4))
     greedy = tiny_vlm.accuracy(examples, tiny_vlm.respond(model, processor, examples))
     assert sampled["format"] > 0.95
     assert greedy["format"] > 0.98
-    assert 0.25 < sampled["all"] < 0.5
+    assert 0.3 < sampled["all"] < 0.55
     assert sampled["all"] < greedy["all"] < 0.8

@@ -22,10 +22,21 @@ def kinds(prompt):
         {"problem": "<image>How many?", "images": ["a.png"], "answer": 3},
         {"question": "How many?", "image": "a.png", "solution": "3"},
         {"message": json.dumps([{"role": "user", "content": "<image>How many?"}]), "image_path": "a.png", "ground_truth": "3"},
-        {"messages": [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "How many?"}]}], "images": ["a.png"], "label": "3"},
-        {"messages": [{"role": "user", "content": [{"type": "image", "image": "a.png"}, {"type": "text", "text": "How many?"}]}], "label": "3"},
+        {
+            "messages": [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "How many?"}]}],
+            "images": ["a.png"],
+            "label": "3",
+        },
+        {
+            "messages": [{"role": "user", "content": [{"type": "image", "image": "a.png"}, {"type": "text", "text": "How many?"}]}],
+            "label": "3",
+        },
         {"conversations": [{"from": "human", "value": "<image>How many?"}, {"from": "gpt", "value": "3"}], "image": "a.png", "answer": "3"},
-        {"prompt": [{"role": "user", "content": "<image>How many?"}], "images": ["a.png"], "reward_model": {"ground_truth": "3", "style": "rule"}},
+        {
+            "prompt": [{"role": "user", "content": "<image>How many?"}],
+            "images": ["a.png"],
+            "reward_model": {"ground_truth": "3", "style": "rule"},
+        },
     ],
 )
 def test_accepted_shapes_all_give_the_same_prompt(row):

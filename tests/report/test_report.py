@@ -72,7 +72,7 @@ def rollout_rows(rng: random.Random, step: int, skill: float, groups: int, sibli
                     "step": step,
                     "prompt_id": f"digits-{step:04d}-{number}",
                     "sample_index": index,
-                    "question": "What is the sum of the two digits in the picture? Answer with a number.",
+                    "question": "<image>What is the sum of the two digits in the picture? Answer with a number.",
                     "images": [f"images/{digits[0]}{digits[1]}.png"],
                     "answer": str(sum(digits)),
                     "response": "".join(tokens[:-1]),
@@ -432,7 +432,7 @@ def test_rollouts_show_pictures_and_tokens_shaded_by_flow_reward_with_values(dem
     page = report.page
     group = read_rollouts(read_run(demo.parent).rollout_files[-1], [])[0]
     card = page.locator("#groups .group >> nth=0")
-    assert group.question in card.inner_text()
+    assert group.question.removeprefix("<image>") == card.locator(".question").inner_text()
     assert card.locator(".response").count() == 8
     assert card.locator("img").evaluate("image => image.complete && image.naturalWidth === 56")
     response = group.responses[0]

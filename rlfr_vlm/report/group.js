@@ -1,0 +1,197 @@
+// One group: its pictures and question, and its responses as tokens, side by side.
+
+const TOKENS_AT_FIRST = 400; // of a response; the rest on request
+const VERDICTS = { correct: "✓ correct", wrong: "✗ wrong", error: "? not graded" };
+
+function groupCard(group, shown, tokens) {
+  const total = group.responses.length;
+  const siblings = h(
+    "div",
+    { class: "siblings" },
+    shown.map((at) => responseCard(group.responses[at], tokens[at])),
+  );
+  const rest = group.responses.map((_, at) => at).filter((at) => !shown.includes(at));
+  const more =
+    rest.length > 0 &&
+    h(
+      "button",
+      {
+        class: "more",
+        onclick: (event) => {
+          siblings.append(...rest.map((at) => responseCard(group.responses[at], tokens[at])));
+          event.target.remove();
+        },
+      },
+      `show the other ${plural(rest.length, "sibling")}`,
+    );
+  return h(
+    "article",
+    { class: "card group" },
+    h(
+      "header",
+      {},
+      group.images.length > 0 && h("div", { class: "pictures" }, group.images.map(picture)),
+      h(
+        "div",
+        { class: "task" },
+        h(
+          "p",
+          { class: "meta" },
+          `step ${group.step}`,
+          group.source && h("span", {}, group.source),
+          h("span", {}, group.id),
+          tallyMarks(group),
+          `${group.right} of ${total} correct`,
+        ),
+        h("p", { class: "question" }, questionText(group)),
+        h("p", { class: "gold" }, h("span", {}, "gold answer"), h("b", {}, group.answer)),
+      ),
+    ),
+    siblings,
+    more,
+  );
+}
+
+// The question with a sign for every picture in it; none for a single one before the text.
+function questionText({ question, images }) {
+  const pieces = (images.length > 1 ? question : question.replace(/^<image>\s*/, "")).split("<image>");
+  return pieces.map((piece, at) => [at > 0 && h("span", { class: "tag" }, images.length > 1 ? `picture ${at}` : "picture"), piece]);
+}
+
+function verdictClass(response) {
+  return Object.hasOwn(VERDICTS, response.verdict) ? response.verdict : "error";
+}
+
+function tallyMarks(group) {
+  return h(
+    "span",
+    { class: "marks", "aria-hidden": "true" },
+    group.responses.map((response) => h("i", { class: verdictClass(response) })),
+  );
+}
+
+function picture({ key, path }) {
+  if (!key) return h("p", { class: "no-picture" }, "picture not found", h("code", {}, path));
+  const image = h("img", {
+    src: byId(`picture-${key}`).textContent,
+    alt: "picture of the question",
+    title: "click to enlarge",
+    onclick: enlarge,
+    onload: fit,
+  });
+  return image;
+}
+
+// Small pictures are enlarged by a whole factor, so that their pixels stay square.
+function fit(event) {
+  const image = event.target;
+  const times = Math.floor(200 / Math.max(image.naturalWidth, image.naturalHeight));
+  if (times < 2) return;
+  image.style.width = `${times * image.naturalWidth}px`;
+  image.classList.add("pixels");
+}
+
+function enlarge(event) {
+  const image = byId("lightbox").querySelector("img");
+  image.src = event.target.src;
+  image.classList.toggle("pixels", event.target.classList.contains("pixels"));
+  byId("lightbox").showModal();
+}
+
+function responseCard(response, trace) {
+  const parts = Object.entries(response.parts)
+    .map(([name, value]) => `${name} ${figure(value)}`)
+    .join(", ");
+  const number = (label, value, title) => value !== "–" && h("span", { title }, `${label} `, h("b", {}, value));
+  const text = h("div", { class: "text", dir: "auto" });
+  fillText(text, response, trace, TOKENS_AT_FIRST);
+  const version = response.version === null ? "" : `, sampled by policy version ${response.version}`;
+  return h(
+    "section",
+    { class: `response ${verdictClass(response)}` },
+    h(
+      "header",
+      { title: `response ${response.index ?? ""} of its group${version}` },
+      h(
+        "span",
+        { class: "badge", title: response.reason || null },
+        Object.hasOwn(VERDICTS, response.verdict) ? VERDICTS[response.verdict] : `? ${response.verdict || "no verdict"}`,
+      ),
+      number("reward", figure(response.reward), parts || null),
+      number("advantage", figure(response.advantage, true), "mean over the tokens"),
+    ),
+    text,
+    h(
+      "footer",
+      {},
+      response.prediction !== "" && h("span", { title: "the answer as the grader read it" }, "read as ", h("b", {}, response.prediction)),
+      h(
+        "span",
+        { class: response.finish === "length" ? "cut" : "" },
+        [plural(response.numTokens, "token"), response.finish === "length" ? "truncated" : response.finish].filter(Boolean).join(", "),
+      ),
+      response.flowReward !== null &&
+        number("flow", figure(response.flowReward, true), `sum over ${plural(response.numFlowTokens, "token")} with a flow reward`),
+    ),
+  );
+}
+
+const traces = new WeakMap(); // text element -> the tokens and traces it shows
+
+function fillText(element, response, trace, limit) {
+  if (!trace || !trace.tokens.length) {
+    element.replaceChildren(visible(response.text));
+    return;
+  }
+  traces.set(element, trace);
+  const hits = searchHits(trace.tokens);
+  const shown = Math.min(limit, trace.tokens.length);
+  const nodes = [];
+  for (let at = 0; at < shown; at++) {
+    const node = document.createElement("span");
+    node.className = hits.has(at) ? "token hit" : "token";
+    node.dataset.at = at;
+    node.append(visibleToken(trace.tokens[at]));
+    nodes.push(node);
+  }
+  if (shown < trace.tokens.length) {
+    nodes.push(
+      h(
+        "button",
+        { class: "more", onclick: () => fillText(element, response, trace, Infinity) },
+        `show the other ${plural(trace.tokens.length - shown, "token")}`,
+      ),
+    );
+  }
+  element.replaceChildren(...nodes);
+  shadeText(element);
+  element.onpointerover = showTooltip;
+  element.onpointerleave = () => {
+    byId("tooltip").hidden = true;
+  };
+}
+
+// Positions of the tokens in which the searched text occurs.
+function searchHits(tokens) {
+  const hits = new Set();
+  const text = browser.settings.search.trim().toLowerCase();
+  if (!text) return hits;
+  const starts = [];
+  let joined = "";
+  for (const token of tokens) {
+    starts.push(joined.length);
+    joined += token.toLowerCase();
+  }
+  starts.push(joined.length);
+  for (let from = joined.indexOf(text); from >= 0; from = joined.indexOf(text, from + text.length)) {
+    for (let at = 0; at < tokens.length; at++) if (starts[at] < from + text.length && starts[at + 1] > from) hits.add(at);
+  }
+  return hits;
+}
+
+// A token that is nothing but white space gets signs.
+function visibleToken(token) {
+  if (token === "") return glyph("∅");
+  if (/^ +$/.test(token)) return glyph("␣".repeat(token.length));
+  return visible(token, true);
+}

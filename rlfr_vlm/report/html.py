@@ -1,0 +1,159 @@
+"""`report.html` of a run: one file that opens from disk, without a server or a network."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import html
+import json
+import math
+import os
+import re
+import time
+from dataclasses import asdict
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from rlfr_vlm.errors import UserError
+from rlfr_vlm.report.rollout_data import RolloutData, pack_rollouts
+from rlfr_vlm.report.run_files import Evaluation, Metrics, Problem, RunFiles, read_run
+
+ROLLOUT_BYTES = 9_000_000  # of rollouts and pictures; with plotly's 4.8 MB the page stays below 15 MB
+CURVE_POINTS = 3000  # longer curves are thinned
+MAX_PROBLEMS = 50  # shown one by one
+VIEWS = ("page.js", "overview.js", "curves.js", "shading.js", "group.js", "rollouts.js")  # in the order they are loaded
+
+
+def write_report(run_dir: Path) -> Path:
+    """Write `report.html` of a run, finished or not, into its folder. Raises UserError where there is no such folder."""
+    run_dir = Path(run_dir)
+    if not run_dir.is_dir():
+        raise UserError(f"report: there is no run folder {run_dir}")
+    run = read_run(run_dir)
+    problems = list(run.problems)
+    rollouts = pack_rollouts(run_dir, run.rollout_files, ROLLOUT_BYTES, problems)
+    path = run_dir / "report.html"
+    unfinished = path.with_suffix(".html.tmp")
+    unfinished.write_text(_page(run, rollouts, problems), encoding="utf-8")
+    os.replace(unfinished, path)
+    return path
+
+
+def _page(run: RunFiles, rollouts: RolloutData, problems: list[Problem]) -> str:
+    data = {
+        "overview": _overview(run, problems),
+        "curves": {"metrics": _columns(run.metrics), "flowFit": _columns(run.flow_fit), "evaluations": _evaluation_points(run)},
+        "rollouts": {
+            "steps": list(rollouts.steps),
+            "scales": {name: asdict(scale) for name, scale in rollouts.scales.items()},
+            "numGroups": rollouts.num_groups,
+            "numResponses": rollouts.num_responses,
+            "numGroupsLeftOut": rollouts.num_groups_left_out,
+            "numStepsLeftOut": rollouts.num_steps_left_out,
+        },
+    }
+    blocks = [f'<script type="application/json" id="run-data">{_script_json(data)}</script>']
+    blocks += [f'<script type="text/plain" id="rollout-index">{rollouts.index}</script>']
+    blocks += [f'<script type="text/plain" id="rollout-step-{step}">{packed}</script>' for step, packed in rollouts.steps.items()]
+    blocks += [f'<script type="text/plain" id="picture-{key}">{url}</script>' for key, url in rollouts.pictures.items()]
+    plotly, script = _plotly_script(), "\n".join(_asset(name) for name in VIEWS)
+    parts = {
+        "title": html.escape(run.name),
+        "policy": f"default-src 'none'; img-src data: blob:; style-src 'unsafe-inline'; script-src {_digest(plotly)} {_digest(script)}",
+        "style": _asset("page.css"),
+        "data": "\n".join(blocks),
+        "plotly": plotly,
+        "script": script,
+    }
+    return re.sub(r"\{\{(\w+)\}\}", lambda match: parts[match[1]], _asset("page.html"))  # one pass: data is never searched for placeholders
+
+
+def _overview(run: RunFiles, problems: list[Problem]) -> dict[str, Any]:
+    series = run.metrics.series or {}
+    seconds = [value for value in series.get("timing_s/step", ()) if value is not None]
+    state, status = _status(run)
+    best = _best(run)
+    return {
+        "name": run.name,
+        "state": state,
+        "status": status,
+        "writtenAt": time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()),
+        "lastMetricsAt": time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime(run.metrics.written_at)) if run.metrics.written_at else None,
+        "numSteps": run.metrics.steps[-1] if run.metrics.steps else None,
+        "plannedSteps": run.planned_steps,
+        "seconds": sum(seconds) if seconds else None,
+        "evaluations": [asdict(evaluation) for evaluation in run.evaluations],
+        "best": best.step if best else None,
+        "checkpoints": run.checkpoint_steps,
+        "latestCheckpoint": run.latest_checkpoint,
+        "config": run.config_text,
+        "environment": run.environment,
+        "problems": [asdict(problem) for problem in problems[:MAX_PROBLEMS]],
+        "numMoreProblems": max(0, len(problems) - MAX_PROBLEMS),
+    }
+
+
+def _status(run: RunFiles) -> tuple[str, str]:
+    """A word for the badge's colour, and its text."""
+    done = run.metrics.steps[-1] if run.metrics.steps else 0
+    if not done:
+        return "empty", "no steps yet"
+    if run.planned_steps is None:
+        return "open", f"{done} steps"
+    return ("finished", f"finished, {done} steps") if done >= run.planned_steps else ("open", f"step {done} of {run.planned_steps}")
+
+
+def _best(run: RunFiles) -> Evaluation | None:
+    """The most accurate evaluation of a checkpoint that is still there; the earliest of equals."""
+    kept = [e for e in run.evaluations if e.step in run.checkpoint_steps and e.accuracy is not None]
+    return max(kept, key=lambda e: (e.accuracy, -e.step), default=None)
+
+
+def _evaluation_points(run: RunFiles) -> list[dict[str, Any]]:
+    """The points on the accuracy curve: evaluations, and `val/` metrics of steps whose evaluation file is not there."""
+    points = {e.step: {"step": e.step, "accuracy": e.accuracy, "low": e.low, "high": e.high, "greedy": e.greedy} for e in run.evaluations}
+    series = run.metrics.series or {}
+    nothing = (None,) * len(run.metrics.steps)
+    columns = zip(run.metrics.steps, series.get("val/accuracy", nothing), series.get("val/greedy", nothing), strict=True)
+    for step, accuracy, greedy in columns:
+        if step not in points and (accuracy is not None or greedy is not None):
+            points[step] = {"step": step, "accuracy": accuracy, "low": None, "high": None, "greedy": greedy}
+    return [points[step] for step in sorted(points)]
+
+
+def _columns(metrics: Metrics) -> dict[str, Any]:
+    """Columns of at most CURVE_POINTS rows: every k-th and the last."""
+    every = max(1, math.ceil(len(metrics.steps) / CURVE_POINTS))
+    rows = sorted({*range(0, len(metrics.steps), every), *range(len(metrics.steps))[-1:]})
+    return {
+        "every": every,
+        "steps": [metrics.steps[row] for row in rows],
+        "series": {name: [_rounded(values[row]) for row in rows] for name, values in (metrics.series or {}).items()},
+    }
+
+
+def _rounded(value: float | None) -> float | None:
+    return None if value is None else float(f"{value:.6g}")
+
+
+def _script_json(tree: Any) -> str:
+    """JSON that can stand in a script element: with no `<` in it, nothing ends the element or opens a comment."""
+    return json.dumps(tree, separators=(",", ":"), allow_nan=False).replace("<", "\\u003c")
+
+
+def _digest(script: str) -> str:
+    """The script's name in the page's content security policy: the browser runs our two scripts and nothing else."""
+    return f"'sha256-{base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()}'"
+
+
+def _plotly_script() -> str:
+    try:
+        from plotly.offline import get_plotlyjs
+    except ImportError:
+        raise UserError("report: plotly, which draws the curves, is not installed: `pip install plotly`") from None
+    return get_plotlyjs()
+
+
+def _asset(name: str) -> str:
+    return (files("rlfr_vlm.report") / name).read_text(encoding="utf-8")

@@ -1,0 +1,255 @@
+"""Rollouts as the page carries them: compressed per step, pictures once, and no more of them than the page's size allows."""
+
+from __future__ import annotations
+
+import base64
+import gzip
+import hashlib
+import io
+import json
+from collections import deque
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from PIL import Image
+
+from rlfr_vlm.report.run_files import QUANTITIES, Group, Problem, Response, RolloutFile, read_rollouts
+
+PICTURE_BYTES = 32_768  # pictures above are made smaller
+PICTURE_SIDE = 512  # pixels, of pictures made smaller
+SHOWN_AS_THEY_ARE = ("PNG", "JPEG", "GIF", "WEBP")
+MIN_STEPS = 32  # when there is too much, no step takes more than this share of the budget
+
+
+@dataclass(frozen=True)
+class Scale:
+    """Range of a per-token quantity over the whole run, which fixes its colours."""
+
+    kind: Literal["signed", "penalty", "bonus", "magnitude"]
+    low: float
+    high: float
+
+
+@dataclass(frozen=True)
+class RolloutData:
+    """What the rollout browser reads."""
+
+    index: str  # all groups without their tokens: base64 of gzipped JSON
+    steps: dict[int, str]  # tokens and traces of a step's groups, likewise
+    pictures: dict[str, str]  # key -> data URL
+    scales: dict[str, Scale]
+    num_groups: int
+    num_responses: int
+    num_groups_left_out: int  # of the steps shown
+    num_steps_left_out: int
+
+
+def pack_rollouts(folder: Path, files: tuple[RolloutFile, ...], budget: int, problems: list[Problem]) -> RolloutData:
+    """Pack steps until `budget` bytes are used: first and last step first, then the middles of the gaps, so that any part spans the run."""
+    share = budget // min(len(files), MIN_STEPS) if files else budget
+    pictures = _Pictures(folder)
+    ranges = {name: _Range() for name in QUANTITIES}
+    shown: dict[int, tuple[Group, ...]] = {}
+    steps: dict[int, str] = {}
+    used = groups_left_out = steps_left_out = 0
+    for at in _spread(len(files)):
+        if used >= budget:
+            steps_left_out += 1
+            continue
+        groups = read_rollouts(files[at], problems)
+        kept, packed = _pack_step(groups, pictures, min(share, budget - used))
+        groups_left_out += len(groups) - len(kept)
+        if not kept:
+            continue
+        step = files[at].step
+        shown[step], steps[step] = kept, packed
+        used += len(steps[step]) + sum(pictures.keep(image) for group in kept for image in group.images)
+        for group in kept:
+            for response in group.responses:
+                for name, values in response.traces.items():
+                    ranges[name].add(values)
+    ordered = [group for step in sorted(shown) for group in shown[step]]
+    problems.extend(pictures.problems())
+    return RolloutData(
+        index=_compress([json.dumps(_head(group, pictures), separators=(",", ":")) for group in ordered]),
+        steps=dict(sorted(steps.items())),
+        pictures=pictures.urls,
+        scales={name: scale for name, values in ranges.items() if (scale := values.scale(name)) is not None},
+        num_groups=len(ordered),
+        num_responses=sum(len(group.responses) for group in ordered),
+        num_groups_left_out=groups_left_out,
+        num_steps_left_out=steps_left_out,
+    )
+
+
+def _pack_step(groups: tuple[Group, ...], pictures: _Pictures, room: int) -> tuple[tuple[Group, ...], str]:
+    """The tokens of a step's first groups, as many of them (at least one) as take up no more than `room` bytes with their pictures."""
+    texts = [json.dumps(_tokens(group), separators=(",", ":")) for group in groups]
+    packed = _compress(texts)
+    bytes_per_letter = len(packed) / max(1, sum(map(len, texts)))
+    used = 0.0
+    seen: set[str] = set()
+    for number, (group, text) in enumerate(zip(groups, texts, strict=True)):
+        new = dict.fromkeys(image for image in group.images if image not in seen)
+        used += bytes_per_letter * len(text) + sum(pictures.cost(image) for image in new)
+        seen.update(new)
+        if used > room + 1 and number > 0:  # + 1: rounding
+            return groups[:number], _compress(texts[:number])
+    return groups, packed
+
+
+def _tokens(group: Group) -> list[dict[str, Any]]:
+    return [
+        {"tokens": response.tokens, **{name: [_short(value) for value in values] for name, values in response.traces.items()}}
+        for response in group.responses
+    ]
+
+
+def _head(group: Group, pictures: _Pictures) -> dict[str, Any]:
+    return {
+        "step": group.step,
+        "id": group.prompt_id,
+        "question": group.question,
+        "answer": group.answer,
+        "source": group.data_source,
+        "images": [{"path": image, "key": pictures.key(image)} for image in group.images],
+        "responses": [_response_head(response) for response in group.responses],
+    }
+
+
+def _response_head(response: Response) -> dict[str, Any]:
+    rewards = [value for value in response.traces.get("flow_rewards", ()) if value]
+    advantages = [value for value in response.traces.get("advantages", ()) if value is not None]
+    return {
+        "index": response.sample_index,
+        "text": response.text,
+        "prediction": response.prediction,
+        "verdict": response.verdict,
+        "reason": response.reason,
+        "reward": _short(response.reward),
+        "parts": {name: _short(value) for name, value in response.parts.items()},
+        "finish": response.finish_reason,
+        "version": response.policy_version,
+        "numTokens": len(response.tokens),
+        "advantage": _short(sum(advantages) / len(advantages)) if advantages else None,
+        "flowReward": _short(sum(rewards)) if "flow_rewards" in response.traces else None,
+        "numFlowTokens": len(rewards),
+    }
+
+
+def _short(value: float | None) -> float | None:
+    """Four significant digits, as many as the page shows."""
+    return None if value is None else float(f"{value:.4g}")
+
+
+def _compress(texts: list[str]) -> str:
+    """A JSON list of JSON texts, gzipped (mtime 0: same input, same page), as base64: nothing in it can be mistaken for HTML."""
+    return base64.b64encode(gzip.compress(f"[{','.join(texts)}]".encode(), 6, mtime=0)).decode()
+
+
+def _spread(count: int) -> list[int]:
+    """0 .. count-1, ordered so that every prefix is spread over the whole: the ends, then the middles of the gaps."""
+    order, gaps = ([0, count - 1] if count else []), deque([(0, count - 1)])
+    while gaps:
+        left, right = gaps.popleft()
+        middle = (left + right) // 2
+        if left < middle < right:
+            order.append(middle)
+            gaps += [(left, middle), (middle, right)]
+    return list(dict.fromkeys(order))
+
+
+class _Range:
+    """Collects the values of one quantity."""
+
+    def __init__(self) -> None:
+        self.parts: list[np.ndarray] = []
+
+    def add(self, values: tuple[float | None, ...]) -> None:
+        self.parts.append(np.array(values, dtype=np.float32))  # None becomes nan
+
+    def scale(self, name: str) -> Scale | None:
+        """The range that holds all but the outermost percent; None without values."""
+        values = np.concatenate(self.parts) if self.parts else np.empty(0, dtype=np.float32)
+        values = values[np.isfinite(values)]
+        if not len(values):
+            return None
+        if name == "flow_rewards":  # mostly zeros: few tokens are rewarded
+            return _around_zero(float(values.min()), float(values.max()))
+        low, high = (float(bound) for bound in np.percentile(values, (1, 99)))
+        if name == "advantages":
+            return _around_zero(low, high)
+        if name == "logprobs":
+            return Scale("magnitude", low, 0.0)
+        return Scale("magnitude", 0.0 if name == "entropy" else low, high)
+
+
+def _around_zero(low: float, high: float) -> Scale:
+    if low < 0 < high:
+        size = max(-low, high)
+        return Scale("signed", -size, size)
+    return Scale("penalty", low, 0.0) if low < 0 else Scale("bonus", 0.0, high)
+
+
+class _Pictures:
+    """The page's pictures: each file read once, each content kept once."""
+
+    def __init__(self, folder: Path) -> None:
+        self.root = folder.resolve()
+        self.urls: dict[str, str] = {}
+        self._loaded: dict[str, tuple[str, str] | None] = {}  # path as written -> (key, data URL), None where there is no picture
+
+    def cost(self, image: str) -> int:
+        """Bytes the page would grow by."""
+        loaded = self._load(image)
+        return len(loaded[1]) if loaded and loaded[0] not in self.urls else 0
+
+    def keep(self, image: str) -> int:
+        """Put a picture on the page. Returns the bytes it took."""
+        cost = self.cost(image)
+        if cost and (loaded := self._load(image)):
+            self.urls[loaded[0]] = loaded[1]
+        return cost
+
+    def key(self, image: str) -> str | None:
+        """The picture's key in `urls`."""
+        loaded = self._load(image)
+        return loaded[0] if loaded else None
+
+    def problems(self) -> list[Problem]:
+        """One line for all pictures that could not be shown."""
+        bad = [image for image, loaded in self._loaded.items() if loaded is None]
+        if not bad:
+            return []
+        return [Problem("damaged", "rollouts", f"{len(bad)} pictures are missing, outside the run folder or not pictures, first {bad[0]}")]
+
+    def _load(self, image: str) -> tuple[str, str] | None:
+        if image not in self._loaded:
+            self._loaded[image] = self._read(image)
+        return self._loaded[image]
+
+    def _read(self, image: str) -> tuple[str, str] | None:
+        try:
+            path = (self.root / "rollouts" / image).resolve()
+            if not path.is_relative_to(self.root) or not path.is_file():
+                return None
+            content = path.read_bytes()
+            with Image.open(io.BytesIO(content)) as picture:
+                kind = picture.format or ""
+                picture.load()
+                if len(content) > PICTURE_BYTES or kind not in SHOWN_AS_THEY_ARE:
+                    content, kind = _smaller(picture), "WEBP"
+        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):  # what Pillow raises for files that are no pictures
+            return None
+        key = hashlib.sha256(content).hexdigest()[:16]
+        return key, f"data:image/{kind.lower()};base64,{base64.b64encode(content).decode()}"
+
+
+def _smaller(picture: Image.Image) -> bytes:
+    picture = picture.convert("RGBA" if "transparency" in picture.info or picture.mode in ("RGBA", "LA", "PA") else "RGB")
+    picture.thumbnail((PICTURE_SIDE, PICTURE_SIDE))
+    out = io.BytesIO()
+    picture.save(out, "WEBP", quality=80)
+    return out.getvalue()

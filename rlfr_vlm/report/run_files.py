@@ -1,0 +1,396 @@
+"""A run folder as typed values. What is missing, damaged or half-written becomes a `Problem` to be shown; nothing here raises for it."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+QUANTITIES = ("flow_rewards", "deviations", "logprobs", "advantages", "entropy")  # per token, the names of the rollout files
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Something a reader of the run should know about its files."""
+
+    kind: Literal["missing", "damaged", "note"]
+    file: str  # relative to the run folder
+    text: str
+
+
+@dataclass(frozen=True)
+class Metrics:
+    """Columns of a metrics file, one value per step, its lines merged; None where a step did not log the metric or it was not finite."""
+
+    steps: tuple[int, ...] = ()
+    series: dict[str, tuple[float | None, ...]] | None = None
+    written_at: float | None = None  # seconds since the epoch
+
+
+@dataclass(frozen=True)
+class SourceAccuracy:
+    """Accuracy on the problems of one data source."""
+
+    name: str
+    accuracy: float | None
+    greedy: float | None
+    num_problems: int | None
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """One evaluation on the held-out problems."""
+
+    step: int
+    accuracy: float | None  # mean over sampled responses
+    low: float | None  # 95 % interval of `accuracy`
+    high: float | None
+    greedy: float | None
+    num_problems: int | None
+    num_samples: int | None
+    by_source: tuple[SourceAccuracy, ...] = ()
+
+
+@dataclass(frozen=True)
+class Response:
+    """One sampled response. Every array of `traces` has one value per token."""
+
+    sample_index: int | None
+    text: str
+    prediction: str
+    verdict: str
+    reason: str  # of an `error` verdict
+    reward: float | None
+    parts: dict[str, float | None]
+    finish_reason: str
+    policy_version: int | None
+    tokens: tuple[str, ...]
+    traces: dict[str, tuple[float | None, ...]]  # keys: those of QUANTITIES that were recorded
+
+
+@dataclass(frozen=True)
+class Group:
+    """The sibling responses to one prompt."""
+
+    step: int
+    prompt_id: str
+    question: str
+    answer: str  # gold
+    data_source: str
+    images: tuple[str, ...]  # as written, relative to the rollouts folder
+    responses: tuple[Response, ...]
+
+
+@dataclass(frozen=True)
+class RolloutFile:
+    """The rollouts of one step, read when needed."""
+
+    step: int
+    path: Path
+
+
+@dataclass(frozen=True)
+class RunFiles:
+    """Everything a run folder holds, rollouts unread."""
+
+    folder: Path
+    name: str
+    config_text: str
+    config: dict[str, Any]
+    environment: dict[str, str]  # flattened: dotted key -> value
+    metrics: Metrics
+    flow_fit: Metrics
+    evaluations: tuple[Evaluation, ...]  # by step
+    checkpoint_steps: tuple[int, ...]
+    latest_checkpoint: str
+    rollout_files: tuple[RolloutFile, ...]  # by step
+    problems: tuple[Problem, ...]
+
+    @property
+    def planned_steps(self) -> int | None:
+        """`train.steps` of the config."""
+        train = self.config.get("train")
+        return _whole(train.get("steps")) if isinstance(train, dict) else None
+
+
+def read_run(folder: Path) -> RunFiles:
+    """Read everything but the rollouts."""
+    problems: list[Problem] = []
+    config_text, config = _config(folder / "config.resolved.yaml", problems)
+    metrics = _metrics(folder / "metrics.jsonl", problems)
+    checkpoint_steps, latest = _checkpoints(folder / "checkpoints", problems)
+    fit = folder / "flow" / "flow_fit.jsonl"
+    fit = fit if fit.exists() else folder / "flow_fit.jsonl"
+    return RunFiles(
+        folder=folder,
+        name=os.fsencode(folder.resolve().name).decode("utf-8", "replace"),
+        config_text=config_text,
+        config=config,
+        environment=_environment(folder / "env.json", problems),
+        metrics=metrics,
+        flow_fit=_metrics(fit, problems) if fit.exists() else Metrics(),
+        evaluations=_evaluations(folder / "eval", problems),
+        checkpoint_steps=checkpoint_steps,
+        latest_checkpoint=latest,
+        rollout_files=_rollout_files(folder / "rollouts", problems),
+        problems=tuple(problems),
+    )
+
+
+def read_rollouts(file: RolloutFile, problems: list[Problem]) -> tuple[Group, ...]:
+    """The groups of one step in the order of the file."""
+    groups: list[tuple[dict[str, Any], list[Response]]] = []
+    open_groups: dict[str, int] = {}
+    misfits = 0
+    for row in _json_lines(file.path, problems):
+        response, fits = _response(row)
+        misfits += not fits
+        prompt_id = _text(row.get("prompt_id"))
+        at = open_groups.get(prompt_id)
+        if at is None or any(sibling.sample_index == response.sample_index for sibling in groups[at][1]):  # a prompt drawn twice in a step
+            at = open_groups[prompt_id] = len(groups)
+            groups.append((row, []))
+        groups[at][1].append(response)
+    if misfits:
+        problems.append(Problem("damaged", _relative(file.path), f"{misfits} responses have arrays that do not fit their tokens; left out"))
+    return tuple(_group(file.step, row, responses) for row, responses in groups)
+
+
+def _group(step: int, row: dict[str, Any], responses: list[Response]) -> Group:
+    images = row.get("images")
+    return Group(
+        step=step,
+        prompt_id=_text(row.get("prompt_id")),
+        question=_text(row.get("question")),
+        answer=_text(row.get("answer")),
+        data_source=_text(row.get("data_source")),
+        images=tuple(_text(image) for image in images) if isinstance(images, list) else (),
+        responses=tuple(sorted(responses, key=lambda response: response.sample_index or 0)),
+    )
+
+
+def _response(row: dict[str, Any]) -> tuple[Response, bool]:
+    """The response, and whether all its arrays fit its tokens."""
+    tokens = row.get("tokens")
+    tokens = tuple(_text(token) for token in tokens) if isinstance(tokens, list) else ()
+    traces = {name: tuple(_number(value) for value in row[name]) for name in QUANTITIES if isinstance(row.get(name), list)}
+    fitting = {name: values for name, values in traces.items() if len(values) == len(tokens)}
+    parts = row.get("parts")
+    return Response(
+        sample_index=_whole(row.get("sample_index")),
+        text=_text(row.get("response")),
+        prediction=_text(row.get("prediction")),
+        verdict=_text(row.get("verdict")),
+        reason=_text(row.get("reason")),
+        reward=_number(row.get("reward")),
+        parts={name: _number(value) for name, value in parts.items()} if isinstance(parts, dict) else {},
+        finish_reason=_text(row.get("finish_reason")),
+        policy_version=_whole(row.get("policy_version")),
+        tokens=tokens,
+        traces=fitting,
+    ), len(fitting) == len(traces)
+
+
+def _config(path: Path, problems: list[Problem]) -> tuple[str, dict[str, Any]]:
+    text = _read(path, problems)
+    try:
+        tree = yaml.safe_load(text) if text else {}
+    except (yaml.YAMLError, ValueError, RecursionError):
+        problems.append(Problem("damaged", _relative(path), "not YAML; shown as it is"))
+        tree = {}
+    return text, tree if isinstance(tree, dict) else {}
+
+
+def _environment(path: Path, problems: list[Problem]) -> dict[str, str]:
+    tree = _json_object(path, problems)
+    flat: dict[str, str] = {}
+    stack = [("", tree)]
+    while stack:
+        prefix, node = stack.pop()
+        for key, value in node.items():
+            if isinstance(value, dict):
+                stack.append((f"{prefix}{key}.", value))
+            else:
+                flat[f"{prefix}{key}".removeprefix("versions.")] = value if isinstance(value, str) else json.dumps(value)
+    return dict(sorted(flat.items()))
+
+
+def _metrics(path: Path, problems: list[Problem]) -> Metrics:
+    rows: dict[int, dict[str, Any]] = {}
+    repeated = set()
+    for row in _json_lines(path, problems):
+        step = _whole(row.pop("step", None))
+        if step is not None:
+            known = rows.setdefault(step, {})  # training and evaluation write a line each
+            if known.keys() & row.keys():
+                repeated.add(step)
+            known.update(row)
+    if repeated:
+        problems.append(Problem("note", _relative(path), f"{len(repeated)} steps were written twice (a resumed run?); later values count"))
+    steps = tuple(sorted(rows))
+    names = dict.fromkeys(name for step in steps for name, value in rows[step].items() if _is_number(value))
+    series = {name: tuple(_number(rows[step].get(name)) for step in steps) for name in names}
+    for name in names:
+        bad = [step for step in steps if _is_number(rows[step].get(name)) and _number(rows[step][name]) is None]
+        if bad:
+            problems.append(Problem("note", _relative(path), f"{name} is not a finite number at {len(bad)} steps, first at step {bad[0]}"))
+    return Metrics(steps, series, path.stat().st_mtime if path.is_file() else None)
+
+
+def _evaluations(folder: Path, problems: list[Problem]) -> tuple[Evaluation, ...]:
+    found: dict[int, Evaluation] = {}
+    for step, path in _step_files(folder, ".json", problems):
+        row = _json_object(path, problems)
+        if not row:
+            continue
+        interval = row.get("accuracy_ci")
+        low, high = (_number(bound) for bound in interval) if isinstance(interval, list) and len(interval) == 2 else (None, None)
+        sources = row.get("by_source")
+        found[step] = Evaluation(
+            step=step,
+            accuracy=_number(row.get("accuracy")),
+            low=low,
+            high=high,
+            greedy=_number(row.get("greedy")),
+            num_problems=_whole(row.get("num_problems")),
+            num_samples=_whole(row.get("num_samples")),
+            by_source=tuple(_source(name, values) for name, values in sorted(sources.items())) if isinstance(sources, dict) else (),
+        )
+    return tuple(found[step] for step in sorted(found))
+
+
+def _source(name: str, values: Any) -> SourceAccuracy:
+    if not isinstance(values, dict):
+        return SourceAccuracy(name, _number(values), None, None)
+    return SourceAccuracy(name, _number(values.get("accuracy")), _number(values.get("greedy")), _whole(values.get("num_problems")))
+
+
+def _checkpoints(folder: Path, problems: list[Problem]) -> tuple[tuple[int, ...], str]:
+    """Steps of the kept checkpoints, and the name `latest` points to."""
+    try:
+        names = [entry.name for entry in os.scandir(folder) if entry.is_dir() and not entry.is_symlink()]
+    except OSError as error:
+        problems.append(_unreadable(folder, error))
+        return (), ""
+    steps = sorted(int(match[1]) for name in names if (match := re.fullmatch(r"global_step_(\d+)", name)))
+    latest = folder / "latest"
+    name = ""
+    try:
+        name = os.readlink(latest) if latest.is_symlink() else latest.read_text(errors="replace").strip()
+    except OSError as error:
+        problems.append(_unreadable(latest, error))
+    name = Path(name).name
+    if name and not (folder / name).is_dir():
+        problems.append(Problem("damaged", _relative(latest), f"names {name}, which is not there"))
+    return tuple(steps), name
+
+
+def _rollout_files(folder: Path, problems: list[Problem]) -> tuple[RolloutFile, ...]:
+    return tuple(RolloutFile(step, path) for step, path in _step_files(folder, ".jsonl", problems))
+
+
+def _step_files(folder: Path, suffix: str, problems: list[Problem]) -> list[tuple[int, Path]]:
+    """(step, path) of the `step_<number><suffix>` files of a folder, by step."""
+    try:
+        names = os.listdir(folder)
+    except OSError as error:
+        problems.append(_unreadable(folder, error))
+        return []
+    matches = (re.fullmatch(rf"step_(\d+){re.escape(suffix)}", name) for name in names)
+    found = sorted((int(match[1]), folder / match[0]) for match in matches if match)
+    if not found:
+        problems.append(Problem("missing", _relative(folder), f"no step_*{suffix} in it"))
+    return found
+
+
+def _json_lines(path: Path, problems: list[Problem]) -> Iterator[dict[str, Any]]:
+    """The objects of a JSONL file. A last line without a line break is still being written: ignored when it does not parse."""
+    bad: list[int] = []
+    try:
+        with path.open("rb") as file:
+            for number, line in enumerate(file, 1):
+                try:
+                    row = json.loads(line)
+                except (ValueError, RecursionError):
+                    row = None
+                if isinstance(row, dict):
+                    yield row
+                elif line.endswith(b"\n") and line.strip():
+                    bad.append(number)
+    except OSError as error:
+        problems.append(_unreadable(path, error))
+    if bad:
+        problems.append(Problem("damaged", _relative(path), f"{len(bad)} lines are not JSON objects, first line {bad[0]}; left out"))
+
+
+def _json_object(path: Path, problems: list[Problem]) -> dict[str, Any]:
+    text = _read(path, problems)
+    if not text:
+        return {}
+    try:
+        tree = json.loads(text)
+    except (ValueError, RecursionError):
+        tree = None
+    if not isinstance(tree, dict):
+        problems.append(Problem("damaged", _relative(path), "not a whole JSON object"))
+        return {}
+    return tree
+
+
+def _read(path: Path, problems: list[Problem]) -> str:
+    try:
+        text = path.read_bytes().decode("utf-8", "replace")
+    except OSError as error:
+        problems.append(_unreadable(path, error))
+        return ""
+    if not text.strip():
+        problems.append(Problem("damaged", _relative(path), "empty"))
+        return ""
+    return text
+
+
+def _unreadable(path: Path, error: OSError) -> Problem:
+    if isinstance(error, FileNotFoundError):
+        return Problem("missing", _relative(path), "not there")
+    return Problem("damaged", _relative(path), f"cannot be read: {error.strerror}")
+
+
+def _relative(path: Path) -> str:
+    """The path as the reader of a run knows it: without the folders above the run."""
+    if path.parent.name in ("rollouts", "eval", "checkpoints", "flow"):
+        return f"{path.parent.name}/{path.name}"
+    return path.name
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _number(value: Any) -> float | None:
+    """A finite float, or None."""
+    if type(value) is not float and not _is_number(value):  # the first test alone spares most of the time
+        return None
+    try:
+        value = float(value)
+    except OverflowError:
+        return None
+    return value if math.isfinite(value) else None
+
+
+def _whole(value: Any) -> int | None:
+    number = _number(value)
+    return None if number is None else int(number)
+
+
+def _text(value: Any) -> str:
+    """Text as it is; nothing for null; other JSON values as JSON (a gold answer may be a number)."""
+    if isinstance(value, str):
+        return value
+    return "" if value is None else json.dumps(value)

@@ -1,0 +1,58 @@
+"""What every rollout engine can do, and which one a config asks for."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol
+
+from rlfr_vlm.errors import UserError
+
+if TYPE_CHECKING:
+    from rlfr_vlm.config import Config
+    from rlfr_vlm.types import EncodedPrompt, RolloutGroup
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplingConfig:
+    """How one batch of responses is sampled: from the full distribution, no top-k, top-p or penalty."""
+
+    group_size: int  # responses per prompt, G
+    temperature: float  # 0: greedy; log-probs are then those at temperature 1
+    max_new_tokens: int
+    stop: tuple[str, ...] = ()  # strings that end a response, besides EOS; the tokens that complete one are kept
+    ignore_eos: bool = False  # sample on through EOS
+    seed_key: tuple[int | str, ...]  # the request's seed is request_seed(*seed_key, prompt id, sample index)
+
+
+class RolloutEngine(Protocol):
+    """Samples responses of the policy."""
+
+    name: str
+
+    def load_weights(self, policy: Any) -> None:
+        """Sample from exactly these weights from now on. Raises StoppedError when that cannot be proven."""
+        ...
+
+    def sample(self, prompts: Sequence[EncodedPrompt], sampling: SamplingConfig) -> list[RolloutGroup]:
+        """`group_size` responses to each prompt, in the order of the prompts."""
+        ...
+
+    def close(self) -> None:
+        """Give back memory and processes. The engine is of no use afterwards."""
+        ...
+
+
+def make_engine(cfg: Config, policy: Any) -> RolloutEngine:
+    """The engine that `cfg.rollout.engine` names; `auto` is vLLM where it is installed. UserError where vLLM is named but missing."""
+    installed = importlib.util.find_spec("vllm") is not None  # looks, does not import
+    if cfg.rollout.engine == "vllm" and not installed:
+        raise UserError("rollout.engine=vllm: vLLM is not installed; install it (extra `vllm`, or `cpu`) or set rollout.engine=hf")
+    if cfg.rollout.engine == "hf" or not installed:
+        from rlfr_vlm.rollout.hf_engine import HFEngine
+
+        return HFEngine(cfg.rollout, policy)
+    from rlfr_vlm.rollout.vllm_engine import VllmEngine
+
+    return VllmEngine(cfg, policy)

@@ -1,0 +1,315 @@
+"""Sampling by vLLM, in this process. The only module that imports vllm."""
+
+from __future__ import annotations
+
+import logging
+import os
+import random
+import signal
+import socket
+import tempfile
+import threading
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from rlfr_vlm.config import Config
+from rlfr_vlm.data.render import Renderer
+from rlfr_vlm.errors import StoppedError, UserError
+from rlfr_vlm.models.policy import Policy
+from rlfr_vlm.rollout.engine import SamplingConfig
+from rlfr_vlm.rollout.weights import Layout, compare_weights, engine_model, logprob_gap, sync_weights, trainer_tensors
+from rlfr_vlm.types import EncodedPrompt, Prompt, Rollout, RolloutGroup, request_seed
+
+TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.1}  # mean log-prob gap; measured: right 5e-6 and 0.03 to 0.06, stale head 0.38 and 0.42
+TEMPERATURES = (0.01, 2.0)  # beyond these vLLM clamps (with a warning) or refuses
+PROBE = SamplingConfig(group_size=4, temperature=1.0, max_new_tokens=8, ignore_eos=True, seed_key=("probe",))
+PROBE_QUESTIONS = ("3 + 4 =", "The capital of France is", "What do you see?")
+MIN_MODEL_LEN = 64  # room for the probe, whatever the config's limits
+
+
+class VllmEngine:
+    """vLLM holding its own copy of the policy's weights."""
+
+    name = "vllm"
+
+    def __init__(self, cfg: Config, policy: Policy) -> None:
+        """Start vLLM and give it the policy's weights. Raises UserError for limits that do not fit, StoppedError as `load_weights` does."""
+        self.cfg, self.policy = cfg, policy
+        self.max_model_len = max_model_len(cfg, policy.max_length)
+        self._layout: Layout | None = None
+        self._syncs = 0
+        with tempfile.TemporaryDirectory(prefix="rlfr-vllm-") as folder, undisturbed():
+            if cfg.model.gguf_file:  # vLLM reads no such folder
+                policy.save(folder)
+            self.llm = start(cfg, policy, folder if cfg.model.gguf_file else policy.path, self.max_model_len)
+        ban_tokens(engine_model(self.llm), policy.banned_token_ids)
+        self.load_weights(policy)
+
+    def load_weights(self, policy: Policy) -> None:
+        """Copy the policy's weights and prove that they arrived; the first time also that the engine computes what the policy does.
+
+        Raises StoppedError naming the tensor that differs, or the gap between the log-probs.
+        """
+        self.policy = policy
+        tensors = trainer_tensors(policy)
+        first = self._layout is None
+        self._layout = sync_weights(self.llm, self._layout, tensors, seed=self._syncs)
+        self._syncs += 1
+        if first:
+            self.probe()
+
+    def probe(self) -> float:
+        """Sample from a few fixed prompts and score the tokens with the policy. Returns the mean log-prob gap.
+
+        Raises StoppedError where it exceeds the tolerance, naming the worst tensor if one differs.
+        """
+        prompts = probe_prompts(self.cfg, self.policy)
+        rollouts = [rollout for group in self.sample(prompts, PROBE) for rollout in group.rollouts]
+        gap = logprob_gap(rollouts, self.policy, PROBE.temperature)
+        dtypes = {self.policy.dtype, self.llm.llm_engine.model_config.dtype}
+        tolerance = self.cfg.rollout.vllm.probe_tolerance or max(TOLERANCE.get(dtype, 0.1) for dtype in dtypes)
+        if not gap <= tolerance:
+            assert self._layout is not None
+            bad = compare_weights(engine_model(self.llm), self._layout, trainer_tensors(self.policy), exhaustive=True)
+            cause = str(bad[0]) if bad else "all weights are equal, so vLLM computes something else with them; set rollout.engine=hf"
+            raise StoppedError(
+                f"weight sync: vLLM's log-probs are {gap:.4g} away from the policy's on average (limit {tolerance:.4g}): {cause}"
+            )
+        return gap
+
+    def sample(self, prompts: Sequence[EncodedPrompt], sampling: SamplingConfig) -> list[RolloutGroup]:
+        """See RolloutEngine. Tokens depend on the weights and each request's seed, not on order or batch.
+
+        Raises UserError naming a prompt that leaves no room for `max_new_tokens`, or a temperature out of vLLM's range, and StoppedError
+        naming a prompt that vLLM reads as other tokens than the trainer.
+        """
+        from vllm import SamplingParams
+
+        for prompt in prompts:
+            length = len(prompt.token_ids)
+            if length + sampling.max_new_tokens > self.max_model_len:  # vLLM would shorten the response without a word
+                raise UserError(
+                    f"prompt `{prompt.prompt.id}`: its {length} tokens and {sampling.max_new_tokens} new ones exceed vLLM's limit of "
+                    f"{self.max_model_len}; raise rollout.vllm.max_model_len, or lower data.max_prompt_tokens or rollout.max_new_tokens"
+                )
+        inputs = [engine_input(prompt) for prompt in prompts for _ in range(sampling.group_size)]
+        parameters = [
+            SamplingParams(**sampling_parameters(prompt, index, sampling, self.policy.eos_token_ids))
+            for prompt in prompts
+            for index in range(sampling.group_size)
+        ]
+        with undisturbed_generators():  # vLLM draws from torch's own generator at every step, whatever the seeds
+            outputs = self.llm.generate(inputs, parameters, use_tqdm=False) if inputs else []
+        rollouts = iter(outputs)
+        return [
+            RolloutGroup(prompt, tuple(self._rollout(prompt, index, next(rollouts)) for index in range(sampling.group_size)))
+            for prompt in prompts
+        ]
+
+    def _rollout(self, prompt: EncodedPrompt, index: int, output: Any) -> Rollout:
+        read = tuple(output.prompt_token_ids)
+        if read != prompt.token_ids:
+            raise StoppedError(
+                f"prompt `{prompt.prompt.id}`: the trainer reads it as {len(prompt.token_ids)} tokens, vLLM as {len(read)}"
+                f"{' other ones' if len(read) == len(prompt.token_ids) else ''}: "
+                "their processors disagree about a picture; set rollout.engine=hf"
+            )
+        (completion,) = output.outputs
+        if completion.finish_reason not in ("stop", "length"):
+            raise StoppedError(f"prompt `{prompt.prompt.id}`: vLLM ended a response with `{completion.finish_reason}`")
+        tokens = tuple(completion.token_ids)
+        return Rollout(
+            prompt=prompt,
+            sample_index=index,
+            token_ids=tokens,
+            logprobs=tuple(completion.logprobs.logprobs[: len(tokens)]),  # flat: one per token, that of the sampled one
+            text=self.policy.decode(tokens),
+            finish_reason=completion.finish_reason,
+            policy_version=self.policy.version,
+        )
+
+    def close(self) -> None:
+        """Stop the engine and free its memory."""
+        from vllm.distributed import cleanup_dist_env_and_memory
+
+        self.llm.llm_engine.engine_core.shutdown()
+        del self.llm
+        cleanup_dist_env_and_memory()
+
+
+def engine_input(prompt: EncodedPrompt) -> dict[str, Any]:
+    """What vLLM is given: one image token per picture and the pictures."""
+    given: dict[str, Any] = {"prompt_token_ids": list(prompt.engine_token_ids)}
+    if prompt.images:
+        given["multi_modal_data"] = {"image": list(prompt.images)}
+    return given
+
+
+def sampling_parameters(prompt: EncodedPrompt, index: int, sampling: SamplingConfig, eos: Sequence[int]) -> dict[str, Any]:
+    """Every field that shapes the distribution, so that no default of the model or of vLLM does.
+
+    Raises UserError for a temperature that vLLM would change.
+    """
+    low, high = TEMPERATURES
+    if sampling.temperature and not low <= sampling.temperature <= high:
+        raise UserError(f"temperature {sampling.temperature}: vLLM samples between {low} and {high}, and greedily at 0")
+    return {
+        "n": 1,
+        "temperature": sampling.temperature,
+        "top_p": 1.0,
+        "top_k": 0,
+        "min_p": 0.0,
+        "presence_penalty": 0.0,
+        "frequency_penalty": 0.0,
+        "repetition_penalty": 1.0,
+        "seed": request_seed(*sampling.seed_key, prompt.prompt.id, index),
+        "max_tokens": sampling.max_new_tokens,
+        "min_tokens": 0,
+        # The policy's own list of EOS tokens decides, not the one vLLM takes from the tokenizer.
+        "ignore_eos": True,
+        "stop_token_ids": [] if sampling.ignore_eos else list(eos),
+        "stop": list(sampling.stop),
+        "detokenize": bool(sampling.stop),
+        "logprobs": 0,  # that of the sampled token only
+        "flat_logprobs": True,
+    }
+
+
+def max_model_len(cfg: Config, limit: int | None) -> int:
+    """Tokens of the longest sequence: as configured, else the longest prompt plus response, within the model's limit."""
+    given = cfg.rollout.vllm.max_model_len
+    if given and limit and given > limit:
+        raise UserError(f"rollout.vllm.max_model_len={given}: the model reads at most {limit} tokens")
+    wanted = given or max(cfg.data.max_prompt_tokens + cfg.rollout.max_new_tokens, MIN_MODEL_LEN)
+    return min(wanted, limit) if limit else wanted
+
+
+def start(cfg: Config, policy: Policy, path: str, length: int) -> Any:
+    """vLLM's LLM object. Raises UserError with vLLM's own words where it refuses the settings."""
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # in this process: weights are reachable, and a dead engine cannot hang us
+    for key, value in {"VLLM_LOGGING_LEVEL": "ERROR", "VLLM_NO_USAGE_STATS": "1", "VLLM_HOST_IP": "127.0.0.1"}.items():
+        os.environ.setdefault(key, value)
+    os.environ["GLOO_SOCKET_IFNAME"] = next((name for _, name in socket.if_nameindex() if name.startswith("lo")), "lo")
+    logging.getLogger("vllm").setLevel(os.environ["VLLM_LOGGING_LEVEL"])
+    from vllm.platforms import current_platform
+
+    settings = cfg.rollout.vllm
+    dtype: Any = settings.dtype if settings.dtype != "auto" else str(policy.dtype).removeprefix("torch.")
+    options: dict[str, Any] = {}
+    if current_platform.is_cpu():
+        options["kv_cache_memory_bytes"] = settings.kv_cache_gib * 2**30
+        current_platform.simple_compile_backend = "eager"  # else the sampler's helpers are compiled with a C++ compiler: 8 s at first use
+        operators: Any = torch.ops._C
+        operators.init_cpu_memory_env = lambda nodes: None  # would bind the memory of the whole process to one NUMA node
+    else:
+        options["gpu_memory_utilization"] = settings.gpu_memory_utilization
+    if policy.processor is not None:
+        options["limit_mm_per_prompt"] = {"video": 0}
+        # Pictures come in the size in which the trainer reads them; the limits only size vLLM's buffers.
+        options["mm_processor_kwargs"] = {
+            "do_resize": False,
+            "size": {"shortest_edge": cfg.data.min_pixels, "longest_edge": cfg.data.max_pixels},
+        }
+    from vllm import LLM
+
+    try:
+        return LLM(
+            path,
+            dtype=dtype,
+            trust_remote_code=cfg.model.trust_remote_code,
+            max_model_len=length,
+            max_num_seqs=settings.max_num_seqs,
+            enforce_eager=settings.enforce_eager,
+            distributed_executor_backend="uni",
+            enable_prefix_caching=True,
+            generation_config="vllm",  # vLLM's neutral defaults, not the model's
+            logprobs_mode="processed_logprobs",  # at the temperature and without the banned tokens
+            use_tqdm_on_load=False,
+            **options,
+        )
+    except ValueError as error:
+        raise UserError(f"rollout.vllm: vLLM does not start: {' '.join(str(error).split())[:500]}") from error
+
+
+def ban_tokens(model: Any, token_ids: Sequence[int]) -> None:
+    """Set the logits of these tokens to -inf where the model computes them, so that every request and every log-prob is without them.
+
+    vLLM's own means fall short: a logit_bias is clamped at -100, bad_words loops over requests in Python, and a logits processor has
+    another interface in each of vLLM's two model runners.
+    """
+    compute_logits = model.compute_logits
+    banned = torch.tensor(token_ids, dtype=torch.long, device=next(model.parameters()).device)
+
+    def compute_allowed(*args: Any, **kwargs: Any) -> Any:
+        logits = compute_logits(*args, **kwargs)
+        return logits if logits is None else logits.index_fill_(-1, banned, float("-inf"))
+
+    if token_ids:
+        model.compute_logits = compute_allowed
+
+
+def probe_prompts(cfg: Config, policy: Policy) -> list[EncodedPrompt]:
+    """A few short questions, the last with a picture of noise where the policy sees."""
+    renderer = Renderer(policy, cfg.data.model_copy(update={"max_prompt_tokens": 10**6}), "")
+    prompts = []
+    for number, question in enumerate(PROBE_QUESTIONS):
+        parts: list[dict[str, Any]] = [{"type": "text", "text": question}]
+        images: tuple[Image.Image, ...] = ()
+        if policy.processor is not None and number == len(PROBE_QUESTIONS) - 1:
+            noise = np.random.default_rng(0).integers(0, 256, (56, 84, 3), dtype=np.uint8)
+            parts, images = [{"type": "image"}, *parts], (Image.fromarray(noise),)
+        message = {"role": "user", "content": parts}
+        prompts.append(renderer.encode(Prompt(f"probe-{number}", (message,), images, "")))
+    return prompts
+
+
+@contextmanager
+def undisturbed_generators() -> Iterator[None]:
+    """Leave the global random generators as they were."""
+    states = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    devices = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else None
+    try:
+        yield
+    finally:
+        random.setstate(states[0])
+        np.random.set_state(states[1])
+        torch.set_rng_state(states[2])
+        if devices is not None:
+            torch.cuda.set_rng_state_all(devices)
+
+
+@contextmanager
+def undisturbed() -> Iterator[None]:
+    """Importing and starting vLLM changes the process: put back what the trainer and its subprocesses rely on.
+
+    Generators, the number of threads (and torch.set_num_threads itself, which vLLM disables on CPU), default dtype, signal handlers and the
+    environment (LD_PRELOAD, LOCAL_WORLD_SIZE, inductor's settings, ...), of which only vLLM's own variables stay.
+    """
+    environment, dtype = dict(os.environ), torch.get_default_dtype()
+    threads, set_threads = torch.get_num_threads(), torch.set_num_threads
+    main = threading.current_thread() is threading.main_thread()
+    handlers = {number: signal.getsignal(number) for number in signal.valid_signals()} if main else {}
+    with undisturbed_generators(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            yield
+        finally:
+            torch.set_num_threads = set_threads
+            if torch.get_num_threads() != threads:
+                torch.set_num_threads(threads)
+            torch.set_default_dtype(dtype)
+            for number, handler in handlers.items():
+                if signal.getsignal(number) is not handler:
+                    signal.signal(number, handler)
+            for key in set(os.environ) | set(environment):
+                if not key.startswith("VLLM_") and os.environ.get(key) != environment.get(key):
+                    if key in environment:
+                        os.environ[key] = environment[key]
+                    else:
+                        del os.environ[key]

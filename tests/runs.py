@@ -1,0 +1,64 @@
+"""Small real runs for the tests: a config, a data folder, and the command line in a process of its own."""
+
+import hashlib
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import yaml
+from PIL import Image, ImageDraw
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def make_data(folder: Path, count: int = 8) -> None:
+    """Pictures with one or two bars and the question how many; rows for training, evaluation and fitting the flow."""
+    (folder / "images").mkdir(parents=True, exist_ok=True)
+    for name in ("train", "test", "expert"):
+        rows = []
+        for i in range(count):
+            picture = Image.new("RGB", (56, 56), (20 * i, 40, 90))
+            for bar in range(i % 2 + 1):
+                ImageDraw.Draw(picture).rectangle([8 + 24 * bar, 8, 20 + 24 * bar, 48], fill=(255, 255, 255))
+            picture.save(folder / "images" / f"{name}{i}.png")
+            row = {"id": f"{name}{i}", "prompt": "<image>How many?", "images": [f"images/{name}{i}.png"], "answer": str(i % 2 + 1)}
+            rows.append({**row, "response": f"= \\boxed{{{row['answer']}}}", "data_source": "bars"})
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def make_config(folder: Path, model: str, **sections) -> Path:
+    """A run of four small steps with the flow on, saved at every second one."""
+    tree = {
+        "output_dir": str(folder / "run"),
+        "model": {"path": model, "dtype": "float32", "freeze_vision": False},
+        "data": {f: str(folder / f"{n}.jsonl") for f, n in (("train", "train"), ("eval", "test"), ("expert", "expert"))} | {"min_pixels": 784},
+        "rollout": {"engine": "hf", "num_prompts": 2, "group_size": 4, "max_new_tokens": 8},
+        "reward": {"answer": "text", "max_error_frac": 1.0, "grader": {"workers": 1}},
+        "flow": {"fit": {"steps": 2, "batch_size": 4, "batch_mul": 1}, "network": {"depth": 1}, "online": {"soft_weight": 0.5}},
+        "optim": {"lr": 1e-3},
+        "train": {"steps": 4, "save_steps": 2},
+        "eval": {"num_samples": 2, "limit": 4},
+    }
+    for name, section in sections.items():
+        tree[name] = {**tree[name], **section} if isinstance(section, dict) else section
+    path = folder / "config.yaml"
+    path.write_text(yaml.safe_dump(tree))
+    return path
+
+
+def cli(*arguments: str, fault: str | None = None, timeout: float = 300, **environment: str) -> subprocess.CompletedProcess:
+    """Run the real command line in its own process group, one thread."""
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", **environment}
+    env.pop("RLFR_FAULT", None)
+    if fault:
+        env["RLFR_FAULT"] = fault
+    command = [sys.executable, "-m", "rlfr_vlm.cli", *arguments]
+    return subprocess.run(command, env=env, cwd=ROOT, capture_output=True, text=True, timeout=timeout, start_new_session=True)
+
+
+def digest(run: Path, step: int) -> dict[str, str]:
+    """sha256 of the final weights, policy and field."""
+    folder = run / "checkpoints" / f"global_step_{step}"
+    return {name: hashlib.sha256((folder / name).read_bytes()).hexdigest() for name in ("policy.safetensors", "flow/flow.safetensors")}

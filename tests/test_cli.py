@@ -1,0 +1,121 @@
+"""The command line as a user meets it: what works, and one clear line for what cannot."""
+
+import json
+import shutil
+
+import pytest
+
+from rlfr_vlm.cli import main
+from tests.runs import cli, make_config, make_data
+
+
+def run(capsys, *arguments):
+    """Exit code, standard output, standard error of the command line in this process."""
+    with pytest.raises(SystemExit) as exited:
+        main(list(arguments))
+    output = capsys.readouterr()
+    return exited.value.code, output.out, output.err
+
+
+@pytest.fixture
+def run_folder(model_folder, tmp_path):
+    make_data(tmp_path)
+    return tmp_path, make_config(tmp_path, model_folder("qwen2_5_vl"))
+
+
+def test_flow_train_and_eval_end_to_end(run_folder, capsys):
+    folder, config = run_folder
+    code, out, _ = run(capsys, "flow", "--config", str(config))
+    assert code == 0
+    field = out.strip()
+    code, out, err = run(capsys, "train", "--config", str(config), f"flow.checkpoint={field}", "eval.every=2", "train.steps=2")
+    assert (code, out.strip()) == (0, str(folder / "run")), err
+    lines = [json.loads(line) for line in (folder / "run/metrics.jsonl").read_text().splitlines()]
+    steps = [line for line in lines if "reward/mean" in line]
+    assert [line["step"] for line in steps] == [1, 2]
+    assert {"actor/pg_loss", "flow/loss", "flow/reward_mean", "rollout/logprob_diff_mean", "timing_s/step"} <= steps[0].keys()
+    assert steps[0]["rollout/logprob_diff_mean"] < 1e-4
+    assert [line["step"] for line in lines if "val/accuracy" in line] == [2]
+    rollout = json.loads((folder / "run/rollouts/step_000001.jsonl").read_text().splitlines()[0])
+    assert len(rollout["tokens"]) == len(rollout["advantages"]) == len(rollout["flow_rewards"]) == len(rollout["logprobs"])
+    assert (folder / "run/rollouts" / rollout["images"][0]).exists()
+    assert {p.name for p in (folder / "run").iterdir()} >= {"config.resolved.yaml", "env.json", "tb", "checkpoints", "eval", "flow"}
+    code, out, _ = run(capsys, "eval", "--config", str(config), "eval.pictures=blank")
+    assert code == 0
+    assert json.loads(out)["num_problems"] == 4
+
+
+def test_dry_run_prints_the_resolved_config_and_loads_nothing(run_folder, capsys):
+    _, config = run_folder
+    code, out, _ = run(capsys, "train", "--config", str(config), "--dry-run", "model.path=/nowhere", "optim.lr=3e-6")
+    assert code == 0
+    assert "lr: 3.0e-06" in out
+
+
+def spoil(folder, **changes):
+    path = folder / "train.jsonl"
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    rows[3].update(changes)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"images": ["images/gone.png"]}, "train.jsonl:4: images/gone.png is missing"),
+        ({"images": ["images/empty.png"]}, "train.jsonl:4: images/empty.png is empty (0 bytes)"),
+        ({"images": []}, "train.jsonl:4: 0 images but 1 image placeholders"),
+        ({"answer": ""}, "train.jsonl:4: the answer is empty"),
+        ({"answer": "\\frac{"}, "train.jsonl:4: answer"),
+    ],
+)
+def test_bad_rows_stop_with_one_line(run_folder, capsys, changes, message):
+    folder, config = run_folder
+    (folder / "images/empty.png").touch()
+    spoil(folder, **changes)
+    code, _, err = run(capsys, "train", "--config", str(config), "data.shuffle=false")
+    assert code == 2
+    assert message in err.splitlines()[-1]
+    assert "Traceback" not in err
+
+
+def test_bad_rows_can_be_skipped(run_folder, capsys):
+    folder, config = run_folder
+    spoil(folder, images=["images/gone.png"])
+    overrides = ["data.on_bad_row=skip", "data.max_bad_frac=0.5", "data.shuffle=false", "train.steps=2"]
+    code, _, err = run(capsys, "train", "--config", str(config), *overrides)
+    assert code == 0, err
+    recorded = [json.loads(line) for line in (folder / "run/bad_rows.jsonl").read_text().splitlines()]
+    assert [(row["kind"], "gone.png" in row["reason"]) for row in recorded] == [("image", True)]
+    assert "1 bad rows were left out" in err
+
+
+def test_unknown_key(run_folder, capsys):
+    _, config = run_folder
+    code, _, err = run(capsys, "train", "--config", str(config), "rollout.tempreature=1")
+    assert code == 2
+    assert "rollout.tempreature" in err and "rollout.temperature" in err
+
+
+def test_a_flow_of_another_backbone_or_config_is_refused(run_folder, model_folder, capsys):
+    _, config = run_folder
+    field = run(capsys, "flow", "--config", str(config))[1].strip()
+    other = model_folder("qwen2_5_vl", seed=1)
+    code, _, err = run(capsys, "train", "--config", str(config), f"flow.checkpoint={field}", f"model.path={other}")
+    assert code == 2
+    assert "does not fit this run (backbone.fingerprint: checkpoint" in err
+    code, _, err = run(capsys, "train", "--config", str(config), f"flow.checkpoint={field}", "flow.context=token_post", "flow.times=[0.5]")
+    assert code == 2
+    assert "context: checkpoint token_pre, run token_post; times: checkpoint (0.8,), run (0.5,)" in err
+    shutil.rmtree(field)
+    code, _, err = run(capsys, "train", "--config", str(config), f"flow.checkpoint={field}")
+    assert code == 2
+    assert "flow.checkpoint" in err
+
+
+def test_the_real_process_prints_no_traceback(run_folder):
+    folder, config = run_folder
+    done = cli("train", "--config", str(config), f"data.train={folder}/nothing.jsonl")
+    assert done.returncode == 2
+    assert done.stderr.strip().splitlines()[-1] == f"rlfr-vlm train: data file {folder}/nothing.jsonl does not exist"
+    assert "Traceback" not in done.stderr
