@@ -141,6 +141,13 @@ def test_tokens_depend_on_the_request_alone(engine, prompts):
     assert all(other[key] != together[key] for key in together)
 
 
+def test_a_batch_beyond_one_steps_tokens_changes_nothing(engine, prompts):
+    many = replace(SAMPLING, group_size=50, max_new_tokens=3)
+    assert sum(len(p.token_ids) for p in prompts) * 50 > engine.llm.llm_engine.vllm_config.scheduler_config.max_num_batched_tokens
+    alone = [tokens(engine.sample([prompt], many)) for prompt in prompts]
+    assert tokens(engine.sample(prompts, many)) == {key: value for part in alone for key, value in part.items()}
+
+
 def test_first_tokens_follow_the_policys_distribution(engine, policy, prompts):
     (group,) = engine.sample(prompts[:1], replace(SAMPLING, group_size=600, max_new_tokens=1))
     ids = torch.tensor(prompts[0].token_ids)
@@ -202,7 +209,7 @@ def test_a_prompt_that_vllm_reads_otherwise_stops_the_run(engine, prompts):
     picture = prompts[2]
     wider = replace(picture, images=(picture.images[0].resize((140, 56)),))
     with pytest.raises(
-        StoppedError, match=f"`row-2`: the trainer reads it as {len(picture.token_ids)} tokens, vLLM as {len(picture.token_ids) + 2}"
+        StoppedError, match=rf"`row-2`: the trainer reads it as {len(picture.token_ids)} tokens, vLLM as {len(picture.token_ids) + 2}"
     ):
         engine.sample([prompts[0], wider], SAMPLING)
     other = replace(prompts[0], token_ids=(*prompts[0].token_ids[:-1], 7))
@@ -252,5 +259,5 @@ def test_engine_choice(path, policy, monkeypatch):
 
 
 def test_limits_that_do_not_fit_name_the_field(path, policy):
-    with pytest.raises(UserError, match="rollout.vllm.max_model_len=4096: the model reads at most 1024"):
+    with pytest.raises(UserError, match=r"rollout\.vllm\.max_model_len=4096: the model reads at most 1024"):
         make_engine(make_config(path, vllm={"max_model_len": 4096}), policy)
