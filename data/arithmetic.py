@@ -13,7 +13,7 @@ import json
 import random
 from pathlib import Path
 
-LARGEST = 20
+LARGEST = 10
 SUFFIX = " Answer with just the number."
 QUESTIONS = {
     "sum": ("What is {a} + {b}?", "What is {a} plus {b}?", "Ann has {a} apples and gets {b} more. How many apples does she have?"),
@@ -80,7 +80,7 @@ def main() -> None:
     verbs = parser.add_subparsers(dest="verb", required=True)
     data = verbs.add_parser("build")
     data.add_argument("folder", type=Path)
-    for name, count in (("train", 2000), ("test", 150), ("expert", 1000), ("seed", 0)):
+    for name, count in (("train", 2000), ("test", 100), ("expert", 1000), ("seed", 0)):
         data.add_argument(f"--{name}", type=int, default=count)
     verbs.add_parser("model").add_argument("folder", type=Path)
     arguments = parser.parse_args()

@@ -48,7 +48,6 @@ class Workbench:
 @contextmanager
 def workbench(cfg: Config, with_engine: bool = True) -> Iterator[Workbench]:
     """Load the policy, start grader and engine; stop them afterwards."""
-    tune_allocator()
     policy = Policy(cfg.model)
     with Grader(cfg.reward.grader, cfg.reward.answer) as grader:
         engine = make_engine(cfg, policy) if with_engine else None
@@ -203,7 +202,3 @@ def make_learner(cfg: Config, policy: Policy) -> Learner:
 def describe(result: HeldoutResult) -> dict[str, object]:
     """A result as plain data."""
     return asdict(result)
-
-
-def tune_allocator() -> None:
-    """Let glibc keep freed pages on CPU runs: large tensors are otherwise mapped and faulted in anew at every step."""

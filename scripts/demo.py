@@ -52,7 +52,8 @@ def run(task: str, cfg: Config) -> dict[str, object]:
     """The demo, as the command line would do it verb by verb, with one policy and one engine throughout."""
     start = time.perf_counter()
     expert = commands.expert_prompts(cfg)
-    train, heldout, bad = commands.rl_prompts(cfg)
+    train, _, bad = commands.rl_prompts(cfg)
+    heldout, _ = commands.heldout_prompts(cfg)
     assert cfg.flow is not None
     with commands.workbench(cfg) as bench:
         assert bench.engine is not None
@@ -67,7 +68,9 @@ def run(task: str, cfg: Config) -> dict[str, object]:
         blank = None
         if task == "vision":
             blank_cfg = cfg.model_copy(update={"eval": cfg.eval.model_copy(update={"pictures": "blank"})})
-            blank = commands.run_evaluation(bench, commands.encode_heldout(blank_cfg, bench.policy, heldout, bad), cfg.train.steps, blank_cfg)
+            blank = commands.run_evaluation(
+                bench, commands.encode_heldout(blank_cfg, bench.policy, heldout, bad), cfg.train.steps, blank_cfg
+            )
         engine = bench.engine.name
     report = write_report(Path(cfg.output_dir))
     commonest = commonest_answer_accuracy(train, heldout)

@@ -11,7 +11,7 @@ import sys
 import sysconfig
 from pathlib import Path
 
-HOOK = '''\
+HOOK = """\
 import importlib.abc
 import importlib.machinery
 import sys
@@ -32,7 +32,7 @@ class _DeclareOperators(importlib.abc.MetaPathFinder):
 
 
 sys.meta_path.insert(0, _DeclareOperators())
-'''
+"""
 
 
 def imports_cleanly() -> bool:

@@ -33,7 +33,8 @@ def make_config(folder: Path, model: str, **sections) -> Path:
     tree = {
         "output_dir": str(folder / "run"),
         "model": {"path": model, "dtype": "float32", "freeze_vision": False},
-        "data": {f: str(folder / f"{n}.jsonl") for f, n in (("train", "train"), ("eval", "test"), ("expert", "expert"))} | {"min_pixels": 784},
+        "data": {f: str(folder / f"{n}.jsonl") for f, n in (("train", "train"), ("eval", "test"), ("expert", "expert"))}
+        | {"min_pixels": 784},
         "rollout": {"engine": "hf", "num_prompts": 2, "group_size": 4, "max_new_tokens": 8},
         "reward": {"answer": "text", "max_error_frac": 1.0, "grader": {"workers": 1}},
         "flow": {"fit": {"steps": 2, "batch_size": 4, "batch_mul": 1}, "network": {"depth": 1}, "online": {"soft_weight": 0.5}},

@@ -25,7 +25,9 @@ ONE_IMPORTER = {"vllm": "rollout/vllm_engine.py", "deepspeed": "training/deepspe
 def imported(path):
     """Modules imported anywhere in a file, except for type checking only."""
     tree = ast.parse(path.read_text())
-    skipped = {id(n) for node in ast.walk(tree) if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.dump(node.test) for n in ast.walk(node)}
+    skipped = {
+        id(n) for node in ast.walk(tree) if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.dump(node.test) for n in ast.walk(node)
+    }
     for node in ast.walk(tree):
         if id(node) in skipped:
             continue

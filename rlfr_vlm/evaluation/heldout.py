@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from rlfr_vlm.config import Config
+from rlfr_vlm.errors import UserError
 from rlfr_vlm.rewards.grader import Grader
 from rlfr_vlm.rewards.outcome import grade
 from rlfr_vlm.rollout.engine import RolloutEngine, SamplingConfig
@@ -39,6 +40,8 @@ def evaluate_heldout(
     cfg: Config, engine: RolloutEngine, prompts: Sequence[EncodedPrompt], grader: Grader, step: int, folder: Path | None = None
 ) -> HeldoutResult:
     """Sample, grade and count; with a folder, write step_N.json and every response to step_N.jsonl there."""
+    if not prompts:
+        raise UserError("data.eval: there is no held-out problem to evaluate on")
     shared = {"max_new_tokens": cfg.rollout.max_new_tokens, "stop": cfg.rollout.stop, "seed_key": (cfg.seed, "heldout")}
     sampled = engine.sample(prompts, SamplingConfig(group_size=cfg.eval.num_samples, temperature=cfg.eval.temperature, **shared))
     greedy = engine.sample(prompts, SamplingConfig(group_size=1, temperature=0.0, **shared))

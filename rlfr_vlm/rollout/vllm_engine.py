@@ -34,7 +34,10 @@ MIN_MODEL_LEN = 64  # room for the probe, whatever the config's limits
 
 
 class VllmEngine:
-    """vLLM holding its own copy of the policy's weights."""
+    """vLLM holding its own copy of the policy's weights.
+
+    One at a time in a process: they share vLLM's process groups, so that closing one ends every other.
+    """
 
     name = "vllm"
 
@@ -49,6 +52,8 @@ class VllmEngine:
                 policy.save(folder)
             self.llm = start(cfg, policy, folder if cfg.model.gguf_file else policy.path, self.max_model_len)
         ban_tokens(engine_model(self.llm), policy.banned_token_ids)
+        if engine_device(self.llm) == "cpu":
+            hold_generators_of_partial_prompts(self.llm.collective_rpc(lambda worker: worker.model_runner)[0])
         self.load_weights(policy)
 
     def load_weights(self, policy: Policy) -> None:
@@ -252,6 +257,32 @@ def ban_tokens(model: Any, token_ids: Sequence[int]) -> None:
 
     if token_ids:
         model.compute_logits = compute_allowed
+
+
+def engine_device(llm: Any) -> str:
+    """Type of the device that vLLM computes on."""
+    return next(engine_model(llm).parameters()).device.type
+
+
+def hold_generators_of_partial_prompts(runner: Any) -> None:
+    """Keep vLLM 0.32 from touching the generator of a request whose prompt is only partly read.
+
+    A batch of more prompt tokens than one step takes splits a prompt. vLLM then samples a token for it all the same, drops it, and rewinds
+    the request's generator, which CPU generators cannot do: `RuntimeError: CPU Generator does not use offset` ends the run. Without its
+    generator in sight the request draws nothing that counts, and its tokens do not depend on where its prompt was split.
+    """
+    sample_tokens = runner.sample_tokens
+
+    def sample_whole_prompts(*args: Any, **kwargs: Any) -> Any:
+        batch = runner.input_batch
+        partial = np.nonzero(runner.discard_request_mask.np[: batch.num_reqs])[0].tolist()
+        held = {row: batch.generators.pop(row) for row in partial if row in batch.generators}
+        try:
+            return sample_tokens(*args, **kwargs)
+        finally:
+            batch.generators.update(held)
+
+    runner.sample_tokens = sample_whole_prompts
 
 
 def probe_prompts(cfg: Config, policy: Policy) -> list[EncodedPrompt]:

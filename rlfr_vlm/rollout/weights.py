@@ -230,8 +230,8 @@ def _compare_packed(
         read = module.cpu_linear(rows, module.weight, None)
         for number, (slot, weight) in enumerate(zip(slots, weights, strict=True)):
             engine, trainer = read[:, slot.start : slot.end], linear(rows, weight)
-            exact = _difference(engine[:-1], trainer[:-1])
-            worst[number] = max(worst[number], exact, _sum_error(engine[-1].float(), trainer[-1].float(), dtype))
+            columns_differ = _difference(engine[:-1], trainer[:-1])
+            worst[number] = max(worst[number], columns_differ or _sum_error(engine[-1].float(), trainer[-1].float(), dtype))
     return [Mismatch(slot.source, target, value) for slot, value in zip(slots, worst, strict=True) if value]
 
 

@@ -167,8 +167,12 @@ def update(cfg: Config, learner: Learner, samples: Sequence[Sample]) -> tuple[di
         sampled = torch.tensor([p for s in chosen for p in s.rollout.logprobs], device=old.device)
         sums["rollout/logprob_diff_mean"] += (old - sampled).abs().sum().item() * share
         if learner.field is not None:
-            _add_flow_metrics(sums, deviations, rewards, advantages, share, len(samples))
+            outcome = torch.tensor([s.advantage for s in chosen], device=old.device).repeat_interleave(lengths)
+            _add_flow_metrics(sums, deviations, rewards, advantages, outcome, share, len(samples))
         records += _records(chosen, advantages, rewards, deviations, entropy, learner.field is not None)
+    if learner.field is not None:
+        flow_size, outcome_size = sums.pop("flow/advantage_size"), sums.pop("flow/outcome_size")
+        sums["flow/advantage_share"] = flow_size / max(flow_size + outcome_size, 1e-12)
     sums["actor/lr"] = learner.optimizer.current_lr
     sums["actor/grad_norm"] = learner.optimizer.step()
     learner.policy.version += 1
@@ -180,11 +184,20 @@ def update(cfg: Config, learner: Learner, samples: Sequence[Sample]) -> tuple[di
 
 
 def _add_flow_metrics(
-    sums: defaultdict[str, float], deviations: Tensor, rewards: Tensor, advantages: Tensor, share: float, num_samples: int
+    sums: defaultdict[str, float],
+    deviations: Tensor,
+    rewards: Tensor,
+    advantages: Tensor,
+    outcome: Tensor,
+    share: float,
+    num_samples: int,
 ) -> None:
+    """Sizes are means over tokens of absolute values; rewards are sums per response."""
     sums["flow/deviation_mean"] += deviations.sum().item() * share
     sums["flow/reward_mean"] += rewards.sum().item() / num_samples
     sums["flow/num_reward_tokens"] += (rewards != 0).sum().item() / num_samples
+    sums["flow/advantage_size"] += (advantages - outcome).abs().sum().item() * share
+    sums["flow/outcome_size"] += outcome.abs().sum().item() * share
 
 
 def _records(

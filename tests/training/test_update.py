@@ -170,7 +170,10 @@ def test_flow_noise_depends_on_the_request_alone(model_folder):
 def test_h12_online_weights(model_folder, soft, expected):
     cfg = config(model_folder("qwen2"), flow={"online": {"soft_weight": soft}})
     learner, samples = setup(cfg)
-    three = [dataclasses.replace(samples[i], outcome=Outcome(r, v)) for i, (r, v) in enumerate([(1, "correct"), (0.5, "wrong"), (1.5, "correct")])]
+    three = [
+        dataclasses.replace(samples[i], outcome=Outcome(r, v))
+        for i, (r, v) in enumerate([(1, "correct"), (0.5, "wrong"), (1.5, "correct")])
+    ]
     lengths = [3, 2, 4]
     nothing = torch.zeros(9, dtype=torch.long)
     latents = Latents(torch.zeros(1, 1, 1), nothing, nothing, torch.ones(9, dtype=torch.bool))
