@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import hashlib
 import json
@@ -287,10 +288,8 @@ def _override(tree: dict[str, Any], assignment: str) -> None:
     except yaml.YAMLError as error:
         raise UserError(f"override `{assignment}`: the value is not YAML") from error
     if isinstance(value, str):  # YAML 1.1 reads 1e-4 as text
-        try:
+        with contextlib.suppress(ValueError):
             value = float(value)
-        except ValueError:
-            pass
     node[leaf] = value
 
 

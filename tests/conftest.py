@@ -10,7 +10,7 @@ import torch
 
 from tests import tiny_models
 
-torch.set_num_threads(2)
+torch.set_num_threads(1)  # tiny models; a second thread only waits
 
 
 @pytest.fixture(scope="session")

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -124,38 +125,31 @@ def load_prompts(
     bad: BadRows,
     limit: int | None = None,
     need: str = "answer",
-    check: Callable[[Sequence[Prompt]], Iterable[str | None]] | None = None,
 ) -> list[Prompt]:
     """All usable rows of a data set.
 
-    need: the column that every row must have, "answer" for RL and evaluation or "response" for fitting the flow. check: given all parsed
-    prompts, yields for each the reason why it cannot be used, or None (gold answers that the grader cannot read, say).
+    need: the column that every row must have, "answer" for RL and evaluation or "response" for fitting the flow.
     Raises UserError for an unreadable file, for bad rows as `data.on_bad_row` says, and for a data set without rows.
     """
     parsed: list[tuple[str, Prompt | None, RowError | None]] = []
-    for where, row, problem in read_rows(source):
+    for where, row, unreadable in read_rows(source):
         if limit is not None and len(parsed) >= limit:
             break
         try:
             if row is None:
-                raise RowError("schema", f"{where}: {problem}")
+                raise RowError("schema", f"{where}: {unreadable}")
             parsed.append((where, parse_row(row, where, cfg, need), None))
         except RowError as error:
             parsed.append((where, None, error))
     if not parsed:
         raise UserError(f"data {source}: no rows")
-    prompts = [prompt for _, prompt, _ in parsed if prompt is not None]
-    reasons = iter(check(prompts)) if check is not None else iter(())
     kept: list[Prompt] = []
     seen: dict[str, str] = {}
-    for where, prompt, error in parsed:
-        reason = next(reasons, None) if prompt is not None else None
-        if reason:
-            error = RowError("answer", f"{where}: {reason}")
-        elif prompt is not None and prompt.id in seen:
-            error = RowError("duplicate_id", f"{where}: id `{prompt.id}` was already used at {seen[prompt.id]}")
-        if error is not None or prompt is None:
-            bad.add(where, error or RowError("schema", where), len(parsed))
+    for where, prompt, problem in parsed:
+        if prompt is not None and prompt.id in seen:
+            problem = RowError("duplicate_id", f"{where}: id `{prompt.id}` was already used at {seen[prompt.id]}")
+        if problem is not None or prompt is None:
+            bad.add(where, problem or RowError("schema", where), len(parsed))
             continue
         seen[prompt.id] = where
         kept.append(prompt)
@@ -212,7 +206,7 @@ def _column(row: dict[str, Any], name: str) -> Any:
 def _as_list(value: Any) -> list[Any]:
     if value is None or value == "":
         return []
-    return list(value) if isinstance(value, list | tuple) else [value]
+    return [*value] if isinstance(value, list | tuple) else [value]
 
 
 def _answer(row: dict[str, Any]) -> str:
@@ -230,15 +224,13 @@ def _messages(row: dict[str, Any], where: str) -> list[dict[str, Any]]:
     """Chat messages whose content is a list of text and image parts, from a question, messages, or from/value turns."""
     value = _column(row, "prompt")
     if isinstance(value, str) and value.lstrip().startswith("[{"):
-        try:
+        with contextlib.suppress(ValueError):  # else a question that happens to start like a list
             value = json.loads(value)
-        except ValueError:
-            pass  # a question that happens to start like a list
     if isinstance(value, str):
         value = [{"role": "user", "content": value}]
     if not isinstance(value, list) or not value or not all(isinstance(m, dict) for m in value):
         raise RowError("schema", f"{where}: no prompt (columns: {', '.join(COLUMNS['prompt'])})")
-    messages = []
+    messages: list[dict[str, Any]] = []
     for message in value:
         role = ROLES.get(message.get("role", message.get("from")))
         content = message.get("content", message.get("value"))

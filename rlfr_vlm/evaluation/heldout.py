@@ -7,7 +7,7 @@ import math
 import os
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from rlfr_vlm.config import Config
@@ -42,9 +42,15 @@ def evaluate_heldout(
     """Sample, grade and count; with a folder, write step_N.json and every response to step_N.jsonl there."""
     if not prompts:
         raise UserError("data.eval: there is no held-out problem to evaluate on")
-    shared = {"max_new_tokens": cfg.rollout.max_new_tokens, "stop": cfg.rollout.stop, "seed_key": (cfg.seed, "heldout")}
-    sampled = engine.sample(prompts, SamplingConfig(group_size=cfg.eval.num_samples, temperature=cfg.eval.temperature, **shared))
-    greedy = engine.sample(prompts, SamplingConfig(group_size=1, temperature=0.0, **shared))
+    sampling = SamplingConfig(
+        group_size=cfg.eval.num_samples,
+        temperature=cfg.eval.temperature,
+        max_new_tokens=cfg.rollout.max_new_tokens,
+        stop=cfg.rollout.stop,
+        seed_key=(cfg.seed, "heldout"),
+    )
+    sampled = engine.sample(prompts, sampling)
+    greedy = engine.sample(prompts, replace(sampling, group_size=1, temperature=0.0))
     sampled_outcomes = _by_group(sampled, grade(sampled, cfg.reward, grader, cfg.rollout.max_new_tokens))
     greedy_outcomes = _by_group(greedy, grade(greedy, cfg.reward, grader, cfg.rollout.max_new_tokens))
     shares = [share for outcomes in sampled_outcomes if (share := accuracy(outcomes)) is not None]

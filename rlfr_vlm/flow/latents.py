@@ -19,11 +19,11 @@ def resolve_layers(fractions: Sequence[float], num_layers: int) -> tuple[int, ..
 
 
 @contextmanager
-def capture_latents(layers: Sequence[nn.Module], rows: Tensor) -> Iterator[list[Tensor]]:
+def capture_latents(layers: Sequence[nn.Module], rows: Tensor | None) -> Iterator[list[Tensor]]:
     """Collect rows of the outputs of decoder layers during the forwards inside the block.
 
     The states are detached: nothing computed from them reaches the policy. Gradient checkpointing recomputes layers during the backward,
-    when this block has ended, so no state is captured twice.
+    when this block has ended, so no state is captured twice. rows None captures nothing.
 
     layers: modules whose output is [1, S, D] (or a tuple that starts with it); rows: [R] int positions. Yields a list that holds, after
     the forward, one [R, D] tensor per layer in call order.
@@ -33,9 +33,10 @@ def capture_latents(layers: Sequence[nn.Module], rows: Tensor) -> Iterator[list[
     def hook(_module: nn.Module, _args: tuple, output: Tensor | tuple) -> None:
         states = output[0] if isinstance(output, tuple) else output
         with torch.no_grad():
+            assert rows is not None
             captured.append(states.detach()[0].index_select(0, rows))
 
-    handles = [layer.register_forward_hook(hook) for layer in layers]
+    handles = [layer.register_forward_hook(hook) for layer in (layers if rows is not None else ())]
     try:
         yield captured
     finally:

@@ -27,6 +27,8 @@ class RMSNorm(nn.Module):
 class ScalarEmbedding(nn.Module):
     """Fourier features of a scalar, then a two-layer MLP. The scalar is taken as it is, without DiT's factor 1000, as in the published code."""
 
+    freqs: Tensor
+
     def __init__(self, width: int) -> None:
         super().__init__()
         half = EMBEDDING_SIZE // 2
@@ -37,7 +39,7 @@ class ScalarEmbedding(nn.Module):
         """scalar: [N]; returns [N, W]."""
         angles = scalar.to(self.freqs.dtype)[:, None] * self.freqs
         features = torch.cat([angles.cos(), angles.sin()], dim=-1)
-        return self.mlp(features.to(self.mlp[0].weight.dtype))
+        return self.mlp(features.to(next(self.mlp.parameters()).dtype))
 
 
 class ResidualBlock(nn.Module):
@@ -95,13 +97,9 @@ class VelocityNet(nn.Module):
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
                 nn.init.zeros_(module.bias)
-        for linear in (
-            *(block.adaLN_modulation[1] for block in self.res_blocks),
-            self.final_layer.adaLN_modulation[1],
-            self.final_layer.linear,
-        ):
-            nn.init.zeros_(linear.weight)
-            nn.init.zeros_(linear.bias)
+        for name, parameter in self.named_parameters():
+            if "adaLN_modulation" in name or name.startswith("final_layer.linear"):
+                nn.init.zeros_(parameter)
 
     def forward(self, x_t: Tensor, t: Tensor, layer: Tensor, context: Tensor) -> Tensor:
         """x_t, context: [N, D]; t in [0, 1] and layer depth in [0, 1]: [N]. Returns [N, D]."""

@@ -13,7 +13,7 @@ from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import AttentionInterface, AttentionMaskInterface
 
 from rlfr_vlm.errors import UserError
@@ -109,10 +109,11 @@ class PackedLayout:
         keys, values = (x[0].transpose(0, 1).index_select(0, self._key_rows).repeat_interleave(repeats, 1) for x in (key, value))
         queries = query[0].transpose(0, 1).contiguous()
         starts = self._starts
-        return varlen_attn(
+        attended: Any = varlen_attn(
             queries, keys, values, starts[:, 0].contiguous(), starts[:, 1].contiguous(), self._max_query, self.max_keys,
             scale=scale, window_size=(-1, 0),
-        )[None]  # fmt: skip
+        )  # fmt: skip
+        return attended[None]
 
 
 def _rows(states: Tensor, rows: Tensor) -> Tensor:
@@ -123,7 +124,7 @@ def _rows(states: Tensor, rows: Tensor) -> Tensor:
 
 
 def packed_attention(
-    module: nn.Module,
+    module: Any,  # the family's attention module
     query: Tensor,
     key: Tensor,
     value: Tensor,

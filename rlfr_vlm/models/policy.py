@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 from collections.abc import Sequence
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -43,10 +42,10 @@ class Policy:
         try:
             config = AutoConfig.from_pretrained(self.path, **options)
             self.family = find_family(config.model_type)
-            self.processor = (
+            self.processor: Any = (
                 AutoProcessor.from_pretrained(self.path, trust_remote_code=cfg.trust_remote_code) if self.family.vision else None
             )
-            self.tokenizer = self.processor.tokenizer if self.processor else AutoTokenizer.from_pretrained(self.path, **options)
+            self.tokenizer: Any = self.processor.tokenizer if self.processor else AutoTokenizer.from_pretrained(self.path, **options)
             self.model = load_model(self.path, self.dtype, bool(self.family.vision), options).to(self.device)
         except (OSError, ValueError) as error:
             raise UserError(f"model.path: `{cfg.path}` does not load: {' '.join(str(error).split())[:300]}") from error
@@ -95,7 +94,7 @@ class Policy:
             return torch.arange(len(token_ids)).expand(axes, -1)
         ids = torch.tensor([token_ids])
         positions, _ = self.model.model.get_rope_index(
-            ids, mm_token_type_ids=(ids == self.image_token_id).int(), image_grid_thw=vision["image_grid_thw"]
+            ids, mm_token_type_ids=torch.eq(ids, self.image_token_id or 0).int(), image_grid_thw=vision["image_grid_thw"]
         )
         return positions[:, 0]
 
@@ -109,7 +108,7 @@ class Policy:
             )
             rows, index = torch.unique(torch.cat([batch.response_rows, context]), return_inverse=True)
         hooked = [self.layers[k] for k in request.layers] if request else []
-        with capture_latents(hooked, rows) if rows is not None else nullcontext([]) as captured:
+        with capture_latents(hooked, rows) as captured:
             output = self.model.model(
                 input_ids=batch.token_ids[None], position_ids=positions, use_cache=False, layout=batch.layout, **batch.vision
             )
@@ -140,7 +139,7 @@ class Policy:
 
     def decode(self, token_ids: Sequence[int]) -> str:
         """Text of tokens, without special ones."""
-        return self.tokenizer.decode(token_ids, skip_special_tokens=True)
+        return str(self.tokenizer.decode(list(token_ids), skip_special_tokens=True))
 
     def save(self, folder: str | Path) -> None:
         """A plain Hugging Face folder that transformers and vLLM load."""
@@ -170,7 +169,7 @@ def load_model(path: str, dtype: torch.dtype, vision: bool, options: dict[str, A
     """The Hugging Face model with packed attention in its language tower."""
     loader = AutoModelForImageTextToText if vision else AutoModelForCausalLM
     attention = {"": IMPLEMENTATION, "text_config": IMPLEMENTATION, "vision_config": "sdpa"} if vision else IMPLEMENTATION
-    model = loader.from_pretrained(path, dtype=dtype, attn_implementation=attention, **options)
+    model: Any = loader.from_pretrained(path, dtype=dtype, attn_implementation=attention, **options)
     if "gguf_file" in options:  # dequantised on loading; without this save_pretrained refuses
         model.is_quantized = False
         model.hf_quantizer = None

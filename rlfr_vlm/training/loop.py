@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 from rlfr_vlm.config import Config
 from rlfr_vlm.data.render import PromptSource
 from rlfr_vlm.faults import faultpoint
@@ -63,4 +65,4 @@ def sampling(cfg: Config, step: int) -> SamplingConfig:
 def split(samples: list[Sample], parts: int) -> list[list[Sample]]:
     """Contiguous shares of nearly equal size, none of them empty."""
     bounds = [len(samples) * i // parts for i in range(parts + 1)]
-    return [samples[a:b] for a, b in zip(bounds, bounds[1:], strict=False) if b > a]
+    return [samples[a:b] for a, b in pairwise(bounds) if b > a]

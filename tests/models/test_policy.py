@@ -157,7 +157,7 @@ def test_entropy_of_the_response_distribution(model_folder):
 
 def test_unknown_family_and_missing_folder_are_named(tmp_path):
     (tmp_path / "config.json").write_text('{"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"]}')
-    with pytest.raises(UserError, match="gpt2.*known: .*qwen2_5_vl"):
+    with pytest.raises(UserError, match=r"gpt2.*known: .*qwen2_5_vl"):
         Policy(ModelConfig(path=str(tmp_path)))
     with pytest.raises(UserError, match=r"model\.path"):
         Policy(ModelConfig(path=str(tmp_path / "nothing")))
