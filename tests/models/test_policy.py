@@ -6,11 +6,11 @@ from PIL import Image
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
 from rlfr_vlm.config import DataConfig, ModelConfig
-from rlfr_vlm.data.pack import micro_batches, pack
 from rlfr_vlm.data.prompts import parse_row
 from rlfr_vlm.data.render import Renderer
 from rlfr_vlm.errors import UserError
 from rlfr_vlm.flow.latents import LatentRequest
+from rlfr_vlm.models.pack import micro_batches, pack
 from rlfr_vlm.models.policy import Policy
 from rlfr_vlm.types import Rollout
 

@@ -18,7 +18,8 @@ from rlfr_vlm.data.render import Renderer
 from rlfr_vlm.errors import StoppedError, UserError
 from rlfr_vlm.models.policy import Policy
 from rlfr_vlm.rollout import engine as engines
-from rlfr_vlm.rollout.engine import SamplingConfig, make_engine
+from rlfr_vlm.rollout import make_engine
+from rlfr_vlm.rollout.engine import SamplingConfig
 from rlfr_vlm.rollout.hf_engine import HFEngine
 from rlfr_vlm.rollout.weights import engine_model
 from rlfr_vlm.types import EncodedPrompt, Prompt, Rollout, RolloutGroup
