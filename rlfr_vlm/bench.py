@@ -87,7 +87,7 @@ def bench_config(arguments: argparse.Namespace, data: Path, output: Path) -> Con
         "train": {
             "steps": arguments.steps + arguments.warmup,
             "save_steps": 10**9,
-            "tokens_per_microbatch": arguments.tokens_per_microbatch,
+            "tokens_per_microbatch": arguments.tokens_per_microbatch or (2048 if arguments.task == "text" else 16384),
             "log_rollouts": 0,
         },
     })  # fmt: skip

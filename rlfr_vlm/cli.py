@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import json
 import sys
 from pathlib import Path
 
 from rlfr_vlm.config import Config, load_config, to_yaml
-from rlfr_vlm.errors import Preempted, UserError
+from rlfr_vlm.errors import DiskFullError, Preempted, UserError
 
 CONFIG_VERBS = {
     "flow": "fit the flow field on expert solutions (data.expert)",
@@ -40,7 +41,7 @@ def build_parser() -> argparse.ArgumentParser:
     bench.add_argument("--prompts-per-step", type=int, default=8)
     bench.add_argument("--group-size", type=int, default=8)
     bench.add_argument("--max-new-tokens", type=int, default=64, help="forced length of every response")
-    bench.add_argument("--tokens-per-microbatch", type=int, default=2048)
+    bench.add_argument("--tokens-per-microbatch", type=int, help="default: 2048 for text, 16384 for vision")
     bench.add_argument("--threads", type=int, default=2)
     bench.add_argument("--no-flow", action="store_true", help="plain GRPO: what the flow costs")
     verbs.add_parser("doctor", help="versions, devices, which engines work, what is missing and how to install it")
@@ -86,6 +87,11 @@ def main(argv: list[str] | None = None) -> None:
     except (UserError, Preempted) as error:
         print(f"rlfr-vlm {arguments.verb}: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        print(f"rlfr-vlm {arguments.verb}: no space left on the disk: {error.filename}", file=sys.stderr)
+        sys.exit(DiskFullError.exit_code)
     except KeyboardInterrupt:
         sys.exit(130)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -71,8 +72,8 @@ def fit(cfg: Config, policy: Policy, rows: Sequence[Prompt]) -> Path:
     if cfg.flow is None:
         raise UserError("the config has no `flow` section: nothing to fit")
     folder = Path(cfg.output_dir) / "flow"
-    field = FlowField(FlowSpec.of(cfg.flow, policy.identity), seed=cfg.seed, device=policy.device)
-    fit_flow(cfg, policy, field, rows, Renderer(policy, cfg.data, str(cfg.data.expert)), folder, say)
+    field = FlowField(FlowSpec.of(cfg.flow, policy.identity), seed=cfg.seed, device=policy.device, compute_dtype=policy.dtype)
+    fit_flow(cfg, policy, field, rows, Renderer(policy, cfg.data, str(cfg.data.expert)), _bad_rows(cfg), folder, say)
     return folder
 
 
@@ -87,18 +88,21 @@ def run_training(bench: Workbench, prompts: Sequence[Prompt], heldout: Sequence[
     """RL with parts that are already up."""
     cfg, policy = bench.cfg, bench.policy
     assert bench.engine is not None and cfg.data.train is not None
-    kept = checked(prompts, bench.grader, bad) if cfg.reward.function is None else list(prompts)
+    kept = checked(cfg, prompts, bench.grader, bad)
+    if len(kept) < cfg.rollout.num_prompts:
+        raise UserError(f"rollout.num_prompts={cfg.rollout.num_prompts} exceeds the {len(kept)} usable rows of {cfg.data.train}")
     source = PromptSource(
         kept,
         Renderer(policy, cfg.data, cfg.data.train),
         PromptStream(len(kept), cfg.seed, cfg.data.shuffle),
         bad,
     )
-    encoded = encode_heldout(cfg, policy, heldout, bad) if cfg.eval.every else []
+    encoded = encode_heldout(bench, heldout) if cfg.eval.every else []
     run = Run(cfg, bench.grader, encoded)
     run.tokenizer = policy.tokenizer
     try:
         train_loop(cfg, make_learner(cfg, policy), bench.engine, source, bench.grader, run)
+        export(policy, run.folder / "hf" / f"global_step_{cfg.train.steps}")
     finally:
         run.close()
     if bad.rows:
@@ -108,15 +112,15 @@ def run_training(bench: Workbench, prompts: Sequence[Prompt], heldout: Sequence[
 
 def evaluate(cfg: Config) -> HeldoutResult:
     """Held-out accuracy of `model.path`, written to `output_dir/eval`."""
-    heldout, bad = heldout_prompts(cfg)
+    heldout = heldout_prompts(cfg)
     with workbench(cfg) as bench:
-        return run_evaluation(bench, encode_heldout(cfg, bench.policy, heldout, bad))
+        return run_evaluation(bench, encode_heldout(bench, heldout))
 
 
-def run_evaluation(bench: Workbench, prompts: Sequence[EncodedPrompt], step: int = 0, cfg: Config | None = None) -> HeldoutResult:
+def run_evaluation(bench: Workbench, prompts: Sequence[EncodedPrompt], step: int = 0) -> HeldoutResult:
     """Held-out accuracy with parts that are already up."""
     assert bench.engine is not None
-    cfg = cfg or bench.cfg
+    cfg = bench.cfg
     bench.engine.load_weights(bench.policy)
     return evaluate_heldout(cfg, bench.engine, prompts, bench.grader, step, Path(cfg.output_dir) / "eval")
 
@@ -142,14 +146,12 @@ def rl_prompts(cfg: Config) -> tuple[list[Prompt], list[Prompt], BadRows]:
     prompts = load_prompts(_required(cfg.data.train, "data.train"), cfg.data, bad, cfg.data.limit)
     if cfg.flow is not None and cfg.flow.checkpoint is not None and not Path(cfg.flow.checkpoint).is_dir():
         raise UserError(f"flow.checkpoint: {cfg.flow.checkpoint} is not a folder; fit a field first with `rlfr-vlm flow`")
-    heldout = load_prompts(_required(cfg.data.eval, "data.eval"), cfg.data, bad, cfg.eval.limit) if cfg.eval.every else []
-    return prompts, heldout, bad
+    return prompts, heldout_prompts(cfg) if cfg.eval.every else [], bad
 
 
-def heldout_prompts(cfg: Config) -> tuple[list[Prompt], BadRows]:
+def heldout_prompts(cfg: Config) -> list[Prompt]:
     """Held-out rows."""
-    bad = _bad_rows(cfg)
-    return load_prompts(_required(cfg.data.eval, "data.eval"), cfg.data, bad, cfg.eval.limit), bad
+    return load_prompts(_required(cfg.data.eval, "data.eval"), cfg.data, _bad_rows(cfg), cfg.eval.limit)
 
 
 def expert_prompts(cfg: Config) -> list[Prompt]:
@@ -157,8 +159,10 @@ def expert_prompts(cfg: Config) -> list[Prompt]:
     return load_prompts(_required(cfg.data.expert, "data.expert"), cfg.data, _bad_rows(cfg), need="response")
 
 
-def checked(prompts: Sequence[Prompt], grader: Grader, bad: BadRows) -> list[Prompt]:
-    """Rows whose gold answer the grader can read; the others are bad rows."""
+def checked(cfg: Config, prompts: Sequence[Prompt], grader: Grader, bad: BadRows) -> list[Prompt]:
+    """Rows whose gold answer the grader can read; the others are bad rows. A custom reward function reads its answers itself."""
+    if cfg.reward.function is not None:
+        return list(prompts)
     kept = []
     for prompt, reason in zip(prompts, grader.check_golds([p.answer for p in prompts]), strict=True):
         if reason is None:
@@ -168,9 +172,11 @@ def checked(prompts: Sequence[Prompt], grader: Grader, bad: BadRows) -> list[Pro
     return kept
 
 
-def encode_heldout(cfg: Config, policy: Policy, heldout: Sequence[Prompt], bad: BadRows) -> list[EncodedPrompt]:
+def encode_heldout(bench: Workbench, heldout: Sequence[Prompt]) -> list[EncodedPrompt]:
     """Held-out prompts as the model reads them, with blank pictures where the config says so."""
-    return encode_all(heldout, Renderer(policy, cfg.data, str(cfg.data.eval), cfg.eval.pictures), bad)
+    cfg, bad = bench.cfg, _bad_rows(bench.cfg)
+    renderer = Renderer(bench.policy, cfg.data, str(cfg.data.eval), cfg.eval.pictures)
+    return encode_all(checked(cfg, heldout, bench.grader, bad), renderer, bad)
 
 
 # -- parts -----------------------------------------------------------------------------------------------------------
@@ -189,15 +195,24 @@ def make_learner(cfg: Config, policy: Policy) -> Learner:
         return Learner(policy, optimizer)
     spec = FlowSpec.of(cfg.flow, policy.identity)
     if cfg.flow.checkpoint is not None:
-        field = FlowField.load(cfg.flow.checkpoint, spec, policy.device)
+        field = FlowField.load(cfg.flow.checkpoint, spec, policy.device, policy.dtype)
     else:
-        field = FlowField(spec, seed=cfg.seed, device=policy.device)
+        field = FlowField(spec, seed=cfg.seed, device=policy.device, compute_dtype=policy.dtype)
     online = cfg.flow.online
     if not online.enabled:
         field.network.requires_grad_(False)
         return Learner(policy, optimizer, field)
     flow_optimizer = Optimizer(dict(field.network.named_parameters()), online.lr, (0.9, 0.95), 0.0, 1.0, *schedule)
     return Learner(policy, optimizer, field, flow_optimizer)
+
+
+def export(policy: Policy, folder: Path) -> None:
+    """Write the trained model as a plain Hugging Face folder, whole or not at all."""
+    temporary = folder.with_name(f".tmp-{folder.name}")
+    policy.save(temporary)
+    if folder.exists():
+        shutil.rmtree(folder)
+    temporary.rename(folder)
 
 
 def describe(result: HeldoutResult) -> dict[str, object]:

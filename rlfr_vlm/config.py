@@ -151,7 +151,8 @@ class FlowOnlineConfig(_Section):
 
     enabled: bool = Field(True, description="follow the latents of correct responses during RL")
     lr: float = Field(1e-4, gt=0, description="AdamW(0.9, 0.95)")
-    soft_weight: float = Field(0.0, ge=0, le=1, description="weight of wrong responses; 0 rejects them")
+    soft_weight: float = Field(0.0, ge=0, le=1, description="weight of what is not selected; 0 rejects it")
+    entropy_quantile: float | None = Field(None, ge=0, le=1, description="also select tokens: those at or above this quantile of entropy")
 
 
 class FlowConfig(_Section):
@@ -174,11 +175,15 @@ class FlowConfig(_Section):
         for p in self.layers:
             if not 0 <= p <= 1:
                 raise ValueError(f"layers: {p} is not a fraction of depth between 0 and 1")
+        if list(self.layers) != sorted(set(self.layers)):
+            raise ValueError(f"layers: {list(self.layers)} must rise from the first to the last")
         for t in self.times:
             if not 0 <= t < 1:
                 raise ValueError(f"times: {t} is not in [0, 1)")
         if not self.layers or not self.times:
             raise ValueError("layers and times need at least one value each")
+        if self.reward.normalise != "minmax" and self.reward.top_k == 1:
+            raise ValueError("reward.top_k=1 keeps nothing with a signed normalise: half of it goes to each sign; use 0 or at least 2")
         return self
 
 
@@ -218,9 +223,9 @@ class EvalConfig(_Section):
 class Config(_Section):
     """Everything a command needs."""
 
-    seed: int = Field(0, description="every random choice derives from it")
+    seed: int = Field(0, ge=0, lt=2**31, description="every random choice derives from it")
     output_dir: str = Field(description="folder of the run")
-    resume: bool = Field(True, description="go on from the newest good checkpoint in output_dir")
+    resume: bool = Field(True, description="go on from the newest good checkpoint in output_dir; false refuses a folder that has one")
     model: ModelConfig
     data: DataConfig = DataConfig()
     rollout: RolloutConfig = RolloutConfig()
@@ -245,6 +250,12 @@ class Config(_Section):
             raise ValueError(
                 f"reward.overlong_buffer={self.reward.overlong_buffer} must be below rollout.max_new_tokens={self.rollout.max_new_tokens}"
             )
+        if not 0 < self.data.min_pixels <= self.data.max_pixels:
+            raise ValueError(f"data.min_pixels={self.data.min_pixels} must be above 0 and at most data.max_pixels={self.data.max_pixels}")
+        if not all(0 <= beta < 1 for beta in self.optim.betas):
+            raise ValueError(f"optim.betas={list(self.optim.betas)} must be in [0, 1)")
+        if "" in self.rollout.stop:
+            raise ValueError("rollout.stop: an empty string would end every response at once")
         if self.algorithm.dual_clip is not None and self.algorithm.dual_clip <= 1:
             raise ValueError(f"algorithm.dual_clip={self.algorithm.dual_clip} must be above 1")
         return self

@@ -13,6 +13,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 from rich.console import Console
@@ -20,7 +21,7 @@ from rich.table import Table
 
 from rlfr_vlm import commands
 from rlfr_vlm.config import Config, load_config
-from rlfr_vlm.errors import UserError
+from rlfr_vlm.errors import Preempted, UserError
 from rlfr_vlm.evaluation.heldout import HeldoutResult
 from rlfr_vlm.report.html import write_report
 from rlfr_vlm.types import Prompt
@@ -53,14 +54,14 @@ def run(task: str, cfg: Config) -> dict[str, object]:
     start = time.perf_counter()
     expert = commands.expert_prompts(cfg)
     train, _, bad = commands.rl_prompts(cfg)
-    heldout, _ = commands.heldout_prompts(cfg)
+    heldout = commands.heldout_prompts(cfg)
     assert cfg.flow is not None
     with commands.workbench(cfg) as bench:
         assert bench.engine is not None
         field = commands.fit(cfg, bench.policy, expert)
         cfg = cfg.model_copy(update={"flow": cfg.flow.model_copy(update={"checkpoint": str(field)})})
-        bench = commands.Workbench(cfg, bench.policy, bench.grader, bench.engine)
-        prompts = commands.encode_heldout(cfg, bench.policy, heldout, bad)
+        bench = replace(bench, cfg=cfg)
+        prompts = commands.encode_heldout(bench, heldout)
         before = commands.run_evaluation(bench, prompts, 0)
         commands.say(f"before: accuracy {before.accuracy:.3f}, greedy {before.greedy:.3f}")
         commands.run_training(bench, train, heldout, bad)
@@ -68,9 +69,8 @@ def run(task: str, cfg: Config) -> dict[str, object]:
         blank = None
         if task == "vision":
             blank_cfg = cfg.model_copy(update={"eval": cfg.eval.model_copy(update={"pictures": "blank"})})
-            blank = commands.run_evaluation(
-                bench, commands.encode_heldout(blank_cfg, bench.policy, heldout, bad), cfg.train.steps, blank_cfg
-            )
+            blank_bench = replace(bench, cfg=blank_cfg)
+            blank = commands.run_evaluation(blank_bench, commands.encode_heldout(blank_bench, heldout), cfg.train.steps)
         engine = bench.engine.name
     report = write_report(Path(cfg.output_dir))
     commonest = commonest_answer_accuracy(train, heldout)
@@ -123,7 +123,7 @@ def main() -> None:
         prepare(arguments.task)
         cfg = load_config(config, (f"output_dir={folder}", f"seed={arguments.seed}", *arguments.overrides))
         result = run(arguments.task, cfg)
-    except UserError as error:
+    except (UserError, Preempted) as error:
         print(f"demo: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
     print(f"page: {result['report']}   curves: tensorboard --logdir {folder}/tb", file=sys.stderr)

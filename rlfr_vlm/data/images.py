@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import binascii
 import io
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,9 @@ from PIL import Image
 MAX_BYTES = 32 * 2**20
 MAX_PIXELS = 50_000_000  # checked in the header, before anything is decoded
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF")
+
+
+BASE64 = re.compile(r"(?:[A-Za-z0-9+/]{4}){16,}(?:[A-Za-z0-9+/]{2}==|[A-Za-z0-9+/]{3}=)?")  # at least 48 bytes
 
 
 class ImageError(Exception):
@@ -26,7 +30,10 @@ def open_image(source: Any, roots: Sequence[Path], allow_urls: bool = False) -> 
     Raises ImageError for a missing or broken file, one outside the roots, one too large, or a format that is not a picture's.
     """
     if isinstance(source, Image.Image):
-        return source.convert("RGB")
+        try:
+            return source.convert("RGB")
+        except (OSError, SyntaxError, ValueError) as error:
+            raise ImageError(f"the embedded picture is not readable: {error}") from None
     name, data = read_bytes(source, roots, allow_urls)
     if not data:
         raise ImageError(f"{name} is empty (0 bytes)")
@@ -53,7 +60,12 @@ def read_bytes(source: Any, roots: Sequence[Path], allow_urls: bool) -> tuple[st
         return "the base64 picture", decode_base64(source)
     if source.startswith(("http://", "https://")):
         return source, fetch(source, allow_urls)
-    path = locate(source, roots)
+    try:
+        path = locate(source, roots)
+    except ImageError:
+        if BASE64.fullmatch(source):
+            return "the base64 picture", decode_base64(source)
+        raise
     if path.stat().st_size > MAX_BYTES:
         raise ImageError(f"{source} has {path.stat().st_size} bytes, more than {MAX_BYTES}")
     return source, path.read_bytes()
@@ -85,11 +97,14 @@ def locate(name: str, roots: Sequence[Path]) -> Path:
     outside = False
     for root in roots:
         base = root.resolve()
-        path = (base / name).resolve()
-        if not path.is_relative_to(base):
-            outside = True
-        elif path.is_file():
-            return path
+        try:
+            path = (base / name).resolve()
+            if not path.is_relative_to(base):
+                outside = True
+            elif path.is_file():
+                return path
+        except (OSError, ValueError) as error:
+            raise ImageError(f"{name[:80]!r} is no file name: {error}") from None
     where = ", ".join(str(root) for root in roots) or "no folder"
     if outside:
         raise ImageError(f"{name} lies outside {where}: name its folder in data.media_dirs")

@@ -89,12 +89,22 @@ def read_rows(source: str) -> Iterator[tuple[str, dict[str, Any] | None, str]]:
         for number, row in enumerate(rows):
             yield (f"{path.name}[{number}]", row, "") if isinstance(row, dict) else (f"{path.name}[{number}]", None, "not an object")
     elif path.suffix == ".parquet":
-        import pyarrow.parquet as parquet
-
-        for number, row in enumerate(parquet.read_table(path).to_pylist()):
+        for number, row in enumerate(_parquet_rows(path)):
             yield f"{path.name}[{number}]", row, ""
     else:
         raise UserError(f"data file {source}: expected .jsonl, .json or .parquet")
+
+
+def _parquet_rows(path: Path) -> list[dict[str, Any]]:
+    try:
+        import pyarrow as pa
+        import pyarrow.parquet as parquet
+    except ImportError:
+        raise UserError(f"data file {path}: reading Parquet needs the extra: pip install 'rlfr-vlm[data]'") from None
+    try:
+        return parquet.read_table(path).to_pylist()
+    except (pa.ArrowException, OSError) as error:
+        raise UserError(f"data file {path} is not readable Parquet: {' '.join(str(error).split())[:200]}") from None
 
 
 def _json_row(line: bytes) -> tuple[dict[str, Any] | None, str]:
@@ -232,7 +242,7 @@ def _messages(row: dict[str, Any], where: str) -> list[dict[str, Any]]:
         raise RowError("schema", f"{where}: no prompt (columns: {', '.join(COLUMNS['prompt'])})")
     messages: list[dict[str, Any]] = []
     for message in value:
-        role = ROLES.get(message.get("role", message.get("from")))
+        role = ROLES.get(str(message.get("role", message.get("from"))))
         content = message.get("content", message.get("value"))
         if role is None or content is None:
             raise RowError("schema", f"{where}: a message needs a role (system, user, assistant) and content")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,9 +26,7 @@ class Renderer:
         self.policy, self.cfg, self.pictures = policy, cfg, pictures
         self.roots = [Path(data_file).parent, *(Path(d) for d in cfg.media_dirs)]
         self.tokenizer = policy.tokenizer
-        self._special = re.compile(
-            "|".join(re.escape(t) for t in sorted(self.tokenizer.all_special_tokens, key=len, reverse=True)) or r"(?!)"
-        )
+        self._special = re.compile("|".join(re.escape(t) for t in sorted(special_tokens(self.tokenizer), key=len, reverse=True)) or r"(?!)")
 
     def encode(self, prompt: Prompt) -> EncodedPrompt:
         """Raises RowError naming the row: a picture that does not open, pictures for a text model, a prompt over the limit."""
@@ -109,28 +107,48 @@ class Renderer:
         return tuple(t for token in short for t in ([token] * next(remaining) if token == image_token else [token]))
 
 
+def special_tokens(tokenizer: Any) -> list[str]:
+    """Every token that must stay plain text when a row's author types it: named ones and added ones."""
+    added = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
+    return [*dict.fromkeys([*tokenizer.all_special_tokens, *added])]
+
+
 class PromptSource:
     """Encoded training prompts, in the stream's order; rows that turn out bad when opened are replaced by the next ones."""
 
-    def __init__(self, prompts: Sequence[Prompt], renderer: Renderer, stream: PromptStream, bad: BadRows) -> None:
-        self.prompts, self.renderer, self.stream, self.bad = prompts, renderer, stream, bad
+    def __init__(
+        self,
+        prompts: Sequence[Prompt],
+        renderer: Renderer,
+        stream: PromptStream,
+        bad: BadRows,
+        check: Callable[[EncodedPrompt], None] | None = None,
+    ) -> None:
+        """check: raises RowError for an encoded prompt that cannot be used after all."""
+        self.prompts, self.renderer, self.stream, self.bad, self.check = prompts, renderer, stream, bad, check
         self._known_bad: set[int] = set()
 
     def next(self, count: int) -> list[EncodedPrompt]:
-        """The next `count` prompts. Raises UserError as `data.on_bad_row` says, or when no row is left."""
-        drawn: list[EncodedPrompt] = []
+        """The next `count` prompts, none of them twice: equal requests have equal seeds.
+
+        Raises UserError as `data.on_bad_row` says, or when fewer rows than that can be used.
+        """
+        drawn: dict[int, EncodedPrompt] = {}
         while len(drawn) < count:
+            if count > (usable := len(self.prompts) - len(self._known_bad)):
+                raise UserError(f"{count} different rows are needed per step, but the data set has {usable} that can be used")
             index = self.stream.draw()
-            if index in self._known_bad:
+            if index in self._known_bad or index in drawn:
                 continue
             try:
-                drawn.append(self.renderer.encode(self.prompts[index]))
+                encoded = self.renderer.encode(self.prompts[index])
+                if self.check is not None:
+                    self.check(encoded)
+                drawn[index] = encoded
             except RowError as error:
                 self.bad.add(self.prompts[index].id, error, len(self.prompts))
                 self._known_bad.add(index)
-                if len(self._known_bad) == len(self.prompts):
-                    raise UserError("no usable row is left in the data set") from None
-        return drawn
+        return list(drawn.values())
 
 
 def encode_all(prompts: Sequence[Prompt], renderer: Renderer, bad: BadRows) -> list[EncodedPrompt]:

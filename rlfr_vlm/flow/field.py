@@ -21,7 +21,7 @@ from rlfr_vlm.flow.objective import debias_weight, velocity_deviation
 
 WEIGHTS_FILE = "flow.safetensors"
 SPEC_FILE = "flow_config.json"
-ROW_TILE = 1024  # latents per forward of the network: bounds its memory
+TILE_ELEMENTS = 2**20  # latents per forward of the network times their size: bounds its memory
 
 
 @dataclass(frozen=True)
@@ -49,11 +49,31 @@ class FlowSpec:
         return cls(**{**tree, "layers": tuple(tree["layers"]), "times": tuple(tree["times"])})
 
 
+@dataclass(frozen=True)
+class Tile:
+    """n tokens at all L hooked layers."""
+
+    tokens: Tensor  # [n] positions among the batch's response tokens
+    target: Tensor  # [L, n, D]
+    context: Tensor  # [L, n, D]
+    noise: Tensor  # [L, n, D]
+    time_normal: Tensor  # [L, n] standard normal, for logit-normal times
+    layer: Tensor  # [L, n] depth in [0, 1]
+
+
 class FlowField:
     """Scores how far latents stray from the field, and learns from latents."""
 
-    def __init__(self, spec: FlowSpec, network: VelocityNet | None = None, seed: int = 0, device: torch.device | str = "cpu") -> None:
-        self.spec = spec
+    def __init__(
+        self,
+        spec: FlowSpec,
+        network: VelocityNet | None = None,
+        seed: int = 0,
+        device: torch.device | str = "cpu",
+        compute_dtype: torch.dtype = torch.float32,
+    ) -> None:
+        """compute_dtype: of the network's products, the backbone's as published; weights, noise and errors stay in float32."""
+        self.spec, self.compute_dtype = spec, compute_dtype
         if network is None:
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(seed)
@@ -73,68 +93,66 @@ class FlowField:
         lengths, seeds: one per response of the packed batch. Returns [N] float32; 0 where the token has no context.
         """
         scores = torch.zeros(len(latents.target), device=self.device)
-        for tokens, target, context, noise, layer in self._tiles(latents, lengths, seeds, range(len(lengths))):
-            total = sum(
-                debias_weight(t) * self._deviation(target, context, noise, t, layer).unflatten(0, (len(self.spec.layers), -1)).mean(0)
-                for t in self.spec.times
-            )
-            scores[tokens] = total / len(self.spec.times)
+        for tile in self.tiles(latents, lengths, seeds):
+            total = sum(debias_weight(t) * self.deviation(tile, t).mean(0) for t in self.spec.times)
+            scores[tile.tokens] = total / len(self.spec.times)
         return scores * latents.valid
 
-    def accumulate_gradient(self, latents: Latents, lengths: Sequence[int], seeds: Sequence[int], weights: Sequence[float]) -> float:
-        """Add the gradient of sum_b weights_b * mean_t deviation_bt at the reward times, undebiased, to the network's parameters.
+    def accumulate_gradient(self, latents: Latents, lengths: Sequence[int], seeds: Sequence[int], weights: Tensor) -> float:
+        """Add the gradient of sum_n weights_n * deviation_n at the reward times, undebiased, to the network's parameters.
 
-        Responses of weight zero are not touched: their latents are rejected (arXiv:2510.10201). Returns the weighted loss.
+        weights: [N]; responses whose tokens all weigh nothing are not touched: their latents are rejected. Returns the weighted loss.
         """
-        chosen = [b for b, weight in enumerate(weights) if weight > 0]
-        per_token = self._token_weights(latents, lengths, weights)
+        chosen = [b for b, part in enumerate(weights.split(list(lengths))) if bool((part > 0).any())]
         loss = 0.0
-        for tokens, target, context, noise, layer in self._tiles(latents, lengths, seeds, chosen):
-            tiled = per_token[tokens].repeat(len(self.spec.layers)) / (len(self.spec.layers) * len(self.spec.times))
-            part = sum((self._deviation(target, context, noise, t, layer) * tiled).sum() for t in self.spec.times)
-            assert isinstance(part, Tensor)
+        for tile in self.tiles(latents, lengths, seeds, chosen):
+            deviations = torch.stack([self.deviation(tile, t).mean(0) for t in self.spec.times]).mean(0)
+            part = (deviations * weights[tile.tokens]).sum()
             part.backward()
             loss += part.item()
         return loss
 
-    def _deviation(self, target: Tensor, context: Tensor, noise: Tensor, t: float, layer: Tensor) -> Tensor:
-        return velocity_deviation(self.network, target, context, noise, torch.full_like(layer, t), layer)
+    def deviation(self, tile: Tile, t: float | Tensor) -> Tensor:
+        """Deviation of each latent of a tile at one time, or at times [L, n]. Returns [L, n] float32."""
+        times = t if isinstance(t, Tensor) else torch.full_like(tile.layer, t)
+        arguments = (x.flatten(0, 1) for x in (tile.target, tile.context, tile.noise, times, tile.layer))
+        with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.compute_dtype == torch.bfloat16):
+            return velocity_deviation(self.network, *arguments).view(tile.layer.shape)
 
-    def _token_weights(self, latents: Latents, lengths: Sequence[int], weights: Sequence[float]) -> Tensor:
-        """A response's weight shared out over its tokens that have a context. [N]."""
-        parts = [
-            mask * (weight / max(int(mask.sum()), 1))
-            for mask, weight in zip(latents.valid.float().split(list(lengths)), weights, strict=True)
-        ]
-        return torch.cat(parts)
-
-    def _tiles(
-        self, latents: Latents, lengths: Sequence[int], seeds: Sequence[int], chosen: Sequence[int]
-    ) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor, Tensor]]:
-        """Whole responses, a bounded number of rows at a time: token indices [n], then target, context, noise [L * n, D], layer [L * n].
+    def tiles(self, latents: Latents, lengths: Sequence[int], seeds: Sequence[int], chosen: Sequence[int] | None = None) -> Iterator[Tile]:
+        """Tokens of the chosen responses (default: all), a bounded number of latents at a time.
 
         Noise is drawn per response from its own seed, one draw shared by all times but not by layers, so that neighbours in the batch and
         its split change nothing.
         """
-        starts = torch.tensor(lengths).cumsum(0) - torch.tensor(lengths)
-        depth = torch.tensor(self.spec.layers, device=self.device) / self.spec.num_layers
-        tile: list[int] = []
-        for position, b in enumerate(chosen):
-            tile.append(b)
-            following = lengths[chosen[position + 1]] if position + 1 < len(chosen) else ROW_TILE
-            if (sum(lengths[i] for i in tile) + following) * len(self.spec.layers) <= ROW_TILE and position + 1 < len(chosen):
-                continue
-            tokens = torch.cat([torch.arange(int(starts[i]), int(starts[i]) + lengths[i]) for i in tile]).to(self.device)
-            noise = torch.cat([self._noise(lengths[i], seeds[i]) for i in tile], dim=1)
-            target = latents.states.index_select(1, latents.target[tokens]).float()
-            context = latents.states.index_select(1, latents.context[tokens]).float()
-            yield tokens, target.flatten(0, 1), context.flatten(0, 1), noise.flatten(0, 1), depth.repeat_interleave(len(tokens))
-            tile = []
+        room = max(1, TILE_ELEMENTS // (self.network.size * len(self.spec.layers)))
+        starts = (torch.tensor(lengths).cumsum(0) - torch.tensor(lengths)).tolist()
+        tokens: list[Tensor] = []
+        draws: list[Tensor] = []
+        used = 0
+        for b in range(len(lengths)) if chosen is None else chosen:
+            draw = self._draw(lengths[b], seeds[b])
+            rows = torch.arange(starts[b], starts[b] + lengths[b], device=self.device)
+            while len(rows):
+                taken = min(room - used, len(rows))
+                tokens.append(rows[:taken])
+                draws.append(draw[:, :taken])
+                rows, draw, used = rows[taken:], draw[:, taken:], used + taken
+                if used == room:
+                    yield self._tile(latents, torch.cat(tokens), torch.cat(draws, dim=1))
+                    tokens, draws, used = [], [], 0
+        if tokens:
+            yield self._tile(latents, torch.cat(tokens), torch.cat(draws, dim=1))
 
-    def _noise(self, length: int, seed: int) -> Tensor:
-        """[L, T, D] standard normal."""
+    def _tile(self, latents: Latents, tokens: Tensor, draw: Tensor) -> Tile:
+        target, context = (latents.states.index_select(1, rows[tokens]).float() for rows in (latents.target, latents.context))
+        depth = torch.tensor(self.spec.layers, device=self.device) / self.spec.num_layers
+        return Tile(tokens, target, context, draw[..., :-1], draw[..., -1], depth[:, None].expand(-1, len(tokens)))
+
+    def _draw(self, length: int, seed: int) -> Tensor:
+        """[L, T, D + 1] standard normal: the noise, and in the last column the draw behind a random time."""
         generator = torch.Generator(self.device).manual_seed(seed)
-        size = (len(self.spec.layers), length, self.network.size)
+        size = (len(self.spec.layers), length, self.network.size + 1)
         return torch.randn(size, generator=generator, device=self.device)
 
     def save(self, folder: str | Path) -> None:
@@ -145,7 +163,9 @@ class FlowField:
         (folder / SPEC_FILE).write_text(json.dumps(asdict(self.spec), indent=1))
 
     @classmethod
-    def load(cls, folder: str | Path, expected: FlowSpec, device: torch.device | str = "cpu") -> FlowField:
+    def load(
+        cls, folder: str | Path, expected: FlowSpec, device: torch.device | str = "cpu", compute_dtype: torch.dtype = torch.float32
+    ) -> FlowField:
         """Read a field and check that it fits the run.
 
         Raises UserError that names the file, or each setting that differs with both its values: a field read on another side, layer, time
@@ -154,7 +174,7 @@ class FlowField:
         folder = Path(folder)
         spec = read_spec(folder)
         check_spec(spec, expected, folder)
-        field = cls(spec, device=device)
+        field = cls(spec, device=device, compute_dtype=compute_dtype)
         try:
             weights = load_file(folder / WEIGHTS_FILE)
         except (OSError, SafetensorError) as error:

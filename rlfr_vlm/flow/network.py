@@ -114,4 +114,4 @@ class VelocityNet(nn.Module):
 def _embed_unique(embedding: ScalarEmbedding, scalar: Tensor) -> Tensor:
     """Embed each distinct value once: at reward time a batch holds one time and a few layers."""
     values, index = torch.unique(scalar, return_inverse=True)
-    return embedding(values)[index] if len(values) < len(scalar) else embedding(scalar)
+    return embedding(values).index_select(0, index) if len(values) < len(scalar) else embedding(scalar)

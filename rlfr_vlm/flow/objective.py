@@ -31,6 +31,6 @@ def debias_weight(t: float) -> float:
     return t / (1 - t)
 
 
-def sample_times(num: int, generator: torch.Generator, device: torch.device | str = "cpu") -> Tensor:
-    """Logit-normal flow times: sigmoid of a standard normal (arXiv:2403.03206). Returns [num] float32 in (0, 1)."""
-    return torch.sigmoid(torch.randn(num, generator=generator)).to(device)
+def logit_normal_times(normal: Tensor) -> Tensor:
+    """Flow times in (0, 1) from standard normal draws: their sigmoid (arXiv:2403.03206). Any shape."""
+    return torch.sigmoid(normal)

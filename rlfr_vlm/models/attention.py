@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Protocol
 
 import torch
@@ -70,29 +71,37 @@ class PackedLayout:
     def __init__(self, segments: Sequence[Segment], device: torch.device) -> None:
         self.segments = tuple(segments)
         self.max_keys = max(sum(s.shape) for s in segments)
+        self.device = device
+        if device.type == "cuda":
+            self._prepare_varlen(device)
+
+    @cached_property
+    def _plan(self) -> tuple[list[tuple[Tensor, Tensor, Tensor]], Tensor]:
+        """Segments of one shape are attended together: (query rows, key rows, mask) per shape, and where each output row belongs."""
+        device = self.device
         by_shape: dict[tuple[int, int], list[Segment]] = defaultdict(list)
         for segment in self.segments:
             by_shape[segment.shape].append(segment)
-        self._blocks = []  # segments of one shape are attended together
+        blocks = []
         for (own, prefix), members in by_shape.items():
             query_rows = torch.tensor([[*range(s.start, s.end)] for s in members], device=device)
             key_rows = torch.tensor([[*range(s.prefix_start, s.prefix_end), *range(s.start, s.end)] for s in members], device=device)
-            self._blocks.append((query_rows, key_rows, causal_mask(own, own + prefix, device)))
-        order = torch.cat([rows.flatten() for rows, _, _ in self._blocks])
-        self._inverse = torch.empty_like(order)
-        self._inverse[order] = torch.arange(len(order), device=device)
-        if device.type == "cuda":
-            self._prepare_varlen(device)
+            blocks.append((query_rows, key_rows, causal_mask(own, own + prefix, device)))
+        order = torch.cat([rows.flatten() for rows, _, _ in blocks])
+        inverse = torch.empty_like(order)
+        inverse[order] = torch.arange(len(order), device=device)
+        return blocks, inverse
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
         """See Layout."""
         if query.is_cuda and query.dtype in (torch.bfloat16, torch.float16):
             return self._attend_varlen(query, key, value, scale)
         outputs = []
-        for query_rows, key_rows, mask in self._blocks:
+        blocks, inverse = self._plan
+        for query_rows, key_rows, mask in blocks:
             attended = grouped_sdpa(_rows(query, query_rows), _rows(key, key_rows), _rows(value, key_rows), mask, scale)
             outputs.append(attended.transpose(1, 2).flatten(0, 1))  # [n * R, H, D]
-        return torch.cat(outputs).index_select(0, self._inverse)[None]
+        return torch.cat(outputs).index_select(0, inverse)[None]
 
     def _prepare_varlen(self, device: torch.device) -> None:
         keys = [torch.tensor([*range(s.prefix_start, s.prefix_end), *range(s.start, s.end)]) for s in self.segments]

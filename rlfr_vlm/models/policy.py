@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor, AutoTokenizer
 
@@ -34,7 +35,7 @@ class Policy:
     def __init__(self, cfg: ModelConfig) -> None:
         """Load from a folder or the hub. Raises UserError naming the field that does not fit."""
         self.path = resolve_path(cfg.path)
-        self.device = torch.device(cfg.device if cfg.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu")
+        self.device = find_device(cfg.device)
         self.dtype = getattr(torch, cfg.dtype)
         options: dict[str, Any] = {"trust_remote_code": cfg.trust_remote_code}
         if cfg.gguf_file:
@@ -47,7 +48,7 @@ class Policy:
             )
             self.tokenizer: Any = self.processor.tokenizer if self.processor else AutoTokenizer.from_pretrained(self.path, **options)
             self.model = load_model(self.path, self.dtype, bool(self.family.vision), options).to(self.device)
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, SafetensorError) as error:
             raise UserError(f"model.path: `{cfg.path}` does not load: {' '.join(str(error).split())[:300]}") from error
         self.model.eval()
         self.version = 0
@@ -145,6 +146,18 @@ class Policy:
         """A plain Hugging Face folder that transformers and vLLM load."""
         self.model.save_pretrained(folder)
         (self.processor or self.tokenizer).save_pretrained(folder)
+
+
+def find_device(name: str) -> torch.device:
+    """The device of a config. Raises UserError for one that this machine or this torch does not have."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"model.device={name}: {str(error).splitlines()[0]}") from None
+    return device
 
 
 def expert_rollout(prompt: EncodedPrompt, tokenizer: Any, eos: int) -> Rollout:

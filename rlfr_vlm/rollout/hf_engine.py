@@ -17,6 +17,21 @@ from rlfr_vlm.models.policy import Policy
 from rlfr_vlm.rollout.engine import SamplingConfig
 from rlfr_vlm.types import EncodedPrompt, FinishReason, Rollout, RolloutGroup, request_seed
 
+PREFILL_TOKENS = 32768  # prompt tokens, pictures included, of one forward
+
+
+def batches(prompts: Sequence[EncodedPrompt], max_prompts: int, max_tokens: int) -> list[list[EncodedPrompt]]:
+    """Prompts in order, in runs of at most so many prompts and tokens; a longer single one goes alone."""
+    parts: list[list[EncodedPrompt]] = []
+    tokens = 0
+    for prompt in prompts:
+        if not parts or len(parts[-1]) == max_prompts or tokens + len(prompt.token_ids) > max_tokens:
+            parts.append([])
+            tokens = 0
+        parts[-1].append(prompt)
+        tokens += len(prompt.token_ids)
+    return parts
+
 
 class _Prefill:
     """Attention of the packed prompts, which keeps every layer's keys and values."""
@@ -120,8 +135,7 @@ class HFEngine:
         training = self.policy.model.training
         self.policy.model.eval()  # no recomputation of layers while sampling
         try:
-            per_batch = max(1, self.batch_size // sampling.group_size)
-            parts = [prompts[i : i + per_batch] for i in range(0, len(prompts), per_batch)]
+            parts = batches(prompts, max(1, self.batch_size // sampling.group_size), PREFILL_TOKENS)
             return [group for part in parts for group in self._sample_batch(part, sampling)]
         finally:
             self.policy.model.train(training)

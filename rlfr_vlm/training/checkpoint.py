@@ -28,8 +28,7 @@ def commit_checkpoint(root: Path, step: int, write: Callable[[Path], None], keep
     Raises DiskFullError, with every older checkpoint intact and nothing half-written left, when the disk is full.
     """
     root.mkdir(parents=True, exist_ok=True)
-    for stale in root.glob(".tmp-*"):
-        shutil.rmtree(stale)
+    _clear_temporary(root)
     final = root / f"{PREFIX}{step}"
     temporary = root / f".tmp-{final.name}-{uuid.uuid4().hex[:8]}"
     temporary.mkdir()
@@ -37,23 +36,35 @@ def commit_checkpoint(root: Path, step: int, write: Callable[[Path], None], keep
         write(temporary)
         faultpoint("checkpoint_files")
         _seal(temporary, step)
-    except OSError as error:
+    except Exception as error:
+        full = disk_is_full(error, root)
         shutil.rmtree(temporary, ignore_errors=True)
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        if full:
             raise DiskFullError(f"no space left for {final}: free some, the older checkpoints are intact") from error
         raise
     faultpoint("checkpoint_manifest")
-    if final.exists():
-        shutil.rmtree(final)  # left by a run that was resumed from an older one
+    if final.exists():  # of the same step: replaced, but never before the new one is complete
+        final.rename(root / f".tmp-replaced-{final.name}-{uuid.uuid4().hex[:8]}")
     temporary.rename(final)
     _sync_folder(root)
     faultpoint("checkpoint_rename")
     _write_durably(root / "latest.tmp", final.name)
     (root / "latest.tmp").replace(root / "latest")
     _sync_folder(root)
-    for old in list_checkpoints(root)[:-keep]:
+    _clear_temporary(root)
+    for old in [p for p in list_checkpoints(root) if p != final][: -(keep - 1)]:
         shutil.rmtree(old)
     return final
+
+
+def _clear_temporary(root: Path) -> None:
+    for stale in root.glob(".tmp-*"):
+        shutil.rmtree(stale)
+
+
+def disk_is_full(error: BaseException, folder: Path) -> bool:
+    """Whether a failed write looks like a full disk: safetensors and torch.save report it as errors of their own, without an errno."""
+    return getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or shutil.disk_usage(folder).free < 2**20
 
 
 def _seal(folder: Path, step: int) -> None:
@@ -110,7 +121,7 @@ def verify(folder: Path) -> None:
 
 
 def newest_good(root: Path, warn: Callable[[str], None]) -> Path | None:
-    """The newest checkpoint that verifies; each bad one is reported through `warn`. None where none was ever committed.
+    """The newest checkpoint that verifies; each damaged one is reported and set aside. None where none was ever committed.
 
     Raises CheckpointError when there are checkpoints and none is good: a run never starts afresh in silence.
     """
@@ -119,12 +130,12 @@ def newest_good(root: Path, warn: Callable[[str], None]) -> Path | None:
     for folder in reversed(found):
         try:
             verify(folder)
+            for damaged in found[found.index(folder) + 1 :]:
+                damaged.rename(damaged.with_name(f"damaged-{damaged.name}-{uuid.uuid4().hex[:8]}"))
             return folder
         except CheckpointError as error:
             problems.append(str(error))
-            warn(f"checkpoint {folder.name} is damaged: {error}; trying the one before")
+            warn(f"checkpoint {folder.name} is damaged: {error}; it is set aside, trying the one before")
     if problems:
-        raise CheckpointError(
-            f"no good checkpoint is left in {root}: {problems[0]}; set resume=false or another output_dir to start afresh"
-        )
+        raise CheckpointError(f"no good checkpoint is left in {root}: {problems[0]}; use another output_dir to start afresh")
     return None

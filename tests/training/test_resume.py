@@ -1,6 +1,8 @@
 """A run killed anywhere and started again ends with the same weights, to the bit; and would not if anything were left out of the restore."""
 
 import json
+import random
+from pathlib import Path
 
 import pytest
 
@@ -9,6 +11,7 @@ from rlfr_vlm.config import load_config
 from rlfr_vlm.errors import UserError
 from rlfr_vlm.rollout import hf_engine
 from rlfr_vlm.training import run as run_module
+from rlfr_vlm.training import state as state_module
 from rlfr_vlm.training.checkpoint import list_checkpoints
 from tests.runs import cli, digest, make_config, make_data
 
@@ -70,9 +73,9 @@ def interrupted(model_folder, tmp_path):
 
 
 def resume(cfg):
-    run_module.random.seed(99)  # another process would not be where this one is
+    random.seed(99)  # another process would not be where this one is
     train(cfg)
-    return digest(run_module.Path(cfg.output_dir), 4)
+    return digest(Path(cfg.output_dir), 4)
 
 
 @pytest.mark.slow
@@ -86,7 +89,7 @@ def test_resumed_in_full_is_equal(interrupted):
 def test_negative_control_leaving_one_thing_out_is_seen(interrupted, monkeypatch, left_out):
     cfg, expected = interrupted
     if left_out == "rng":
-        monkeypatch.setattr(run_module, "set_rng_state", lambda state: None)
+        monkeypatch.setattr(state_module, "set_rng_state", lambda state: None)
     elif left_out == "request_seeds":
         original = hf_engine.request_seed
         monkeypatch.setattr(hf_engine, "request_seed", lambda *parts: original("another process", *parts))
