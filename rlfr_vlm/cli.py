@@ -6,6 +6,7 @@ import argparse
 import errno
 import json
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 from rlfr_vlm.config import Config, load_config, to_yaml
@@ -75,7 +76,7 @@ def run(arguments: argparse.Namespace) -> int:
     elif arguments.verb == "train":
         print(commands.train(cfg))
     else:
-        print(json.dumps(commands.describe(commands.evaluate(cfg)), indent=1))
+        print(json.dumps(asdict(commands.evaluate(cfg)), indent=1))
     return 0
 
 

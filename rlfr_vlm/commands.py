@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -44,20 +44,19 @@ class Workbench:
     cfg: Config
     policy: Policy
     grader: Grader
-    engine: RolloutEngine | None
+    engine: RolloutEngine
 
 
 @contextmanager
-def workbench(cfg: Config, with_engine: bool = True) -> Iterator[Workbench]:
+def workbench(cfg: Config) -> Iterator[Workbench]:
     """Load the policy, start grader and engine; stop them afterwards."""
     policy = Policy(cfg.model)
     with Grader(cfg.reward.grader, cfg.reward.answer) as grader:
-        engine = make_engine(cfg, policy) if with_engine else None
+        engine = make_engine(cfg, policy)
         try:
             yield Workbench(cfg, policy, grader, engine)
         finally:
-            if engine is not None:
-                engine.close()
+            engine.close()
 
 
 def flow(cfg: Config) -> Path:
@@ -87,7 +86,7 @@ def train(cfg: Config) -> Path:
 def run_training(bench: Workbench, prompts: Sequence[Prompt], heldout: Sequence[Prompt], bad: BadRows) -> Path:
     """RL with parts that are already up."""
     cfg, policy = bench.cfg, bench.policy
-    assert bench.engine is not None and cfg.data.train is not None
+    assert cfg.data.train is not None
     kept = checked(cfg, prompts, bench.grader, bad)
     if len(kept) < cfg.rollout.num_prompts:
         raise UserError(f"rollout.num_prompts={cfg.rollout.num_prompts} exceeds the {len(kept)} usable rows of {cfg.data.train}")
@@ -119,7 +118,6 @@ def evaluate(cfg: Config) -> HeldoutResult:
 
 def run_evaluation(bench: Workbench, prompts: Sequence[EncodedPrompt], step: int = 0) -> HeldoutResult:
     """Held-out accuracy with parts that are already up."""
-    assert bench.engine is not None
     cfg = bench.cfg
     bench.engine.load_weights(bench.policy)
     return evaluate_heldout(cfg, bench.engine, prompts, bench.grader, step, Path(cfg.output_dir) / "eval")
@@ -213,8 +211,3 @@ def export(policy: Policy, folder: Path) -> None:
     if folder.exists():
         shutil.rmtree(folder)
     temporary.rename(folder)
-
-
-def describe(result: HeldoutResult) -> dict[str, object]:
-    """A result as plain data."""
-    return asdict(result)

@@ -10,7 +10,8 @@ _reached: Counter[str] = Counter()
 
 
 def faultpoint(name: str) -> None:
-    """Pass a named point. With RLFR_FAULT=name:nth:action, its nth passing kills the process (`kill`), stops it (`stop`) or raises (`raise`)."""
+    """Pass a named point. With RLFR_FAULT=name:nth:action, its nth passing sends the process SIGKILL (`kill`), SIGSTOP
+    (`stop`) or SIGTERM (`term`), or raises (`raise`)."""
     armed = os.environ.get("RLFR_FAULT")
     if not armed:
         return
@@ -18,10 +19,9 @@ def faultpoint(name: str) -> None:
     _reached[name] += 1
     if name != wanted or _reached[name] != int(nth):
         return
-    if action == "kill":
-        os.kill(os.getpid(), signal.SIGKILL)
-    elif action == "stop":
-        os.kill(os.getpid(), signal.SIGSTOP)
+    signals = {"kill": signal.SIGKILL, "stop": signal.SIGSTOP, "term": signal.SIGTERM}
+    if action in signals:
+        os.kill(os.getpid(), signals[action])
     elif action == "raise":
         raise RuntimeError(f"fault injected at {name}")
     else:

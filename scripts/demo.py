@@ -57,7 +57,6 @@ def run(task: str, cfg: Config) -> dict[str, object]:
     heldout = commands.heldout_prompts(cfg)
     assert cfg.flow is not None
     with commands.workbench(cfg) as bench:
-        assert bench.engine is not None
         field = commands.fit(cfg, bench.policy, expert)
         cfg = cfg.model_copy(update={"flow": cfg.flow.model_copy(update={"checkpoint": str(field)})})
         bench = replace(bench, cfg=cfg)

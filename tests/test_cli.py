@@ -52,8 +52,8 @@ def test_dry_run_prints_the_resolved_config_and_loads_nothing(run_folder, capsys
     assert "lr: 3.0e-06" in out
 
 
-def spoil(folder, **changes):
-    path = folder / "train.jsonl"
+def spoil(folder, name="train", **changes):
+    path = folder / f"{name}.jsonl"
     rows = [json.loads(line) for line in path.read_text().splitlines()]
     rows[3].update(changes)
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -88,6 +88,74 @@ def test_bad_rows_can_be_skipped(run_folder, capsys):
     recorded = [json.loads(line) for line in (folder / "run/bad_rows.jsonl").read_text().splitlines()]
     assert [(row["kind"], "gone.png" in row["reason"]) for row in recorded] == [("image", True)]
     assert "1 bad rows were left out" in err
+
+
+@pytest.mark.parametrize(
+    ("name", "verb", "changes", "message"),
+    [
+        ("expert", "flow", {"images": ["images/gone.png"]}, "expert.jsonl:4: images/gone.png is missing"),
+        ("expert", "flow", {"response": ""}, "expert.jsonl:4: the expert response is empty"),
+        ("test", "eval", {"answer": "\\frac{"}, "test.jsonl:4: answer"),
+        ("test", "eval", {"images": ["images/gone.png"]}, "test.jsonl:4: images/gone.png is missing"),
+    ],
+)
+def test_bad_expert_and_heldout_rows_stop_with_one_line(run_folder, capsys, name, verb, changes, message):
+    folder, config = run_folder
+    spoil(folder, name, **changes)
+    code, _, err = run(capsys, verb, "--config", str(config), "flow.fit.batch_size=7")
+    assert code == 2
+    assert message in err.splitlines()[-1]
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("model.device=nonsense", "model.device=nonsense"),
+        ("rollout.num_prompts=100", "rollout.num_prompts=100 exceeds the 8 usable rows"),
+        ("flow.layers=[0.5,0.51]", "one of them twice"),
+        ("reward.function=nowhere.py:f", "nowhere.py"),
+    ],
+)
+def test_settings_that_cannot_work_stop_with_one_line(run_folder, capsys, override, message):
+    _, config = run_folder
+    code, _, err = run(capsys, "train", "--config", str(config), override)
+    assert code == 2
+    assert message in err.splitlines()[-1]
+
+
+def test_the_trained_model_is_a_plain_folder_and_a_finished_run_is_not_started_afresh(run_folder, capsys):
+    folder, config = run_folder
+    assert run(capsys, "train", "--config", str(config), "train.steps=1")[0] == 0
+    trained = folder / "run/hf/global_step_1"
+    code, out, _ = run(capsys, "eval", "--config", str(config), f"model.path={trained}", f"output_dir={folder}/again")
+    assert code == 0
+    assert json.loads(out)["num_problems"] == 4
+    code, _, err = run(capsys, "train", "--config", str(config), "train.steps=1", "resume=false")
+    assert code == 2
+    assert "holds checkpoints; use another output_dir" in err
+
+
+def test_bench_prints_one_line_with_the_figures(model_folder, capsys):
+    arguments = ["--steps", "1", "--warmup", "0", "--prompts-per-step", "2", "--max-new-tokens", "4", "--threads", "1"]
+    code, out, _ = run(capsys, "bench", "--model", model_folder("llama"), *arguments)
+    assert code == 0
+    row = json.loads(out)
+    assert row["response_length"] == 4
+    assert row["step_s"] >= row["update_s"] > 0
+
+
+def test_sigterm_saves_and_exits_75(run_folder):
+    folder, config = run_folder
+    done = cli("train", "--config", str(config), "train.save_steps=100", fault="backward:2:term")
+    assert done.returncode == 75, done.stderr[-1000:]
+    assert (folder / "run/checkpoints/latest").read_text() == "global_step_2"
+    assert "stopped at step 2 on SIGTERM" in done.stderr.splitlines()[-1]
+
+
+def test_doctor_names_what_is_missing(capsys):
+    code, out, _ = run(capsys, "doctor")
+    assert code == 0
+    assert "HF engine" in out and "works" in out
 
 
 def test_unknown_key(run_folder, capsys):

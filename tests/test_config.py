@@ -20,6 +20,12 @@ MINIMAL = {"output_dir": "out", "model": {"path": "m"}}
         ({"flow": {"layers": [25]}}, "layers: 25.0 is not a fraction"),
         ({"model": {}}, "`model.path` is required"),
         ({"reward": {"overlong_buffer": 2000}}, "overlong_buffer=2000 must be below"),
+        ({"flow": {"layers": [0.75, 0.25]}}, "must rise from the first to the last"),
+        ({"flow": {"reward": {"normalise": "bilateral", "top_k": 1}}}, "top_k=1 keeps nothing"),
+        ({"data": {"min_pixels": 9999, "max_pixels": 784}}, r"min_pixels=9999 must be .* at most data\.max_pixels=784"),
+        ({"optim": {"betas": [1.5, 0.9]}}, r"betas=\[1.5, 0.9\] must be in"),
+        ({"rollout": {"stop": [""]}}, "an empty string would end every response"),
+        ({"seed": 10**30}, "seed"),
     ],
 )
 def test_refusals_name_the_field_and_the_value(change, message):

@@ -20,8 +20,9 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x: [..., D]; returns the same shape and dtype."""
-        normed = x.float() * torch.rsqrt(x.float().square().mean(-1, keepdim=True) + self.eps)
-        return self.weight * normed.to(x.dtype)
+        precise = x.to(torch.promote_types(x.dtype, torch.float32))
+        normed = precise * torch.rsqrt(precise.square().mean(-1, keepdim=True) + self.eps)
+        return self.weight.to(x.dtype) * normed.to(x.dtype)
 
 
 class ScalarEmbedding(nn.Module):

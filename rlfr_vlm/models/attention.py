@@ -20,6 +20,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from rlfr_vlm.errors import UserError
 
 IMPLEMENTATION = "rlfr_packed"
+SHORT_KEYS = 512  # up to here the scores of a sequence fit the cache
 
 
 class Layout(Protocol):
@@ -62,7 +63,20 @@ def grouped_sdpa(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scale:
     repeats = heads // kv_heads
     folded = query.reshape(n, kv_heads, repeats * rows, size)
     tiled = mask.repeat(*([1] * (mask.dim() - 2)), repeats, 1)
+    if query.device.type == "cpu" and query.dtype == torch.bfloat16 and mask.dim() == 2 and mask.shape[1] <= SHORT_KEYS:
+        return _short_attention(folded, key, value, tiled, scale).view(n, heads, rows, size)
     return F.scaled_dot_product_attention(folded, key, value, attn_mask=tiled, scale=scale).reshape(n, heads, rows, size)
+
+
+def _short_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scale: float) -> Tensor:
+    """The same with plain products: for short sequences in bfloat16 on CPU, torch's fused kernel takes 3 to 8 times longer in the backward.
+
+    query: [n, H, R, D]; key, value: [n, H, K, D]; mask: [R, K] bool. Returns [n * H, R, D].
+    """
+    bias = torch.zeros(mask.shape, dtype=query.dtype).masked_fill_(~mask, float("-inf"))
+    queries, keys, values = (x.flatten(0, 1) for x in (query, key, value))
+    scores = torch.baddbmm(bias.expand(len(queries), -1, -1), queries, keys.transpose(1, 2), alpha=scale)
+    return torch.bmm(scores.softmax(-1), values)
 
 
 class PackedLayout:

@@ -7,6 +7,7 @@ import os
 import pytest
 import torch
 from PIL import Image
+from transformers import AddedToken
 
 from rlfr_vlm.config import DataConfig, ModelConfig
 from rlfr_vlm.data.images import ImageError, locate, open_image
@@ -52,9 +53,18 @@ def test_the_same_picture_from_path_bytes_base64_and_pil(policy, tmp_path):
     data = png()
     (tmp_path / "a.png").write_bytes(data)
     text = base64.b64encode(data).decode()
+    assert len(text) > 512
     sources = ["a.png", data, text, "data:image/png;base64," + text, {"bytes": data, "path": None}, Image.open(io.BytesIO(data))]
     pixels = [encode(policy, {"prompt": "<image>x", "images": [s]}, folder=tmp_path).vision["pixel_values"] for s in sources]
     assert all(torch.equal(pixels[0], p) for p in pixels)
+
+
+def test_short_base64_without_a_head(policy):
+    buffer = io.BytesIO()
+    Image.new("L", (28, 28), 200).save(buffer, "PNG")
+    text = base64.b64encode(buffer.getvalue()).decode()
+    assert 64 < len(text) < 512
+    assert encode(policy, {"prompt": "<image>x", "images": [text]}).images
 
 
 def test_media_dirs(policy, tmp_path):
@@ -76,6 +86,8 @@ def test_media_dirs(policy, tmp_path):
         ("link.png", "lies outside"),
         ("http://localhost/x.png", r"data\.allow_urls"),
         (7, "given as int"),
+        ("x" * 400, "is no file name|is missing"),
+        ("nul\0.png", "is no file name"),
     ],
 )
 def test_pictures_that_cannot_be_used_name_their_row(policy, tmp_path, source, message):
@@ -110,6 +122,13 @@ def test_special_tokens_in_a_question_stay_text(policy):
     special = {policy.tokenizer.convert_tokens_to_ids(t) for t in ("<|image_pad|>", "<|im_end|>", "<|im_start|>")}
     assert [t for t in forged.token_ids if t in special] == [t for t in plain.token_ids if t in special]
     assert "<|image_pad|>" in policy.tokenizer.decode(forged.token_ids)
+
+
+def test_added_special_tokens_count_as_special_too(model_folder):
+    text = Policy(ModelConfig(path=model_folder("llama"), dtype="float32"))
+    text.tokenizer.add_tokens([AddedToken("<|start_header_id|>", special=True)])
+    ids = encode(text, {"prompt": "a <|start_header_id|> b"}).token_ids
+    assert text.tokenizer.convert_tokens_to_ids("<|start_header_id|>") not in ids
 
 
 def test_prompts_over_the_limit_are_refused_whole(policy):

@@ -1,10 +1,11 @@
 """The checkpoint protocol on small files."""
 
+import errno
 import json
 
 import pytest
 
-from rlfr_vlm.errors import CheckpointError
+from rlfr_vlm.errors import CheckpointError, DiskFullError
 from rlfr_vlm.training.checkpoint import commit_checkpoint, list_checkpoints, newest_good, verify
 
 
@@ -68,6 +69,37 @@ def test_damage_is_named_and_the_one_before_is_used(tmp_path, damage, message):
     warnings = []
     assert newest_good(tmp_path, warnings.append).name == "global_step_2"
     assert "global_step_3" in warnings[0]
+
+
+def test_the_one_just_committed_is_never_pruned_and_a_damaged_one_takes_no_place(tmp_path):
+    committed(tmp_path, 250, 200)
+    commit_checkpoint(tmp_path, 50, write(b"x"), keep=2)
+    assert [p.name for p in list_checkpoints(tmp_path)] == ["global_step_50", "global_step_250"]
+    (tmp_path / "global_step_250/policy.bin").unlink()
+    assert newest_good(tmp_path, lambda message: None).name == "global_step_50"
+    assert [p.name for p in list_checkpoints(tmp_path)] == ["global_step_50"]
+    assert any(p.name.startswith("damaged-global_step_250") for p in tmp_path.iterdir())
+
+
+def test_the_same_step_again_replaces_it(tmp_path):
+    committed(tmp_path, 1)
+    commit_checkpoint(tmp_path, 1, write(b"new"), keep=2)
+    verify(tmp_path / "global_step_1")
+    assert (tmp_path / "global_step_1/flow/flow.bin").read_bytes() == b"new"
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["global_step_1", "latest"]
+
+
+def test_a_full_disk_is_told_and_nothing_half_written_stays(tmp_path):
+    committed(tmp_path, 1)
+
+    def full(folder):
+        (folder / "half").write_text("x")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with pytest.raises(DiskFullError, match="no space left") as raised:
+        commit_checkpoint(tmp_path, 2, full, keep=2)
+    assert raised.value.exit_code == 5
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["global_step_1", "latest"]
 
 
 def test_no_good_checkpoint_is_never_a_fresh_start(tmp_path):
