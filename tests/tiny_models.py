@@ -130,28 +130,28 @@ def _text(folder, model_class, config_class, tied: bool, hidden: int, layers: in
     return _save(folder, model_class, config, tokenizer, seed, dtype)
 
 
-def tiny_qwen2(folder: str | Path, tied: bool = True, hidden: int = 64, layers: int = 3, seed: int = 0, dtype: str = "float32") -> Path:
+def tiny_qwen2(folder: str | Path, tied: bool = True, hidden: int = 64, layers: int = 4, seed: int = 0, dtype: str = "float32") -> Path:
     """Qwen2.5 (text): biased qkv."""
     from transformers import Qwen2Config, Qwen2ForCausalLM
 
     return _text(folder, Qwen2ForCausalLM, Qwen2Config, tied, hidden, layers, seed, dtype)
 
 
-def tiny_llama(folder: str | Path, tied: bool = True, hidden: int = 64, layers: int = 3, seed: int = 0, dtype: str = "float32") -> Path:
+def tiny_llama(folder: str | Path, tied: bool = True, hidden: int = 64, layers: int = 4, seed: int = 0, dtype: str = "float32") -> Path:
     """Llama, SmolLM2: no biases."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     return _text(folder, LlamaForCausalLM, LlamaConfig, tied, hidden, layers, seed, dtype)
 
 
-def tiny_qwen3(folder: str | Path, tied: bool = True, hidden: int = 64, layers: int = 3, seed: int = 0, dtype: str = "float32") -> Path:
+def tiny_qwen3(folder: str | Path, tied: bool = True, hidden: int = 64, layers: int = 4, seed: int = 0, dtype: str = "float32") -> Path:
     """Qwen3 (text): norms on queries and keys."""
     from transformers import Qwen3Config, Qwen3ForCausalLM
 
     return _text(folder, Qwen3ForCausalLM, Qwen3Config, tied, hidden, layers, seed, dtype, head_dim=32)
 
 
-def tiny_mistral(folder: str | Path, tied: bool = False, hidden: int = 64, layers: int = 3, seed: int = 0, dtype: str = "float32") -> Path:
+def tiny_mistral(folder: str | Path, tied: bool = False, hidden: int = 64, layers: int = 4, seed: int = 0, dtype: str = "float32") -> Path:
     """Mistral without its sliding window."""
     from transformers import MistralConfig, MistralForCausalLM
 

@@ -41,6 +41,8 @@ class FlowSpec:
         """The spec of a run: its config and its policy's identity."""
         num_layers = int(backbone["num_layers"])
         layers = resolve_layers(cfg.layers, num_layers)
+        if len(set(layers)) < len(layers):
+            raise UserError(f"flow.layers: {list(cfg.layers)} are the layers {list(layers)} of {num_layers}: one of them twice; name fewer")
         return cls(layers, num_layers, cfg.context, cfg.shift, tuple(cfg.times), cfg.network.depth, dict(backbone))
 
     @classmethod

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import random
 import signal
@@ -17,7 +18,6 @@ from rlfr_vlm.config import Config, parse_config
 from rlfr_vlm.data.render import Renderer
 from rlfr_vlm.errors import StoppedError, UserError
 from rlfr_vlm.models.policy import Policy
-from rlfr_vlm.rollout import engine as engines
 from rlfr_vlm.rollout import make_engine
 from rlfr_vlm.rollout.engine import SamplingConfig
 from rlfr_vlm.rollout.hf_engine import HFEngine
@@ -251,7 +251,7 @@ def test_nothing_listens_beyond_loopback(engine):
 
 def test_engine_choice(path, policy, monkeypatch):
     assert isinstance(make_engine(make_config(path, engine="hf"), policy), HFEngine)
-    monkeypatch.setattr(engines.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     assert isinstance(make_engine(make_config(path, engine="auto"), policy), HFEngine)
     with pytest.raises(UserError, match="vLLM is not installed"):
         make_engine(make_config(path), policy)
