@@ -107,6 +107,14 @@ def test_bad_expert_and_heldout_rows_stop_with_one_line(run_folder, capsys, name
     assert message in err.splitlines()[-1]
 
 
+def test_bad_expert_rows_can_be_skipped(run_folder, capsys):
+    folder, config = run_folder
+    spoil(folder, "expert", images=["images/gone.png"])
+    code, _, err = run(capsys, "flow", "--config", str(config), "data.on_bad_row=skip", "data.max_bad_frac=0.5", "flow.fit.batch_size=6")
+    assert code == 0, err
+    assert "gone.png" in (folder / "run/bad_rows.jsonl").read_text()
+
+
 @pytest.mark.parametrize(
     ("override", "message"),
     [

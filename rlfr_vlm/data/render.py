@@ -151,12 +151,17 @@ class PromptSource:
         return list(drawn.values())
 
 
-def encode_all(prompts: Sequence[Prompt], renderer: Renderer, bad: BadRows) -> list[EncodedPrompt]:
-    """Encode a whole (small) data set; bad rows as `data.on_bad_row` says."""
+def encode_all(
+    prompts: Sequence[Prompt], renderer: Renderer, bad: BadRows, check: Callable[[EncodedPrompt], None] | None = None
+) -> list[EncodedPrompt]:
+    """Encode a whole (small) data set; bad rows, and those that `check` raises RowError for, as `data.on_bad_row` says."""
     encoded = []
     for prompt in prompts:
         try:
-            encoded.append(renderer.encode(prompt))
+            found = renderer.encode(prompt)
+            if check is not None:
+                check(found)
+            encoded.append(found)
         except RowError as error:
             bad.add(prompt.id, error, len(prompts))
     return encoded

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from rlfr_vlm.config import Config
 from rlfr_vlm.data.prompts import BadRows, PromptStream, RowError
-from rlfr_vlm.data.render import PromptSource, Renderer
+from rlfr_vlm.data.render import PromptSource, Renderer, encode_all
 from rlfr_vlm.errors import UserError
 from rlfr_vlm.flow.field import FlowField
 from rlfr_vlm.flow.objective import logit_normal_times
@@ -52,10 +52,7 @@ def fit_flow(
     )
     experts = Experts(policy, fit.max_tokens)
     source = PromptSource(train, renderer, PromptStream(len(train), cfg.seed, shuffle=True), bad, experts.check)
-    heldout = PromptSource(
-        [prompts[i] for i in order[:num_heldout]], renderer, PromptStream(num_heldout, cfg.seed, shuffle=False), bad, experts.check
-    )
-    checked = [experts.rollout(p) for p in heldout.next(num_heldout if bad.stop else 1)]
+    heldout = [experts.rollout(p) for p in encode_all([prompts[i] for i in order[:num_heldout]], renderer, bad, experts.check)]
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / "flow_fit.jsonl").open("w") as log:
         for step in range(1, steps + 1):
@@ -63,7 +60,7 @@ def fit_flow(
             loss = fit_step(cfg, policy, field, batch, step)
             record = {"step": step, "loss": loss, "lr": optimizer.current_lr, "grad_norm": optimizer.step()}
             if step == 1 or step == steps or step % max(1, steps // 10) == 0:
-                record["eval_loss"] = heldout_loss(cfg, policy, field, checked)
+                record["eval_loss"] = heldout_loss(cfg, policy, field, heldout)
                 say(f"flow fit {step}/{steps}  loss {loss:.4f}  held-out {record['eval_loss']:.4f}")
             log.write(json.dumps(record) + "\n")
     field.save(folder)
