@@ -27,11 +27,6 @@ def group_advantages(reward: Tensor, graded: Tensor, group: Tensor, min_std: flo
     return (centred * scale[index]).float()
 
 
-def segment_starts(lengths: Tensor) -> Tensor:
-    """First position of each segment of a flattened [N] tensor. lengths: [B] int; returns [B] int."""
-    return lengths.cumsum(0) - lengths
-
-
 def rewards_to_go(token_rewards: Tensor, lengths: Tensor, gamma: float = 1.0) -> Tensor:
     """Return from each token on, within its own response: G_t = sum_{s >= t} gamma^(s - t) r_s.
 

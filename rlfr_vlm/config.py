@@ -139,7 +139,7 @@ class FlowFitConfig(_Section):
 
     steps: int | None = Field(None, ge=1, description="optimiser steps; default: `epochs` over the expert rows")
     epochs: float = Field(2.0, gt=0, description="passes over the expert rows when `steps` is unset")
-    batch_size: int = Field(128, ge=1, description="expert solutions per step")
+    batch_size: int = Field(128, ge=1, description="expert solutions per step; all of them where there are fewer")
     batch_mul: int = Field(4, ge=1, description="independent (noise, time) draws per latent")
     lr: float = Field(1e-4, gt=0, description="AdamW, cosine, 10 % warm-up")
     weight_decay: float = Field(0.01, ge=0, description="AdamW")
