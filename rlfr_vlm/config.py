@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from rlfr_vlm.errors import UserError
+from rlfr_vlm.methods import fill_method
 
 
 class _Section(BaseModel):
@@ -77,6 +78,9 @@ class RolloutConfig(_Section):
     temperature: float = Field(1.0, gt=0, description="sampling temperature; log-probs are taken at it too")
     stop: tuple[str, ...] = Field((), description="strings that end a response, besides EOS")
     ignore_eos: bool = Field(False, description="force max_new_tokens tokens (benchmarks)")
+    max_rounds: int = Field(
+        1, ge=1, description="sample anew in place of groups whose rewards are all equal, up to so many rounds (DAPO); 1: never"
+    )
     hf_batch_size: int = Field(256, ge=1, description="HF engine: requests decoded together")
     vllm: VllmConfig = VllmConfig()
 
@@ -105,17 +109,82 @@ class RewardConfig(_Section):
     grader: GraderConfig = GraderConfig()
 
 
-class AlgorithmConfig(_Section):
-    """The policy objective."""
+class KlConfig(_Section):
+    """Divergence from the reference policy."""
 
-    advantage: Literal["grpo"] = Field("grpo", description="group-normalised outcome (arXiv:2402.03300)")
-    clip_low: float = Field(0.2, gt=0, lt=1, description="ratio clipped at 1 - clip_low")
-    clip_high: float = Field(0.2, gt=0, description="ratio clipped at 1 + clip_high")
+    coef: float = Field(0.0, ge=0, description="weight; 0: none, and no reference policy is loaded for it")
+    estimator: Literal["k1", "k2", "k3"] = Field(
+        "k3", description="of http://joschu.net/blog/kl-approx.html; in the loss, k1 has no gradient in expectation"
+    )
+    place: Literal["loss", "reward"] = Field("loss", description="added to the loss (GRPO) or taken from each token's reward (PPO)")
+
+
+class ValueConfig(_Section):
+    """The value head of PPO: one linear map from the policy's last state."""
+
+    lr: float = Field(9e-6, gt=0, description="of the head (OpenRLHF's critic: 9e-6); AdamW without weight decay")
+    coef: float = Field(0.1, gt=0, description="weight of the value loss beside the policy's: its gradient reaches the shared backbone")
+    clip: float = Field(0.2, gt=0, description="a new value stays within this of the old one (PPO)")
+
+
+class FlowRLConfig(_Section):
+    """FlowRL (arXiv:2509.15207): match the distribution of rewards."""
+
+    beta: float = Field(15.0, gt=0, description="inverse temperature of the reward (arXiv:2509.15207: 15)")
+    lr: float = Field(1e-4, gt=0, description="of the partition function (as published: 1e-6, at which it hardly moves)")
+    weight_decay: float = Field(0.1, ge=0, description="of the partition function (arXiv:2509.15207: 0.1)")
+
+
+class AlgorithmConfig(_Section):
+    """The policy objective. `method` sets what it defines, here and in other sections, wherever the config is silent: see methods.py."""
+
+    method: Literal["grpo", "dr_grpo", "dapo", "gspo", "gmpo", "rloo", "reinforce_pp", "ppo", "flowrl"] = Field(
+        "grpo", description="published objective whose settings are the defaults"
+    )
+    advantage: Literal["group", "centred", "leave_one_out", "whitened", "gae"] = Field(
+        "group", description="outcome normalised or centred within its group, less its siblings' mean, whitened over the batch, or GAE"
+    )
+    loss: Literal["clip", "gspo", "gmpo", "flowrl"] = Field("clip", description="of token ratios, of sequence ratios, or trajectory balance")
+    clip_low: float = Field(0.2, gt=0, lt=1, description="ratio clipped at 1 - clip_low (gmpo: log-ratio at -clip_low)")
+    clip_high: float = Field(0.2, gt=0, description="ratio clipped at 1 + clip_high (gmpo: log-ratio at clip_high)")
     dual_clip: float | None = Field(None, description="bound c > 1 of the loss where the advantage is negative (verl: 3)")
-    loss_aggregation: Literal["token", "sequence"] = Field(
-        "token", description="mean over tokens, or per-sequence means averaged (RLFR as published)"
+    loss_aggregation: Literal["token", "sequence", "constant"] = Field(
+        "token", description="mean over tokens; per-sequence means averaged (RLFR as published); sums over max_new_tokens (Dr. GRPO)"
     )
     updates_per_rollout: int = Field(1, ge=1, description="optimiser steps per batch of rollouts; 1 is on-policy")
+    gamma: float = Field(1.0, gt=0, le=1, description="discount of rewards to come")
+    gae_lambda: float = Field(1.0, ge=0, le=1, description="GAE's bias against variance; 1: plain return less value")
+    importance_cap: float | None = Field(
+        None, gt=0, description="weigh each token's loss by min(pi_old / pi_rollout, cap): the engine's log-probs are not the trainer's"
+    )
+    reference: str | None = Field(None, description="folder or hub name of the reference policy; default: model.path")
+    kl: KlConfig = KlConfig()
+    value: ValueConfig = ValueConfig()
+    flowrl: FlowRLConfig = FlowRLConfig()
+
+    @property
+    def needs_reference(self) -> bool:
+        """Whether log-probs of a reference policy enter the loss."""
+        return self.kl.coef > 0 or self.loss == "flowrl"
+
+    @model_validator(mode="after")
+    def _exclusions(self) -> AlgorithmConfig:
+        if self.dual_clip is not None and self.dual_clip <= 1:
+            raise ValueError(f"dual_clip={self.dual_clip} must be above 1")
+        if self.dual_clip is not None and self.loss in ("gmpo", "flowrl"):
+            raise ValueError(f"dual_clip has no meaning with loss={self.loss}")
+        if self.loss != "clip" and self.loss_aggregation != "sequence":
+            raise ValueError(f"loss={self.loss} is one number per sequence: loss_aggregation must be sequence, not {self.loss_aggregation}")
+        if self.loss == "flowrl":
+            if self.advantage != "group":
+                raise ValueError(f"loss=flowrl takes the group-normalised outcome: advantage must be group, not {self.advantage}")
+            if self.kl.coef > 0:
+                raise ValueError("loss=flowrl has the reference policy in its residual: kl.coef must be 0")
+            if self.importance_cap is not None:
+                raise ValueError("loss=flowrl has its own importance weight: importance_cap must be unset")
+        if self.reference is not None and not self.needs_reference:
+            raise ValueError("reference is set, but nothing uses it: set kl.coef above 0, or loss=flowrl")
+        return self
 
 
 class FlowNetworkConfig(_Section):
@@ -124,14 +193,26 @@ class FlowNetworkConfig(_Section):
     depth: int = Field(4, ge=1, description="residual blocks (arXiv:2510.10201: 4 up to 3B, 6 above)")
 
 
-class FlowRewardConfig(_Section):
-    """From deviations to token rewards."""
+class TokenRewardConfig(_Section):
+    """From token scores to token rewards; the same for flow deviations and for likelihood shaping."""
 
-    coef: float = Field(0.01, ge=0, description="weight of the flow reward (arXiv:2510.10201: 0.01); 0 is plain GRPO")
+    coef: float = Field(0.01, ge=0, description="weight of the token reward (arXiv:2510.10201: 0.01); 0: none")
     normalise: Literal["minmax", "bilateral", "mean"] = Field("minmax", description="minmax: penalty only; the others are signed")
     threshold: float = Field(0.6, description="keep scores beyond it (signed: by absolute value); <= 0: keep all")
     top_k: int = Field(15, ge=0, description="keep the k largest per response (signed: k/2 of each sign); 0: keep all")
     gamma: float = Field(1.0, gt=0, description="power of the score's size")
+
+    @model_validator(mode="after")
+    def _signed_top_k(self) -> TokenRewardConfig:
+        if self.normalise != "minmax" and self.top_k == 1:
+            raise ValueError("top_k=1 keeps nothing with a signed normalise: half of it goes to each sign; use 0 or at least 2")
+        return self
+
+
+class FlowRewardConfig(TokenRewardConfig):
+    """From deviations to token rewards."""
+
+    draws: int = Field(1, ge=1, description="noise draws that a deviation is averaged over (as published: 1)")
 
 
 class FlowFitConfig(_Section):
@@ -149,26 +230,39 @@ class FlowFitConfig(_Section):
 class FlowOnlineConfig(_Section):
     """Online update by rejection sampling."""
 
-    enabled: bool = Field(True, description="follow the latents of correct responses during RL")
+    enabled: bool = Field(True, description="follow the latents of selected responses during RL; false: the field is frozen")
     lr: float = Field(1e-4, gt=0, description="AdamW(0.9, 0.95)")
+    select: tuple[Literal["correct", "entropy"], ...] = Field(
+        ("correct",), description="responses with a right answer, and tokens of high entropy; empty: everything"
+    )
+    entropy_quantile: float = Field(0.8, ge=0, le=1, description="select entropy: tokens at or above this quantile of their response")
     soft_weight: float = Field(0.0, ge=0, le=1, description="weight of what is not selected; 0 rejects it")
-    entropy_quantile: float | None = Field(None, ge=0, le=1, description="also select tokens: those at or above this quantile of entropy")
+    times: Literal["reward", "logit_normal"] = Field("reward", description="at the reward's times (as published), or as in offline fitting")
+    warmup_steps: int = Field(0, ge=0, description="steps at the start in which only the field learns, the policy does not")
 
 
 class FlowConfig(_Section):
     """The flow field and its reward; `null` in the YAML is plain RLVR."""
 
-    checkpoint: str | None = Field(None, description="field written by `rlfr-vlm flow`; none: a new, zero field")
+    checkpoint: str | None = Field(None, description="field written by `rlfr-vlm flow` or `import-flow`; none: a new, zero field")
     layers: tuple[float, ...] = Field((0.25, 0.5, 0.75), description="hooked decoder layers, as fractions of depth")
-    context: Literal["token_pre", "token_post", "identity"] = Field(
-        "token_pre", description="the token after, before, or the target itself"
+    context: tuple[Literal["token_pre", "token_post", "identity"], ...] = Field(
+        ("token_pre",), description="the token after, before, or the target itself; `a+b` or a list mixes them"
     )
-    shift: int = Field(1, ge=1, description="tokens between target and context")
+    shift: tuple[int, ...] = Field((1,), description="tokens between target and context; one for all contexts, or one each")
     times: tuple[float, ...] = Field((0.8,), description="flow times of the reward, in [0, 1); 1 is data")
     network: FlowNetworkConfig = FlowNetworkConfig()
     reward: FlowRewardConfig = FlowRewardConfig()
     fit: FlowFitConfig = FlowFitConfig()
     online: FlowOnlineConfig = FlowOnlineConfig()
+
+    @field_validator("context", "shift", mode="before")
+    @classmethod
+    def _joined(cls, value: Any) -> Any:
+        """`a+b`, as in the published configs, or a single value."""
+        if isinstance(value, str):
+            return value.split("+")
+        return (value,) if isinstance(value, int) else value
 
     @model_validator(mode="after")
     def _ranges(self) -> FlowConfig:
@@ -180,11 +274,44 @@ class FlowConfig(_Section):
         for t in self.times:
             if not 0 <= t < 1:
                 raise ValueError(f"times: {t} is not in [0, 1)")
-        if not self.layers or not self.times:
-            raise ValueError("layers and times need at least one value each")
-        if self.reward.normalise != "minmax" and self.reward.top_k == 1:
-            raise ValueError("reward.top_k=1 keeps nothing with a signed normalise: half of it goes to each sign; use 0 or at least 2")
+        if not self.layers or not self.times or not self.context:
+            raise ValueError("layers, times and context need at least one value each")
+        if any(s < 1 for s in self.shift):
+            raise ValueError(f"shift: {list(self.shift)} must be 1 or more")
+        if len(self.shift) not in (1, len(self.context)):
+            raise ValueError(f"shift: {len(self.shift)} values for {len(self.context)} contexts; give one for all, or one each")
+        if len(set(self.sides)) < len(self.sides):
+            raise ValueError(f"context: {'+'.join(self.context)} names the same context twice")
+        if self.online.warmup_steps and not self.online.enabled:
+            raise ValueError("online.warmup_steps needs online.enabled: in these steps only the field learns")
         return self
+
+    @property
+    def sides(self) -> tuple[tuple[Literal["token_pre", "token_post", "identity"], int], ...]:
+        """Each context with its shift; identity has none (0)."""
+        shifts = self.shift * len(self.context) if len(self.shift) == 1 else self.shift
+        return tuple((mode, 0 if mode == "identity" else shift) for mode, shift in zip(self.context, shifts, strict=True))
+
+
+class EntropyShapingConfig(_Section):
+    """A_t + min(alpha * H_t, |A_t| / kappa) (arXiv:2506.14758)."""
+
+    alpha: float = Field(0.4, gt=0, description="weight of the token's entropy in nats (arXiv:2506.14758: 0.4 with GRPO, 0.1 with PPO)")
+    kappa: float = Field(2.0, gt=1, description="the bonus is at most |A_t| / kappa; above 1 no advantage changes its sign")
+
+
+class LikelihoodShapingConfig(TokenRewardConfig):
+    """Token rewards from the policy's own likelihood, through the pipeline of the flow reward: latent against logit."""
+
+    signal: Literal["surprisal", "entropy"] = Field("surprisal", description="score of a token: -log pi_old(y_t), or the entropy where it was drawn")
+    sign: Literal[-1, 1] = Field(-1, description="-1 charges for a high score, as the flow reward does; 1 pays for it")
+
+
+class ShapingConfig(_Section):
+    """The baselines that shape advantages or token rewards without a flow field."""
+
+    entropy: EntropyShapingConfig | None = None
+    likelihood: LikelihoodShapingConfig | None = None
 
 
 class OptimConfig(_Section):
@@ -232,9 +359,15 @@ class Config(_Section):
     reward: RewardConfig = RewardConfig()
     algorithm: AlgorithmConfig = AlgorithmConfig()
     flow: FlowConfig | None = None
+    shaping: ShapingConfig = ShapingConfig()
     optim: OptimConfig = OptimConfig()
     train: TrainConfig = TrainConfig()
     eval: EvalConfig = EvalConfig()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _method_defaults(cls, tree: Any) -> Any:
+        return fill_method(tree) if isinstance(tree, dict) else tree
 
     @model_validator(mode="after")
     def _cross(self) -> Config:
@@ -244,8 +377,17 @@ class Config(_Section):
                 f"algorithm.updates_per_rollout={self.algorithm.updates_per_rollout} does not divide the batch: "
                 f"rollout.num_prompts x rollout.group_size = {batch}"
             )
-        if self.rollout.group_size < 2:
-            raise ValueError("rollout.group_size=1: group-normalised advantages need at least 2 responses per prompt")
+        if self.rollout.group_size < 2 and self.algorithm.advantage not in ("whitened", "gae"):
+            raise ValueError(f"rollout.group_size=1: algorithm.advantage={self.algorithm.advantage} needs at least 2 responses per prompt")
+        if self.rollout.max_rounds > 1 and self.rollout.group_size < 2:
+            raise ValueError("rollout.max_rounds: a group of one has no rewards that could differ")
+        if self.algorithm.loss == "flowrl" and (self.flow or self.shaping.entropy or self.shaping.likelihood):
+            extra = "flow" if self.flow else "shaping.entropy" if self.shaping.entropy else "shaping.likelihood"
+            raise ValueError(f"algorithm.loss=flowrl has no token advantages: leave `{extra}` out")
+        if self.flow and self.shaping.likelihood:
+            raise ValueError("flow and shaping.likelihood are two scores for one pipeline, to be compared: leave one of them out")
+        if self.flow and self.flow.online.warmup_steps >= self.train.steps:
+            raise ValueError(f"flow.online.warmup_steps={self.flow.online.warmup_steps} leaves the policy none of train.steps={self.train.steps}")
         if self.reward.overlong_buffer >= self.rollout.max_new_tokens:
             raise ValueError(
                 f"reward.overlong_buffer={self.reward.overlong_buffer} must be below rollout.max_new_tokens={self.rollout.max_new_tokens}"
@@ -256,8 +398,6 @@ class Config(_Section):
             raise ValueError(f"optim.betas={list(self.optim.betas)} must be in [0, 1)")
         if "" in self.rollout.stop:
             raise ValueError("rollout.stop: an empty string would end every response at once")
-        if self.algorithm.dual_clip is not None and self.algorithm.dual_clip <= 1:
-            raise ValueError(f"algorithm.dual_clip={self.algorithm.dual_clip} must be above 1")
         return self
 
 

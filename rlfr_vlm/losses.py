@@ -1,4 +1,7 @@
-"""Policy losses as pure functions of tensors. Only torch is needed here."""
+"""Policy losses as pure functions of tensors. Only torch is needed here.
+
+N response tokens of B responses end to end; `lengths` [B] int with sum N. A loss is a weighted sum, so that micro-batches add up to the whole.
+"""
 
 from __future__ import annotations
 
@@ -8,27 +11,31 @@ import torch
 from torch import Tensor
 
 
-def masked_mean(values: Tensor, mask: Tensor) -> Tensor:
-    """Mean of `values` where `mask` is true; 0 where nothing is selected. Both [...], returns a scalar."""
-    return (values * mask).sum() / mask.sum().clamp(min=1)
+def response_means(values: Tensor, lengths: Tensor) -> Tensor:
+    """Mean over the tokens of each response. values: [N]; returns [B]."""
+    index = torch.arange(len(lengths), device=values.device).repeat_interleave(lengths)
+    return values.new_zeros(len(lengths)).index_add(0, index, values) / lengths.clamp(min=1)
 
 
-def token_weights(lengths: Tensor, aggregation: Literal["token", "sequence"], num_tokens: int, num_sequences: int) -> Tensor:
-    """Weight of each response token in the loss of an update, so that micro-batch sums add up to the whole.
+def token_weights(
+    lengths: Tensor, aggregation: Literal["token", "sequence", "constant"], num_tokens: int, num_sequences: int, max_tokens: int = 0
+) -> Tensor:
+    """Weight of each response token in the loss of an update.
 
     token:    1 / num_tokens                      every token counts the same (DAPO, arXiv:2503.14476)
     sequence: 1 / (num_sequences * |y_b|)         per-sequence means averaged (GRPO, arXiv:2402.03300)
+    constant: 1 / (num_sequences * max_tokens)    no response gains by its length (Dr. GRPO, arXiv:2503.20783)
 
-    lengths: [B] int, tokens per response of this micro-batch. num_tokens, num_sequences: of the whole update. Returns [N], N = sum(lengths).
+    lengths: of this micro-batch. num_tokens, num_sequences: of the whole update; max_tokens: the response budget. Returns [N].
     """
-    if aggregation == "token":
-        return torch.full((int(lengths.sum()),), 1.0 / num_tokens, device=lengths.device)
-    return (1.0 / (num_sequences * lengths.clamp(min=1).float())).repeat_interleave(lengths)
+    if aggregation == "sequence":
+        return (1.0 / (num_sequences * lengths.clamp(min=1).float())).repeat_interleave(lengths)
+    weight = 1.0 / num_tokens if aggregation == "token" else 1.0 / (num_sequences * max_tokens)
+    return torch.full((int(lengths.sum()),), weight, device=lengths.device)
 
 
 def policy_loss(
-    logprobs: Tensor,
-    old_logprobs: Tensor,
+    log_ratio: Tensor,
     advantages: Tensor,
     weights: Tensor,
     clip_low: float = 0.2,
@@ -37,33 +44,109 @@ def policy_loss(
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Clipped surrogate (PPO, arXiv:1707.06347, eq. 7), with DAPO's separate bounds and an optional dual clip (arXiv:1912.09729).
 
-    r_t = exp(logp_t - old_t);  loss = sum_t w_t * max(-r_t A_t, -clip(r_t, 1 - low, 1 + high) A_t);  where A_t < 0 at most c * |A_t|
+    r_t = exp(log_ratio_t);  loss = sum_t w_t * max(-r_t A_t, -clip(r_t, 1 - low, 1 + high) A_t);  where A_t < 0 at most c * |A_t|
 
-    All inputs [N] float; only `logprobs` carries gradient. Returns the weighted sum and its metrics (weighted sums as well).
+    All inputs [N] float; only `log_ratio` carries gradient. Returns the weighted sum and its metrics (weighted sums as well).
     """
-    log_ratio = logprobs - old_logprobs
     ratio = log_ratio.exp()
     unclipped = -ratio * advantages
     clipped = -ratio.clamp(1 - clip_low, 1 + clip_high) * advantages
     losses = torch.maximum(unclipped, clipped)
     if dual_clip is not None:
         losses = torch.where(advantages < 0, torch.minimum(losses, -dual_clip * advantages), losses)
-    with torch.no_grad():
-        metrics = {
-            "actor/pg_clipfrac": (weights * (clipped > unclipped)).sum(),
-            "actor/ppo_kl": (weights * -log_ratio).sum(),
-        }
-    return (weights * losses).sum(), metrics
+    return (weights * losses).sum(), {"actor/pg_clipfrac": (weights * (clipped > unclipped)).sum().detach()}
 
 
-def kl_estimate(logprobs: Tensor, ref_logprobs: Tensor, kind: Literal["k1", "k2", "k3"]) -> Tensor:
+def sequence_log_ratio(log_ratio: Tensor, lengths: Tensor) -> Tensor:
+    """GSPO's ratio in its per-token form (arXiv:2507.18071, eq. 7 and 14): log s_b = mean_t log r_t for every token of response b.
+
+    The value is the sequence's; the gradient of each token's copy is that of its own log-prob, so that per-sequence means of
+    `policy_loss` give GSPO exactly for equal advantages within a response, and token advantages keep their place.
+    log_ratio: [N]. Returns [N].
+    """
+    sequence = response_means(log_ratio.detach(), lengths).repeat_interleave(lengths)
+    return sequence + log_ratio - log_ratio.detach()
+
+
+def gmpo_loss(
+    log_ratio: Tensor, advantages: Tensor, lengths: Tensor, num_sequences: int, clip_low: float = 0.4, clip_high: float = 0.4
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Geometric mean of token ratios (GMPO, arXiv:2507.20673).
+
+    l_t = s_t min(s_t log r_t, s_t clip(log r_t, -low, high)), s_t = sign(A_t);  loss = -1/B sum_b mean_t(A_t) exp(mean_t l_t)
+
+    log_ratio, advantages: [N]; num_sequences: B of the whole update. Returns the sum over this micro-batch and its metrics.
+    """
+    sign = advantages.sign()
+    clamped = log_ratio.clamp(-clip_low, clip_high)
+    pessimistic = sign * torch.minimum(sign * log_ratio, sign * clamped)
+    geometric = response_means(pessimistic, lengths).exp()
+    loss = -(response_means(advantages, lengths) * geometric).sum() / num_sequences
+    clipped = (pessimistic != log_ratio).to(log_ratio.dtype)
+    return loss, {"actor/pg_clipfrac": (response_means(clipped, lengths).sum() / num_sequences).detach()}
+
+
+def flowrl_loss(
+    logprobs: Tensor,
+    old_logprobs: Tensor,
+    ref_logprobs: Tensor,
+    log_z: Tensor,
+    rewards: Tensor,
+    lengths: Tensor,
+    num_sequences: int,
+    beta: float = 15.0,
+    clip_low: float = 0.2,
+    clip_high: float = 0.2,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Trajectory balance with a learned partition function (FlowRL, arXiv:2509.15207, eq. 6).
+
+    loss = 1/B sum_b w_b (log Z_b + mean_t log pi - beta r_b - mean_t log pi_ref)^2,  w_b = clip(prod_t pi / pi_old, 1 - low, 1 + high), detached
+
+    logprobs (with gradient), old_logprobs, ref_logprobs: [N]; log_z (with gradient), rewards (group-normalised): [B].
+    num_sequences: B of the whole update. Returns the sum over this micro-batch and its metrics.
+    """
+    weight = (response_means(logprobs - old_logprobs, lengths) * lengths).exp().clamp(1 - clip_low, 1 + clip_high).detach()
+    mean_logprob, mean_ref = response_means(logprobs, lengths), response_means(ref_logprobs, lengths)
+    residual = log_z + mean_logprob - beta * rewards - mean_ref
+    share = 1.0 / num_sequences
+    columns = {"log_z": log_z, "residual": residual.abs(), "weight": weight, "logprob": mean_logprob, "ref_logprob": mean_ref}
+    metrics = {f"flowrl/{name}": (column.sum() * share).detach() for name, column in columns.items()}
+    return (weight * residual.square()).sum() * share, metrics
+
+
+def value_loss(values: Tensor, old_values: Tensor, returns: Tensor, weights: Tensor, clip: float = 0.2) -> tuple[Tensor, dict[str, Tensor]]:
+    """Clipped squared error of a value head (PPO as in OpenRLHF and verl).
+
+    loss = 1/2 sum_t w_t max((V - R)^2, (clip(V, V_old - c, V_old + c) - R)^2)
+
+    All inputs [N]; only `values` carries gradient. Returns the weighted sum and its metrics.
+    """
+    near = old_values + (values - old_values).clamp(-clip, clip)
+    unclipped, clipped = (values - returns).square(), (near - returns).square()
+    metrics = {
+        "critic/vf_clipfrac": (weights * (clipped > unclipped)).sum().detach(),
+        "critic/values": (weights * values).sum().detach(),
+        "critic/returns": (weights * returns).sum().detach(),
+    }
+    return 0.5 * (weights * torch.maximum(unclipped, clipped)).sum(), metrics
+
+
+def kl_estimate(logprobs: Tensor, ref_logprobs: Tensor, estimator: Literal["k1", "k2", "k3"]) -> Tensor:
     """Per-token estimate of KL(policy || reference) on sampled tokens (http://joschu.net/blog/kl-approx.html). All [N].
 
     k1 = d;  k2 = d^2 / 2;  k3 = exp(-d) - 1 + d;  with d = logp - ref
     """
     difference = logprobs - ref_logprobs
-    if kind == "k1":
+    if estimator == "k1":
         return difference
-    if kind == "k2":
+    if estimator == "k2":
         return difference.square() / 2
     return torch.expm1(-difference) + difference
+
+
+def truncated_importance(old_logprobs: Tensor, rollout_logprobs: Tensor, cap: float) -> Tensor:
+    """Weight min(pi_old / pi_rollout, cap) of each token: corrects for an engine whose log-probs are not the trainer's.
+
+    old_logprobs, rollout_logprobs: [N], no gradient. Returns [N].
+    """
+    return (old_logprobs - rollout_logprobs).exp().clamp(max=cap)

@@ -9,7 +9,7 @@ import rlfr_vlm
 
 ROOT = Path(rlfr_vlm.__file__).parent
 LEVELS = [
-    {"errors", "faults"},
+    {"errors", "faults", "methods"},
     {"config", "types"},
     {"losses", "advantages", "shaping", "flow"},
     {"models", "rewards"},

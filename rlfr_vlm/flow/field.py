@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from safetensors import SafetensorError
@@ -15,9 +15,10 @@ from torch import Tensor
 
 from rlfr_vlm.config import FlowConfig
 from rlfr_vlm.errors import UserError
-from rlfr_vlm.flow.latents import ContextMode, LatentRequest, Latents, resolve_layers
+from rlfr_vlm.flow.latents import ContextMode, LatentRequest, Latents, Side, resolve_layers
 from rlfr_vlm.flow.network import VelocityNet
-from rlfr_vlm.flow.objective import debias_weight, velocity_deviation
+from rlfr_vlm.flow.objective import debias_weight, logit_normal_times, velocity_deviation
+from rlfr_vlm.types import request_seed
 
 WEIGHTS_FILE = "flow.safetensors"
 SPEC_FILE = "flow_config.json"
@@ -30,8 +31,8 @@ class FlowSpec:
 
     layers: tuple[int, ...]  # decoder layers
     num_layers: int  # of the backbone; layer k enters the network as k / num_layers
-    context: ContextMode
-    shift: int
+    context: tuple[ContextMode, ...]  # several weigh the same
+    shift: tuple[int, ...]  # one for each context, 0 for identity
     times: tuple[float, ...]
     depth: int
     backbone: dict[str, Any]
@@ -43,19 +44,26 @@ class FlowSpec:
         layers = resolve_layers(cfg.layers, num_layers)
         if len(set(layers)) < len(layers):
             raise UserError(f"flow.layers: {list(cfg.layers)} are the layers {list(layers)} of {num_layers}: one of them twice; name fewer")
-        return cls(layers, num_layers, cfg.context, cfg.shift, tuple(cfg.times), cfg.network.depth, dict(backbone))
+        modes, shifts = zip(*cfg.sides, strict=True)
+        return cls(layers, num_layers, modes, shifts, tuple(cfg.times), cfg.network.depth, dict(backbone))
 
     @classmethod
     def from_json(cls, tree: dict[str, Any]) -> FlowSpec:
         """Read back what `asdict` wrote."""
-        return cls(**{**tree, "layers": tuple(tree["layers"]), "times": tuple(tree["times"])})
+        return cls(**{**tree, **{name: tuple(tree[name]) for name in ("layers", "context", "shift", "times")}})
+
+    @property
+    def sides(self) -> tuple[Side, ...]:
+        """Each context with its shift."""
+        return tuple(zip(self.context, self.shift, strict=True))
 
 
 @dataclass(frozen=True)
 class Tile:
-    """n tokens at all L hooked layers."""
+    """n tokens with their context on one side, at all L hooked layers."""
 
     tokens: Tensor  # [n] positions among the batch's response tokens
+    share: Tensor  # [n] one over the number of sides on which the token has a context
     target: Tensor  # [L, n, D]
     context: Tensor  # [L, n, D]
     noise: Tensor  # [L, n, D]
@@ -86,30 +94,40 @@ class FlowField:
     @property
     def request(self) -> LatentRequest:
         """The latents this field reads."""
-        return LatentRequest(self.spec.layers, self.spec.context, self.spec.shift)
+        return LatentRequest(self.spec.layers, self.spec.sides)
 
     @torch.no_grad()
-    def score(self, latents: Latents, lengths: Sequence[int], seeds: Sequence[int]) -> Tensor:
-        """Deviation score of each response token: mean over layers and times of t / (1 - t) * deviation (arXiv:2510.10201).
+    def score(self, latents: Latents, lengths: Sequence[int], seeds: Sequence[int], draws: int = 1) -> Tensor:
+        """Deviation score of each response token: mean over layers, times, its sides and noise draws of t / (1 - t) * deviation
+        (arXiv:2510.10201).
 
         lengths, seeds: one per response of the packed batch. Returns [N] float32; 0 where the token has no context.
         """
         scores = torch.zeros(len(latents.target), device=self.device)
-        for tile in self.tiles(latents, lengths, seeds):
-            total = sum(debias_weight(t) * self.deviation(tile, t).mean(0) for t in self.spec.times)
-            scores[tile.tokens] = total / len(self.spec.times)
-        return scores * latents.valid
+        for draw in range(draws):
+            for tile in self.tiles(latents, lengths, [draw_seed(seed, draw) for seed in seeds]):
+                weighted = torch.stack([debias_weight(t) * self.deviation(tile, t).mean(0) for t in self.spec.times])
+                scores.index_add_(0, tile.tokens, weighted.mean(0) * tile.share / draws)
+        return scores
 
-    def accumulate_gradient(self, latents: Latents, lengths: Sequence[int], seeds: Sequence[int], weights: Tensor) -> float:
-        """Add the gradient of sum_n weights_n * deviation_n at the reward times, undebiased, to the network's parameters.
+    def accumulate_gradient(
+        self,
+        latents: Latents,
+        lengths: Sequence[int],
+        seeds: Sequence[int],
+        weights: Tensor,
+        times: Literal["reward", "logit_normal"] = "reward",
+    ) -> float:
+        """Add the gradient of sum_n weights_n * deviation_n, undebiased, to the network's parameters: at the reward times, or random ones.
 
         weights: [N]; responses whose tokens all weigh nothing are not touched: their latents are rejected. Returns the weighted loss.
         """
         chosen = [b for b, part in enumerate(weights.split(list(lengths))) if bool((part > 0).any())]
         loss = 0.0
         for tile in self.tiles(latents, lengths, seeds, chosen):
-            deviations = torch.stack([self.deviation(tile, t).mean(0) for t in self.spec.times]).mean(0)
-            part = (deviations * weights[tile.tokens]).sum()
+            at: Sequence[float | Tensor] = self.spec.times if times == "reward" else [logit_normal_times(tile.time_normal)]
+            deviations = torch.stack([self.deviation(tile, t).mean(0) for t in at]).mean(0)
+            part = (deviations * tile.share * weights[tile.tokens]).sum()
             part.backward()
             loss += part.item()
         return loss
@@ -122,34 +140,42 @@ class FlowField:
             return velocity_deviation(self.network, *arguments).view(tile.layer.shape)
 
     def tiles(self, latents: Latents, lengths: Sequence[int], seeds: Sequence[int], chosen: Sequence[int] | None = None) -> Iterator[Tile]:
-        """Tokens of the chosen responses (default: all), a bounded number of latents at a time.
+        """Tokens of the chosen responses (default: all) that have a context, side by side, a bounded number of latents at a time.
 
-        Noise is drawn per response from its own seed, one draw shared by all times but not by layers, so that neighbours in the batch and
-        its split change nothing.
+        Noise is drawn per response from its own seed, one draw shared by all times and sides but not by layers, so that neighbours in the
+        batch and its split change nothing.
         """
+        for side in range(len(self.spec.sides)):
+            yield from self._side_tiles(latents, side, lengths, seeds, range(len(lengths)) if chosen is None else chosen)
+
+    def _side_tiles(
+        self, latents: Latents, side: int, lengths: Sequence[int], seeds: Sequence[int], chosen: Sequence[int]
+    ) -> Iterator[Tile]:
         room = max(1, TILE_ELEMENTS // (self.network.size * len(self.spec.layers)))
         starts = (torch.tensor(lengths).cumsum(0) - torch.tensor(lengths)).tolist()
         tokens: list[Tensor] = []
         draws: list[Tensor] = []
         used = 0
-        for b in range(len(lengths)) if chosen is None else chosen:
-            draw = self._draw(lengths[b], seeds[b])
-            rows = torch.arange(starts[b], starts[b] + lengths[b], device=self.device)
+        for b in chosen:
+            inside = latents.valid[side, starts[b] : starts[b] + lengths[b]].nonzero().flatten()
+            draw = self._draw(lengths[b], seeds[b]).index_select(1, inside)
+            rows = starts[b] + inside
             while len(rows):
                 taken = min(room - used, len(rows))
                 tokens.append(rows[:taken])
                 draws.append(draw[:, :taken])
                 rows, draw, used = rows[taken:], draw[:, taken:], used + taken
                 if used == room:
-                    yield self._tile(latents, torch.cat(tokens), torch.cat(draws, dim=1))
+                    yield self._tile(latents, side, torch.cat(tokens), torch.cat(draws, dim=1))
                     tokens, draws, used = [], [], 0
         if tokens:
-            yield self._tile(latents, torch.cat(tokens), torch.cat(draws, dim=1))
+            yield self._tile(latents, side, torch.cat(tokens), torch.cat(draws, dim=1))
 
-    def _tile(self, latents: Latents, tokens: Tensor, draw: Tensor) -> Tile:
-        target, context = (latents.states.index_select(1, rows[tokens]).float() for rows in (latents.target, latents.context))
+    def _tile(self, latents: Latents, side: int, tokens: Tensor, draw: Tensor) -> Tile:
+        target, context = (latents.states.index_select(1, rows[tokens]).float() for rows in (latents.target, latents.context[side]))
+        share = 1.0 / latents.valid[:, tokens].sum(0)
         depth = torch.tensor(self.spec.layers, device=self.device) / self.spec.num_layers
-        return Tile(tokens, target, context, draw[..., :-1], draw[..., -1], depth[:, None].expand(-1, len(tokens)))
+        return Tile(tokens, share, target, context, draw[..., :-1], draw[..., -1], depth[:, None].expand(-1, len(tokens)))
 
     def _draw(self, length: int, seed: int) -> Tensor:
         """[L, T, D + 1] standard normal: the noise, and in the last column the draw behind a random time."""
@@ -192,6 +218,11 @@ class FlowField:
                 )
         field.network.load_state_dict(weights)
         return field
+
+
+def draw_seed(seed: int, draw: int) -> int:
+    """Seed of a response's further noise draws; the first has the seed as it is."""
+    return seed if draw == 0 else request_seed("draw", seed, draw)
 
 
 def read_spec(folder: Path) -> FlowSpec:

@@ -44,13 +44,15 @@ def capture_latents(layers: Sequence[nn.Module], rows: Tensor | None) -> Iterato
             handle.remove()
 
 
+Side = tuple[ContextMode, int]  # where a target's context stands: its mode, and how many tokens away
+
+
 @dataclass(frozen=True)
 class LatentRequest:
     """Which latents a forward should hand out."""
 
     layers: tuple[int, ...]  # decoder layers
-    context: ContextMode
-    shift: int
+    sides: tuple[Side, ...]  # M of them
 
 
 @dataclass(frozen=True)
@@ -59,8 +61,13 @@ class Latents:
 
     states: Tensor  # [L, R, D], detached
     target: Tensor  # [N] int
-    context: Tensor  # [N] int; equal to target where there is no context
-    valid: Tensor  # [N] bool: whether there is a context
+    context: Tensor  # [M, N] int; equal to target where there is no context on that side
+    valid: Tensor  # [M, N] bool: whether there is a context on that side
+
+    @property
+    def scorable(self) -> Tensor:
+        """[N] bool: tokens with a context on at least one side."""
+        return self.valid.any(0)
 
 
 def context_rows(

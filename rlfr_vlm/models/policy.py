@@ -104,10 +104,9 @@ class Policy:
         positions = batch.position_ids[:, None] if self.family.position_axes > 1 else batch.position_ids
         rows = index = valid = None
         if request is not None:
-            context, valid = context_rows(
-                batch.response_rows, batch.lengths, batch.prompt_start, batch.prompt_end, request.context, request.shift
-            )
-            rows, index = torch.unique(torch.cat([batch.response_rows, context]), return_inverse=True)
+            spans = (batch.response_rows, batch.lengths, batch.prompt_start, batch.prompt_end)
+            context, valid = (torch.stack(x) for x in zip(*(context_rows(*spans, *side) for side in request.sides), strict=True))
+            rows, index = torch.unique(torch.cat([batch.response_rows[None], context]), return_inverse=True)
         hooked = [self.layers[k] for k in request.layers] if request else []
         with capture_latents(hooked, rows) as captured:
             output = self.model.model(
@@ -115,8 +114,7 @@ class Policy:
             )
         if rows is None or index is None or valid is None:
             return output.last_hidden_state[0], None
-        target, context = index.chunk(2)
-        return output.last_hidden_state[0], Latents(torch.stack(captured), target, context, valid)
+        return output.last_hidden_state[0], Latents(torch.stack(captured), index[0], index[1:], valid)
 
     def forward(
         self, batch: PackedBatch, temperature: float = 1.0, request: LatentRequest | None = None, with_entropy: bool = False

@@ -102,21 +102,20 @@ def fit_step(cfg: Config, policy: Policy, field: FlowField, experts: Sequence[Ro
 def heldout_loss(cfg: Config, policy: Policy, field: FlowField, experts: Sequence[Rollout]) -> float:
     """Mean deviation over held-out response tokens, with the same noise and times at every call."""
     losses = torch.cat(list(expert_losses(cfg, policy, field, experts, [("flow held out",)])))
-    return losses.mean().item() if len(losses) else 0.0
+    return losses.sum().item() / max(1, sum(num_valid(field, rollout) for rollout in experts) * len(field.spec.layers))
 
 
 def num_valid(field: FlowField, rollout: Rollout) -> int:
-    """Tokens of a response that have a context."""
+    """Tokens of a response that have a context on some side."""
     length, prompt = len(rollout.token_ids), len(rollout.prompt.token_ids)
-    if field.spec.context == "identity":
-        return length
-    return max(0, length - (field.spec.shift if field.spec.context == "token_pre" else max(0, field.spec.shift - prompt)))
+    missing = (shift if mode == "token_pre" else max(0, shift - prompt) if mode == "token_post" else 0 for mode, shift in field.spec.sides)
+    return max(0, length - min(missing))
 
 
 def expert_losses(
     cfg: Config, policy: Policy, field: FlowField, experts: Sequence[Rollout], draws: Sequence[tuple[int | str, ...]]
 ) -> Iterator[Tensor]:
-    """Deviations at logit-normal times of every layer, token with a context, and draw, a bounded number at a time."""
+    """Deviations at logit-normal times of every layer, token with a context, side (by its share) and draw, a bounded number at a time."""
     for part in micro_batches(experts, cfg.train.tokens_per_microbatch):
         chosen = [experts[i] for i in part]
         with torch.no_grad():
@@ -126,4 +125,4 @@ def expert_losses(
         for draw in draws:
             seeds = [request_seed(cfg.seed, *draw, rollout.prompt.prompt.id) for rollout in chosen]
             for tile in field.tiles(latents, lengths, seeds):
-                yield field.deviation(tile, logit_normal_times(tile.time_normal))[:, latents.valid[tile.tokens]].flatten()
+                yield (field.deviation(tile, logit_normal_times(tile.time_normal)) * tile.share).flatten()

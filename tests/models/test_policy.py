@@ -95,7 +95,7 @@ def gradients(policy, rollouts, request):
 @pytest.mark.parametrize("family", ["qwen2", "qwen2_5_vl"])
 @pytest.mark.parametrize("checkpointing", ["reentrant", "nonreentrant"])
 def test_gradient_checkpointing_changes_neither_gradients_nor_latents(model_folder, family, checkpointing):
-    request = LatentRequest((1, 2), "token_pre", 1)
+    request = LatentRequest((1, 2), (("token_pre", 1),))
     plain = Policy(ModelConfig(path=model_folder(family), dtype="float32"))
     other = Policy(ModelConfig(path=model_folder(family), dtype="float32", gradient_checkpointing=checkpointing))
     images = (1, 0) if family in VISION else (0, 0)
@@ -113,7 +113,7 @@ def test_latents_are_the_hooked_layers_outputs(model_folder, family):
     policy = Policy(ModelConfig(path=model_folder(family), dtype="float32"))
     rollout = rollouts_of(policy, (1,) if family in VISION else (0,), group_size=1)[0]
     batch = pack([rollout])
-    latents = policy.forward(batch, request=LatentRequest((0, 1), "token_post", 1)).latents
+    latents = policy.forward(batch, request=LatentRequest((0, 1), (("token_post", 1),))).latents
     loader = AutoModelForImageTextToText if family in VISION else AutoModelForCausalLM
     model = loader.from_pretrained(policy.path, dtype=torch.float32).eval()
     ids = torch.tensor([[*rollout.prompt.token_ids, *rollout.token_ids]])
@@ -129,7 +129,7 @@ def test_latents_are_the_hooked_layers_outputs(model_folder, family):
     start = len(rollout.prompt.token_ids)
     for k in range(2):
         assert torch.allclose(latents.states[k, latents.target], states[k][0, start:], atol=1e-4)
-        assert torch.allclose(latents.states[k, latents.context], states[k][0, start - 1 : -1], atol=1e-4)
+        assert torch.allclose(latents.states[k, latents.context[0]], states[k][0, start - 1 : -1], atol=1e-4)
     assert not latents.states.requires_grad
 
 

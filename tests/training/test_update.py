@@ -188,9 +188,9 @@ def test_h12_all_wrong_is_zero(model_folder):
 
 def test_h12_entropy_quantile_counts_valid_tokens_only():
     """The quantile .5 of .9, .1, .5, .2 is .35, whatever stands on tokens without a context: .9 and .5 are selected."""
-    online = FlowOnlineConfig(entropy_quantile=0.5)
+    online = FlowOnlineConfig(select=("correct", "entropy"), entropy_quantile=0.5)
     entropy = torch.tensor([0.0, 0, 0, 0.9, 0.1, 0.5, 0.2])
     valid = torch.tensor([False] * 3 + [True] * 4)
     assert flow_token_weights(online, [1.0], [7], valid, entropy).tolist() == pytest.approx([0, 0, 0, 0.5, 0, 0.5, 0])
-    soft = flow_token_weights(FlowOnlineConfig(entropy_quantile=0.5, soft_weight=0.5), [3.0], [7], valid, entropy)
+    soft = flow_token_weights(FlowOnlineConfig(select=("correct", "entropy"), entropy_quantile=0.5, soft_weight=0.5), [3.0], [7], valid, entropy)
     assert soft.tolist() == pytest.approx([0, 0, 0, 1, 0.5, 1, 0.5])

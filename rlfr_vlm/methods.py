@@ -1,0 +1,60 @@
+"""What each published method sets, where a config that names it is silent."""
+
+from __future__ import annotations
+
+from typing import Any
+
+METHODS: dict[str, dict[str, Any]] = {
+    # arXiv:2402.03300, averaged over tokens; RLFR's published runs average per sequence
+    "grpo": {},
+    # arXiv:2503.20783: no division by the group's std nor by the response's own length
+    "dr_grpo": {"algorithm.advantage": "centred", "algorithm.loss_aggregation": "constant"},
+    # arXiv:2503.14476: clip-higher, token mean, dynamic sampling (10 rounds as in verl); the overlong buffer is a fifth of the budget
+    "dapo": {"algorithm.clip_high": 0.28, "rollout.max_rounds": 10},
+    # arXiv:2507.18071
+    "gspo": {
+        "algorithm.loss": "gspo",
+        "algorithm.loss_aggregation": "sequence",
+        "algorithm.clip_low": 3e-4,
+        "algorithm.clip_high": 4e-4,
+    },
+    # arXiv:2507.20673
+    "gmpo": {"algorithm.loss": "gmpo", "algorithm.loss_aggregation": "sequence", "algorithm.clip_low": 0.4, "algorithm.clip_high": 0.4},
+    # arXiv:2402.14740
+    "rloo": {"algorithm.advantage": "leave_one_out"},
+    # arXiv:2501.03262
+    "reinforce_pp": {
+        "algorithm.advantage": "whitened",
+        "algorithm.kl.coef": 0.01,
+        "algorithm.kl.estimator": "k1",
+        "algorithm.kl.place": "reward",
+    },
+    # arXiv:1707.06347 with GAE, arXiv:1506.02438
+    "ppo": {"algorithm.advantage": "gae"},
+    # arXiv:2509.15207
+    "flowrl": {"algorithm.loss": "flowrl", "algorithm.loss_aggregation": "sequence"},
+}
+OVERLONG_SHARE = 5  # DAPO: a buffer of 4,096 of 20,480 tokens
+
+
+def fill_method(tree: dict[str, Any]) -> dict[str, Any]:
+    """A config tree with its method's settings wherever it has none of its own. Sections that are not plain mappings stay as they are."""
+    algorithm = tree.get("algorithm")
+    method = algorithm.get("method") if isinstance(algorithm, dict) else None
+    settings = dict(METHODS.get(method, {})) if isinstance(method, str) else {}
+    if method == "dapo":
+        rollout = tree.get("rollout")
+        budget = rollout.get("max_new_tokens", 1024) if isinstance(rollout, dict) else 1024
+        settings["reward.overlong_buffer"] = budget // OVERLONG_SHARE if isinstance(budget, int) else 0
+    for key, value in settings.items():
+        tree = _filled(tree, key.split("."), value)
+    return tree
+
+
+def _filled(tree: dict[str, Any], path: list[str], value: Any) -> dict[str, Any]:
+    """A copy with `value` at the path, unless something stands there."""
+    head, *rest = path
+    if not rest:
+        return {head: value, **tree}
+    section = tree.get(head, {})
+    return {**tree, head: _filled(section, rest, value)} if isinstance(section, dict) else tree
