@@ -1,11 +1,11 @@
-"""Hand-computed and published cases of the losses (golden vectors H11)."""
+"""Hand-computed cases of the losses; golden numbers are in tests/golden, numpy references in test_numpy_references."""
 
 import math
 
 import pytest
 import torch
 
-from rlfr_vlm.losses import kl_estimate, policy_loss, token_weights
+from rlfr_vlm.losses import policy_loss, token_weights
 
 
 def per_token(ratio, advantage, **kwargs):
@@ -15,28 +15,9 @@ def per_token(ratio, advantage, **kwargs):
     return loss.item()
 
 
-@pytest.mark.parametrize(
-    ("ratio", "advantage", "expected"), [(0.7, 1, -0.7), (0.9, -1, 0.9), (1.1, 1, -1.1), (1.5, 1, -1.2), (4.0, -1, 4.0)]
-)
-def test_h11_clipped_loss(ratio, advantage, expected):
-    assert per_token(ratio, advantage) == pytest.approx(expected)
-
-
-def test_h11_dual_clip_bounds_the_loss_of_negative_advantages():
-    assert per_token(4.0, -1.0, dual_clip=3.0) == pytest.approx(3.0)
-    assert per_token(1.1, 1.0, dual_clip=3.0) == pytest.approx(-1.1)
-
-
 def test_clip_high_is_its_own_bound():
     assert per_token(1.5, 1.0, clip_low=0.2, clip_high=0.28) == pytest.approx(-1.28)
     assert per_token(0.5, -1.0, clip_low=0.2, clip_high=0.28) == pytest.approx(0.8)
-
-
-def test_h11_kl_estimates():
-    logp, ref = torch.tensor([-1.0, -2.0], dtype=torch.float64), torch.tensor([-1.5, -1.0], dtype=torch.float64)
-    assert kl_estimate(logp, ref, "k1").tolist() == pytest.approx([0.5, -1])
-    assert kl_estimate(logp, ref, "k2").tolist() == pytest.approx([0.125, 0.5])
-    assert kl_estimate(logp, ref, "k3").tolist() == pytest.approx([0.106531, 0.718282], abs=1e-6)
 
 
 def test_token_weights_sum_to_one_and_split_over_micro_batches():
