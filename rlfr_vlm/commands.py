@@ -5,18 +5,19 @@ from __future__ import annotations
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from rich.console import Console
 
-from rlfr_vlm.config import Config
+from rlfr_vlm.config import Config, FlowConfig
 from rlfr_vlm.data.prompts import BadRows, PromptStream, RowError, load_prompts
 from rlfr_vlm.data.render import PromptSource, Renderer, encode_all
 from rlfr_vlm.errors import UserError
 from rlfr_vlm.evaluation.heldout import HeldoutResult, evaluate_heldout
 from rlfr_vlm.flow.field import FlowField, FlowSpec
+from rlfr_vlm.models.heads import LogPartitionHead, ValueHead
 from rlfr_vlm.models.policy import Policy
 from rlfr_vlm.rewards.grader import Grader
 from rlfr_vlm.rewards.outcome import load_reward_function
@@ -181,27 +182,73 @@ def encode_heldout(bench: Workbench, heldout: Sequence[Prompt]) -> list[EncodedP
 
 
 def make_learner(cfg: Config, policy: Policy) -> Learner:
-    """Optimisers, and the flow field: the checkpoint's, or a new one."""
-    updates = cfg.train.steps * cfg.algorithm.updates_per_rollout
+    """Everything that learns, with its optimisers; the reference policy where the objective has one."""
     optim = cfg.optim
+    warmup_steps = cfg.flow.online.warmup_steps if cfg.flow is not None else 0
+    updates = (cfg.train.steps - warmup_steps) * cfg.algorithm.updates_per_rollout
     schedule = (updates, optim.warmup_frac, optim.min_lr_ratio)
     master = cfg.model.master_weights and policy.dtype != torch.float32
     optimizer = Optimizer(
         dict(policy.model.named_parameters()), optim.lr, optim.betas, optim.weight_decay, optim.max_grad_norm, *schedule, master
     )
+    learner = Learner(policy, optimizer, reference=make_reference(cfg, policy))
+    head = make_head(cfg, policy)
+    if head is not None:
+        lr, decay = (
+            (cfg.algorithm.value.lr, 0.0) if isinstance(head, ValueHead) else (cfg.algorithm.flowrl.lr, cfg.algorithm.flowrl.weight_decay)
+        )
+        head_optimizer = Optimizer(dict(head.named_parameters()), lr, optim.betas, decay, optim.max_grad_norm, *schedule)
+        learner = replace(learner, head=head, head_optimizer=head_optimizer)
     if cfg.flow is None:
-        return Learner(policy, optimizer)
-    spec = FlowSpec.of(cfg.flow, policy.identity)
-    if cfg.flow.checkpoint is not None:
-        field = FlowField.load(cfg.flow.checkpoint, spec, policy.device, policy.dtype)
-    else:
-        field = FlowField(spec, seed=cfg.seed, device=policy.device, compute_dtype=policy.dtype)
-    online = cfg.flow.online
-    if not online.enabled:
+        return learner
+    field = make_field(cfg.flow, policy, cfg.seed)
+    if not cfg.flow.online.enabled:
         field.network.requires_grad_(False)
-        return Learner(policy, optimizer, field)
-    flow_optimizer = Optimizer(dict(field.network.named_parameters()), online.lr, (0.9, 0.95), 0.0, 1.0, *schedule)
-    return Learner(policy, optimizer, field, flow_optimizer)
+        return replace(learner, field=field)
+    all_updates = cfg.train.steps * cfg.algorithm.updates_per_rollout
+    flow_optimizer = Optimizer(
+        dict(field.network.named_parameters()),
+        cfg.flow.online.lr,
+        (0.9, 0.95),
+        0.0,
+        1.0,
+        all_updates,
+        optim.warmup_frac,
+        optim.min_lr_ratio,
+    )
+    return replace(learner, field=field, flow_optimizer=flow_optimizer)
+
+
+def make_field(cfg: FlowConfig, policy: Policy, seed: int) -> FlowField:
+    """The checkpoint's flow field, or a new one."""
+    spec = FlowSpec.of(cfg, policy.identity)
+    if cfg.checkpoint is not None:
+        return FlowField.load(cfg.checkpoint, spec, policy.device, policy.dtype)
+    return FlowField(spec, seed=seed, device=policy.device, compute_dtype=policy.dtype)
+
+
+def make_reference(cfg: Config, policy: Policy) -> Policy | None:
+    """The reference policy, frozen: the initial one unless the config names another. Raises UserError where their tokens differ."""
+    if not cfg.algorithm.needs_reference:
+        return None
+    path = cfg.algorithm.reference or cfg.model.path
+    reference = Policy(cfg.model.model_copy(update={"path": path, "gradient_checkpointing": "off"}))
+    reference.model.requires_grad_(False)
+    if cfg.algorithm.reference and reference.tokenizer.get_vocab() != policy.tokenizer.get_vocab():
+        raise UserError(
+            f"algorithm.reference: {path} has another vocabulary than model.path {cfg.model.path}: its log-probs mean nothing here"
+        )
+    return reference
+
+
+def make_head(cfg: Config, policy: Policy) -> ValueHead | LogPartitionHead | None:
+    """The value head of GAE or the partition function of FlowRL, newly made from the seed."""
+    if cfg.algorithm.advantage != "gae" and cfg.algorithm.loss != "flowrl":
+        return None
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(cfg.seed)
+        kind = ValueHead if cfg.algorithm.advantage == "gae" else LogPartitionHead
+        return kind(policy.hidden_size).to(policy.device)
 
 
 def export(policy: Policy, folder: Path) -> None:

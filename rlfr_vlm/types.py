@@ -95,6 +95,8 @@ class PolicyOutput:
     logprobs: Tensor  # [N] float32, at the batch's temperature, with gradient
     entropy: Tensor | None  # [N] float32, nats, no gradient
     latents: Latents | None  # outputs of the hooked layers at the tokens and their contexts, detached
+    hidden: Tensor  # [N, D] last states that predict the tokens, with gradient
+    prompt_means: Tensor | None = None  # [B, D] float32, mean last state of each response's prompt, with gradient
 
 
 def request_seed(*parts: int | str) -> int:

@@ -18,6 +18,7 @@ from rlfr_vlm.errors import UserError
 from rlfr_vlm.flow.latents import LatentRequest, Latents, capture_latents, context_rows
 from rlfr_vlm.models.attention import IMPLEMENTATION
 from rlfr_vlm.models.families import find_family
+from rlfr_vlm.models.heads import prompt_means
 from rlfr_vlm.models.logprobs import token_logprobs
 from rlfr_vlm.models.pack import PackedBatch, micro_batches, pack
 from rlfr_vlm.types import EncodedPrompt, PolicyOutput, Rollout
@@ -117,14 +118,20 @@ class Policy:
         return output.last_hidden_state[0], Latents(torch.stack(captured), index[0], index[1:], valid)
 
     def forward(
-        self, batch: PackedBatch, temperature: float = 1.0, request: LatentRequest | None = None, with_entropy: bool = False
+        self,
+        batch: PackedBatch,
+        temperature: float = 1.0,
+        request: LatentRequest | None = None,
+        with_entropy: bool = False,
+        with_prompt_means: bool = False,
     ) -> PolicyOutput:
-        """Log-probs of the response tokens (and latents, and entropy, where asked for) in one pass."""
+        """Log-probs of the response tokens (and latents, entropy, mean prompt states, where asked for) in one pass."""
         states, latents = self.states(batch, request)
         hidden = states.index_select(0, batch.predict_rows)
         head = self.model.get_output_embeddings().weight
         logprobs, entropy = token_logprobs(hidden, head, batch.response_ids, self._banned, temperature, with_entropy)
-        return PolicyOutput(logprobs, entropy, latents)
+        means = prompt_means(states, batch.prompt_start, batch.prompt_end) if with_prompt_means else None
+        return PolicyOutput(logprobs, entropy, latents, hidden, means)
 
     @torch.no_grad()
     def score(self, rollouts: Sequence[Rollout], temperature: float = 1.0, token_budget: int = 16384) -> list[Tensor]:

@@ -1,4 +1,4 @@
-"""The algorithm: GRPO with flow rewards (RLFR, arXiv:2510.10201)."""
+"""The algorithm: policy optimisation with verifiable rewards and flow rewards (RLFR, arXiv:2510.10201), and the methods beside it."""
 
 from __future__ import annotations
 
@@ -8,39 +8,38 @@ from rlfr_vlm.config import Config
 from rlfr_vlm.data.render import PromptSource
 from rlfr_vlm.faults import faultpoint
 from rlfr_vlm.rewards.grader import Grader
-from rlfr_vlm.rewards.outcome import grade
-from rlfr_vlm.rollout.engine import RolloutEngine, SamplingConfig
-from rlfr_vlm.training.run import Run, timed
-from rlfr_vlm.training.update import Learner, Sample, make_samples, score_samples, update
+from rlfr_vlm.rollout.engine import RolloutEngine
+from rlfr_vlm.training.collect import collect
+from rlfr_vlm.training.credit import Sample, make_samples, needs_scoring
+from rlfr_vlm.training.run import Run
+from rlfr_vlm.training.timing import timed
+from rlfr_vlm.training.update import Learner, score_samples, update
 
 
 def train(cfg: Config, learner: Learner, engine: RolloutEngine, prompts: PromptSource, grader: Grader, run: Run) -> None:
     """Group-relative policy optimisation with flow rewards; resumes from the run's newest good checkpoint."""
     for step in range(run.restore(learner, prompts) + 1, cfg.train.steps + 1):
         with timed("step") as clock:
-            # 1. Sample G responses to each prompt from the current policy.
+            # 1. Sample G responses to each prompt from the current policy, and verify the answers: one outcome per response.
             with timed("sync", clock):
                 engine.load_weights(learner.policy)
-            with timed("rollout", clock):
-                groups = engine.sample(prompts.next(cfg.rollout.num_prompts), sampling(cfg, step))
-            faultpoint("rollout")
+            batch = collect(cfg, engine, prompts, grader, step, clock)
 
-            # 2. Verify the answers: one outcome per response, normalised within its group.
-            with timed("reward", clock):
-                outcomes = grade(groups, cfg.reward, grader, cfg.rollout.max_new_tokens)
-            samples = make_samples(groups, outcomes, cfg.seed, step)
+            # 2. Outcomes relative to their group.
+            samples = make_samples(batch.groups, batch.outcomes, cfg.seed, step, cfg.algorithm)
             faultpoint("reward")
 
-            # 3. Old log-probs and deviations from the flow; with one on-policy update, its own forward gives them.
-            if cfg.algorithm.updates_per_rollout > 1:
+            # 3. Old log-probs, deviations from the flow, and credit; with one on-policy update, its own forward gives them.
+            if needs_scoring(cfg.algorithm):
                 with timed("score", clock):
-                    samples = score_samples(cfg, learner, samples)
+                    samples = score_samples(cfg, learner, samples, clock)
 
-            # 4. Clipped policy updates; the flow follows the latents of correct responses only.
+            # 4. Policy updates; the flow follows the latents of correct responses only.
             with timed("update", clock):
-                results = [update(cfg, learner, part) for part in split(samples, cfg.algorithm.updates_per_rollout)]
+                parts = split_evenly(samples, cfg.algorithm.updates_per_rollout)
+                results = [update(cfg, learner, part, trains_policy(cfg, step), clock) for part in parts]
 
-        run.log(step, groups, outcomes, samples, results, clock)
+        run.log(step, batch, samples, results, clock)
         if run.due(step, cfg.train.save_steps):
             run.save(step, learner, prompts)
         if run.due(step, cfg.eval.every):
@@ -49,20 +48,12 @@ def train(cfg: Config, learner: Learner, engine: RolloutEngine, prompts: PromptS
         run.stop_if_asked(step, learner, prompts)
 
 
-def sampling(cfg: Config, step: int) -> SamplingConfig:
-    """How this step samples; every request's seed is a hash of (run seed, step, prompt id, sample index)."""
-    rollout = cfg.rollout
-    return SamplingConfig(
-        group_size=rollout.group_size,
-        temperature=rollout.temperature,
-        max_new_tokens=rollout.max_new_tokens,
-        stop=rollout.stop,
-        ignore_eos=rollout.ignore_eos,
-        seed_key=(cfg.seed, step),
-    )
+def trains_policy(cfg: Config, step: int) -> bool:
+    """False in the first steps where only the flow field learns."""
+    return cfg.flow is None or step > cfg.flow.online.warmup_steps
 
 
-def split(samples: list[Sample], parts: int) -> list[list[Sample]]:
+def split_evenly(samples: list[Sample], parts: int) -> list[list[Sample]]:
     """Contiguous shares of nearly equal size, none of them empty."""
     bounds = [len(samples) * i // parts for i in range(parts + 1)]
     return [samples[a:b] for a, b in pairwise(bounds) if b > a]

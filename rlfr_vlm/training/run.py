@@ -6,9 +6,7 @@ import hashlib
 import json
 import os
 import signal
-import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -24,18 +22,11 @@ from rlfr_vlm.evaluation.heldout import HeldoutResult, evaluate_heldout
 from rlfr_vlm.rewards.grader import Grader
 from rlfr_vlm.rollout.engine import RolloutEngine
 from rlfr_vlm.training.checkpoint import commit_checkpoint, list_checkpoints, newest_good
+from rlfr_vlm.training.collect import Collected, GradedGroup
+from rlfr_vlm.training.credit import Sample
 from rlfr_vlm.training.state import environment, load_state, seed_generators, write_state
-from rlfr_vlm.training.update import Learner, Sample, TokenRecord
-from rlfr_vlm.types import EncodedPrompt, Outcome, Rollout, RolloutGroup
-
-
-@contextmanager
-def timed(name: str, clock: dict[str, float] | None = None) -> Iterator[dict[str, float]]:
-    """Seconds of the block under `timing_s/name`, in the clock given or in a new one that is yielded."""
-    clock = {} if clock is None else clock
-    start = time.perf_counter()
-    yield clock
-    clock[f"timing_s/{name}"] = clock.get(f"timing_s/{name}", 0.0) + time.perf_counter() - start
+from rlfr_vlm.training.update import Learner, TokenRecord
+from rlfr_vlm.types import EncodedPrompt, Outcome, Rollout
 
 
 class Run:
@@ -156,23 +147,25 @@ class Run:
     def log(
         self,
         step: int,
-        groups: Sequence[RolloutGroup],
-        outcomes: Sequence[Outcome],
+        batch: Collected,
         samples: Sequence[Sample],
         results: Sequence[tuple[dict[str, float], list[TokenRecord]]],
         clock: dict[str, float],
     ) -> None:
         """Metrics to metrics.jsonl and TensorBoard, some rollouts to rollouts/, one line to the terminal."""
-        metrics = batch_metrics(groups, outcomes)
+        metrics = batch_metrics(batch.sampled)
+        if self.cfg.rollout.max_rounds > 1:
+            metrics["rollout/rounds"] = batch.rounds
+            metrics["rollout/num_prompts"] = len(batch.sampled)
         for name in results[0][0] if results else ():
             metrics[name] = sum(result[name] for result, _ in results) / len(results)
         metrics |= clock
-        tokens = sum(len(r.token_ids) for group in groups for r in group.rollouts)
+        tokens = sum(len(r.token_ids) for graded in batch.sampled for r in graded.group.rollouts)
         metrics["perf/tokens_per_s"] = tokens / clock["timing_s/step"]
         self.write_metrics(step, metrics)
         records = [record for _, part in results for record in part]
         if self.cfg.train.log_rollouts:
-            self._write_rollouts(step, groups, outcomes, samples, records)
+            self._write_rollouts(step, batch.kept[: self.cfg.train.log_rollouts], samples, records)
         figures = (
             f"reward {metrics['reward/mean']:.3f}  accuracy {metrics['reward/accuracy']:.3f}  "
             f"length {metrics['response_length/mean']:.1f}  {metrics['perf/tokens_per_s']:.0f} tokens/s"
@@ -204,23 +197,19 @@ class Run:
     def _write_rollouts(
         self,
         step: int,
-        groups: Sequence[RolloutGroup],
-        outcomes: Sequence[Outcome],
+        groups: Sequence[GradedGroup],
         samples: Sequence[Sample],
         records: Sequence[TokenRecord],
     ) -> None:
         folder = self.folder / "rollouts"
         (folder / "images").mkdir(parents=True, exist_ok=True)
         token_records = {id(s.rollout): record for s, record in zip(samples, records, strict=True)}
-        judged = iter(outcomes)
         with (folder / f"step_{step:06d}.jsonl").open("w") as file:
-            for number, group in enumerate(groups):
-                pictures = save_pictures(group.prompt, folder / "images") if number < self.cfg.train.log_rollouts else []
-                for rollout in group.rollouts:
-                    outcome = next(judged)
-                    if number < self.cfg.train.log_rollouts:
-                        line = rollout_line(step, rollout, outcome, pictures, token_records.get(id(rollout)), self._token_text)
-                        file.write(json.dumps(line) + "\n")
+            for graded in groups:
+                pictures = save_pictures(graded.group.prompt, folder / "images")
+                for rollout, outcome in zip(graded.group.rollouts, graded.outcomes, strict=True):
+                    line = rollout_line(step, rollout, outcome, pictures, token_records.get(id(rollout)), self._token_text)
+                    file.write(json.dumps(line) + "\n")
 
     tokenizer: Any = None  # set by the command; decodes single tokens for the page
 
@@ -285,28 +274,23 @@ def save_pictures(prompt: EncodedPrompt, folder: Path) -> list[str]:
     return names
 
 
-def batch_metrics(groups: Sequence[RolloutGroup], outcomes: Sequence[Outcome]) -> dict[str, float]:
-    """What the batch earned and how long it is."""
-    rollouts = [r for group in groups for r in group.rollouts]
+def batch_metrics(groups: Sequence[GradedGroup]) -> dict[str, float]:
+    """What everything that was sampled in a step earned, and how long it is."""
+    rollouts = [r for g in groups for r in g.group.rollouts]
+    outcomes = [o for g in groups for o in g.outcomes]
     graded = [o for o in outcomes if o.graded]
     rewards = [o.reward for o in graded]
     lengths = [len(r.token_ids) for r in rollouts]
-    flat = 0
-    position = 0
-    for group in groups:
-        own = {o.reward for o in outcomes[position : position + len(group.rollouts)] if o.graded}
-        position += len(group.rollouts)
-        flat += len(own) < 2
     metrics = {
         "reward/mean": sum(rewards) / max(1, len(rewards)),
         "reward/accuracy": sum(o.correct for o in graded) / max(1, len(graded)),
         "reward/error_frac": 1 - len(graded) / len(outcomes),
-        "reward/frac_zero_std": flat / len(groups),
+        "reward/frac_zero_std": sum(not g.informative for g in groups) / len(groups),
         "response_length/mean": sum(lengths) / len(lengths),
         "response_length/max": max(lengths),
         "response_length/min": min(lengths),
         "response_length/clip_ratio": sum(r.finish_reason == "length" for r in rollouts) / len(rollouts),
-        "prompt_length/mean": sum(len(g.prompt.token_ids) for g in groups) / len(groups),
+        "prompt_length/mean": sum(len(g.group.prompt.token_ids) for g in groups) / len(groups),
     }
     for part in sorted({name for o in graded for name in o.parts}):
         metrics[f"reward/{part}"] = sum(o.parts.get(part, 0.0) for o in graded) / len(graded)

@@ -33,6 +33,9 @@ def write_state(folder: Path, cfg: Config, step: int, learner: Learner, prompts:
         learner.field.save(folder / "flow")
     if learner.flow_optimizer is not None:
         torch.save(learner.flow_optimizer.state_dict(), folder / "flow_optimizer.pt")
+    if learner.head is not None and learner.head_optimizer is not None:
+        save_file({k: v.detach().cpu().contiguous() for k, v in learner.head.state_dict().items()}, folder / "head.safetensors")
+        torch.save(learner.head_optimizer.state_dict(), folder / "head_optimizer.pt")
     torch.save(rng_state(), folder / "rng.pt")
     state = {
         "step": step,
@@ -57,6 +60,9 @@ def load_state(folder: Path, learner: Learner, prompts: PromptSource, state: dic
         learner.field.network.load_state_dict(saved.network.state_dict())
     if learner.flow_optimizer is not None:
         learner.flow_optimizer.load_state_dict(torch.load(folder / "flow_optimizer.pt", weights_only=True, map_location="cpu"))
+    if learner.head is not None and learner.head_optimizer is not None:
+        learner.head.load_state_dict(load_file(folder / "head.safetensors"))
+        learner.head_optimizer.load_state_dict(torch.load(folder / "head_optimizer.pt", weights_only=True, map_location="cpu"))
     set_rng_state(torch.load(folder / "rng.pt", weights_only=True, map_location="cpu"))
     learner.policy.version = state["policy_version"]
     prompts.stream.position = state["data_position"]

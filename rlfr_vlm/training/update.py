@@ -1,4 +1,4 @@
-"""One batch of rollouts -> one or more optimiser steps of the policy and of the flow field."""
+"""One batch of samples -> one optimiser step of the policy, and one of the flow field."""
 
 from __future__ import annotations
 
@@ -8,45 +8,21 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from rlfr_vlm.advantages import group_advantages, rewards_to_go
-from rlfr_vlm.config import Config, FlowOnlineConfig, FlowRewardConfig
+from rlfr_vlm.config import Config, FlowOnlineConfig
 from rlfr_vlm.errors import StoppedError
 from rlfr_vlm.faults import faultpoint
 from rlfr_vlm.flow.field import FlowField
-from rlfr_vlm.flow.reward import flow_reward
-from rlfr_vlm.losses import policy_loss, token_weights
-from rlfr_vlm.models.pack import micro_batches, pack
+from rlfr_vlm.losses import kl_estimate
+from rlfr_vlm.models.heads import ValueHead
+from rlfr_vlm.models.pack import PackedBatch, micro_batches, pack
 from rlfr_vlm.models.policy import Policy
+from rlfr_vlm.training.credit import Credit, Sample, Scores, assign_credit, join, split
+from rlfr_vlm.training.objective import UpdateSize, objective, rollout_logprobs
 from rlfr_vlm.training.optim import Optimizer
-from rlfr_vlm.types import Outcome, PolicyOutput, Rollout, RolloutGroup, request_seed
-
-
-@dataclass(frozen=True)
-class Scores:
-    """What a response's tokens were worth to the policy that sampled them, and to the field as it was then."""
-
-    logprobs: Tensor  # [T]
-    deviations: Tensor  # [T]
-    valid: Tensor  # [T] bool
-    entropy: Tensor  # [T]
-
-
-@dataclass(frozen=True)
-class Sample:
-    """One graded response, ready for the update."""
-
-    rollout: Rollout
-    outcome: Outcome
-    advantage: float  # of the outcome, normalised within its group
-    seed: int  # of its flow noise
-    scores: Scores | None = None  # None: taken from the update's own forward, which for one on-policy step is the same
-
-    @property
-    def length(self) -> int:
-        """Response tokens."""
-        return len(self.rollout.token_ids)
+from rlfr_vlm.training.timing import timed
+from rlfr_vlm.types import PolicyOutput
 
 
 @dataclass(frozen=True)
@@ -61,78 +37,70 @@ class TokenRecord:
 
 @dataclass(frozen=True)
 class Learner:
-    """Everything that learns."""
+    """Everything that learns, and the reference that does not."""
 
     policy: Policy
     optimizer: Optimizer
     field: FlowField | None = None
     flow_optimizer: Optimizer | None = None  # None: the field is frozen
+    reference: Policy | None = None
+    head: nn.Module | None = None  # of values (PPO), or log Z (FlowRL)
+    head_optimizer: Optimizer | None = None
 
 
-def make_samples(groups: Sequence[RolloutGroup], outcomes: Sequence[Outcome], seed: int, step: int) -> list[Sample]:
-    """Outcome advantages within each group; responses that could not be graded are left out."""
-    rollouts = [rollout for group in groups for rollout in group.rollouts]
-    index = torch.tensor([g for g, group in enumerate(groups) for _ in group.rollouts])
-    advantages = group_advantages(
-        torch.tensor([o.reward for o in outcomes], dtype=torch.float64), torch.tensor([o.graded for o in outcomes]), index
-    )
+def score_samples(cfg: Config, learner: Learner, samples: Sequence[Sample], clock: dict[str, float] | None = None) -> list[Sample]:
+    """One frozen pass over the batch and the credit that follows from it: for several updates on one batch, and for whole-batch advantages."""
+    if not samples:
+        return []
+    parts: list[Scores] = []
+    with torch.no_grad():
+        for part in micro_batches([s.rollout for s in samples], cfg.train.tokens_per_microbatch):
+            chosen = [samples[i] for i in part]
+            batch = pack([s.rollout for s in chosen], learner.policy.device)
+            parts.append(_scores(cfg, learner, batch, _forward(cfg, learner, batch), chosen, clock))
+        scores = join(parts)
+        credit = assign_credit(cfg, samples, scores)
+    sizes = [s.length for s in samples]
     return [
-        Sample(rollout, outcome, advantage, request_seed("flow", seed, step, rollout.prompt.prompt.id, rollout.sample_index))
-        for rollout, outcome, advantage in zip(rollouts, outcomes, advantages.tolist(), strict=True)
-        if outcome.graded
+        replace(sample, scores=own, credit=due)
+        for sample, own, due in zip(samples, split(scores, sizes), split(credit, sizes), strict=True)
     ]
 
 
-def score_samples(cfg: Config, learner: Learner, samples: Sequence[Sample]) -> list[Sample]:
-    """One frozen pass: old log-probs and deviations of every response, needed when a batch serves several updates."""
-    scored: list[Sample] = []
-    for part in micro_batches([s.rollout for s in samples], cfg.train.tokens_per_microbatch):
-        chosen = [samples[i] for i in part]
-        with torch.no_grad():
-            output = _forward(cfg, learner, chosen)
-        sizes = [s.length for s in chosen]
-        columns = zip(*(column.split(sizes) for column in _scores(learner, output, chosen)), strict=True)
-        scored += [replace(sample, scores=Scores(*column)) for sample, column in zip(chosen, columns, strict=True)]
-    return scored
-
-
-def _forward(cfg: Config, learner: Learner, samples: Sequence[Sample]) -> PolicyOutput:
+def _forward(cfg: Config, learner: Learner, batch: PackedBatch) -> PolicyOutput:
     request = learner.field.request if learner.field is not None else None
-    batch = pack([s.rollout for s in samples], learner.policy.device)
-    return learner.policy.forward(batch, cfg.rollout.temperature, request, with_entropy=True)
+    means = cfg.algorithm.loss == "flowrl"
+    return learner.policy.forward(batch, cfg.rollout.temperature, request, with_entropy=True, with_prompt_means=means)
 
 
-def _scores(learner: Learner, output: PolicyOutput, samples: Sequence[Sample]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Old log-probs, deviations, their validity and the entropy, [N] each: as stored, or from this very forward."""
-    stored = [s.scores for s in samples if s.scores is not None]
-    if stored:
-        return tuple(torch.cat([getattr(s, name) for s in stored]) for name in ("logprobs", "deviations", "valid", "entropy"))  # type: ignore[return-value]
-    logprobs = output.logprobs.detach()
+@torch.no_grad()
+def _scores(
+    cfg: Config, learner: Learner, batch: PackedBatch, output: PolicyOutput, samples: Sequence[Sample], clock: dict[str, float] | None
+) -> Scores:
+    """Scores from a forward of the policy as it is."""
     assert output.entropy is not None
-    if learner.field is None or output.latents is None:
-        return logprobs, torch.zeros_like(logprobs), torch.zeros_like(logprobs, dtype=torch.bool), output.entropy
-    deviations = learner.field.score(output.latents, [s.length for s in samples], [s.seed for s in samples])
-    return logprobs, deviations, output.latents.valid, output.entropy
-
-
-def token_advantages(samples: Sequence[Sample], deviations: Tensor, valid: Tensor, cfg: FlowRewardConfig | None) -> tuple[Tensor, Tensor]:
-    """A_t = outcome advantage of the response + flow rewards from t on (arXiv:2510.10201). Returns advantages and flow rewards, [N] each."""
-    lengths = torch.tensor([s.length for s in samples], device=deviations.device)
-    outcome = torch.tensor([s.advantage for s in samples], device=deviations.device).repeat_interleave(lengths)
-    if cfg is None:
-        return outcome, torch.zeros_like(outcome)
-    rewards = flow_reward(deviations, valid, lengths, cfg.coef, cfg.normalise, cfg.threshold, cfg.top_k, cfg.gamma)
-    return outcome + rewards_to_go(rewards, lengths), rewards
+    scores = Scores(output.logprobs.detach(), output.entropy)
+    if learner.reference is not None:
+        with timed("reference", clock):
+            scores = replace(scores, ref_logprobs=learner.reference.forward(batch, cfg.rollout.temperature).logprobs)
+    if learner.head is not None and cfg.algorithm.advantage == "gae":
+        scores = replace(scores, values=learner.head(output.hidden))
+    if learner.field is not None and output.latents is not None and cfg.flow is not None:
+        with timed("flow_score", clock):
+            seeds = [s.seed for s in samples]
+            deviations = learner.field.score(output.latents, [s.length for s in samples], seeds, cfg.flow.reward.draws)
+        scores = replace(scores, deviations=deviations, valid=output.latents.scorable)
+    return scores
 
 
 def flow_weights(cfg: FlowOnlineConfig, samples: Sequence[Sample]) -> list[float]:
-    """Weight of each response in the online flow update: correct ones share 1, wrong ones count `soft_weight` (rejection sampling)."""
-    raw = [1.0 if s.outcome.correct else cfg.soft_weight for s in samples]
+    """Weight of each response in the online flow update: selected ones share 1, the others count `soft_weight` (rejection sampling)."""
+    raw = [1.0 if s.outcome.correct or "correct" not in cfg.select else cfg.soft_weight for s in samples]
     return [w / total for w in raw] if (total := sum(raw)) > 0 else raw
 
 
 def flow_token_weights(cfg: FlowOnlineConfig, weights: Sequence[float], lengths: Sequence[int], valid: Tensor, entropy: Tensor) -> Tensor:
-    """A response's weight shared out over its tokens that have a context; with an entropy quantile, mostly over those at or above it.
+    """A response's weight shared out over its tokens that have a context; by entropy, mostly over those at or above its quantile.
 
     sum_t w_t m_t l_t / sum_t w_t m_t for each response, w_t = 1 or soft_weight (arXiv:2510.10201).
     weights: one per response; valid, entropy: [N]. Returns [N] float32.
@@ -140,88 +108,133 @@ def flow_token_weights(cfg: FlowOnlineConfig, weights: Sequence[float], lengths:
     parts = []
     for weight, mask, values in zip(weights, valid.split(list(lengths)), entropy.split(list(lengths)), strict=True):
         share = mask.float()
-        if cfg.entropy_quantile is not None and bool(mask.any()):
+        if "entropy" in cfg.select and bool(mask.any()):
             low = values < values[mask].quantile(cfg.entropy_quantile)
             share = torch.where(low, share * cfg.soft_weight, share)
         parts.append(share * (weight / share.sum().clamp(min=1e-12)))
     return torch.cat(parts)
 
 
-def update(cfg: Config, learner: Learner, samples: Sequence[Sample]) -> tuple[dict[str, float], list[TokenRecord]]:
-    """One optimiser step of the policy, and one of the field, on these samples, micro-batch by micro-batch.
+def update(
+    cfg: Config, learner: Learner, samples: Sequence[Sample], train_policy: bool = True, clock: dict[str, float] | None = None
+) -> tuple[dict[str, float], list[TokenRecord]]:
+    """One optimiser step of the policy (unless told not to) and one of the field on these samples, micro-batch by micro-batch.
 
     The result does not depend on how the samples fall into micro-batches. Returns metrics and, per sample, what its tokens got.
     """
-    num_tokens = sum(s.length for s in samples)
+    size = UpdateSize(sum(s.length for s in samples), len(samples))
     online = flow_weights(cfg.flow.online, samples) if cfg.flow is not None and learner.flow_optimizer is not None else []
-    sums: defaultdict[str, float] = defaultdict(float)
+    figures = Figures(cfg, size)
     records: list[TokenRecord] = []
     for part in micro_batches([s.rollout for s in samples], cfg.train.tokens_per_microbatch):
         chosen = [samples[i] for i in part]
-        output = _forward(cfg, learner, chosen)
-        old, deviations, valid, entropy = _scores(learner, output, chosen)
-        advantages, rewards = token_advantages(chosen, deviations, valid, cfg.flow.reward if cfg.flow else None)
-        lengths = torch.tensor([s.length for s in chosen], device=old.device)
-        weights = token_weights(lengths, cfg.algorithm.loss_aggregation, num_tokens, len(samples))
-        loss, metrics = policy_loss(
-            output.logprobs, old, advantages, weights, cfg.algorithm.clip_low, cfg.algorithm.clip_high, cfg.algorithm.dual_clip
-        )
-        if not math.isfinite(loss.item()):
-            raise StoppedError(f"the policy loss is not finite; responses: {[s.rollout.prompt.prompt.id for s in chosen][:8]}")
-        loss.backward()
-        learner.optimizer.accumulate()
-        faultpoint("backward")
-        if learner.flow_optimizer is not None and learner.field is not None and output.latents is not None:
-            assert cfg.flow is not None
+        batch = pack([s.rollout for s in chosen], learner.policy.device)
+        with torch.set_grad_enabled(train_policy):
+            output = _forward(cfg, learner, batch)
+        stored = [s.scores for s in chosen if s.scores is not None]
+        scores = join(stored) if stored else _scores(cfg, learner, batch, output, chosen, clock)
+        due = [s.credit for s in chosen if s.credit is not None]
+        credit = join(due) if due else assign_credit(cfg, chosen, scores)
+        if train_policy:
+            loss, metrics = objective(cfg, learner.head, output, scores, credit, chosen, size)
+            if not math.isfinite(loss.item()):
+                raise StoppedError(f"the policy loss is not finite; responses: {[s.rollout.prompt.prompt.id for s in chosen][:8]}")
+            loss.backward()
+            learner.optimizer.accumulate()
+            faultpoint("backward")
+            figures.add({name: value.item() for name, value in metrics.items()})
+        if learner.flow_optimizer is not None and learner.field is not None and output.latents is not None and cfg.flow is not None:
             sizes = [s.length for s in chosen]
-            shares = flow_token_weights(cfg.flow.online, [online[i] for i in part], sizes, valid, entropy)
-            sums["flow/loss"] += learner.field.accumulate_gradient(output.latents, sizes, [s.seed for s in chosen], shares)
-        sums["actor/pg_loss"] += loss.item()
-        for name, value in metrics.items():
-            sums[name] += value.item()
-        share = 1 / num_tokens
-        sums["actor/entropy"] += entropy.sum().item() * share
-        sampled = torch.tensor([p for s in chosen for p in s.rollout.logprobs], device=old.device)
-        sums["rollout/logprob_diff_mean"] += (old - sampled).abs().sum().item() * share
-        if learner.field is not None:
-            outcome = torch.tensor([s.advantage for s in chosen], device=old.device).repeat_interleave(lengths)
-            _add_flow_metrics(sums, deviations, rewards, advantages, outcome, share, len(samples))
-        records += _records(chosen, advantages, rewards, deviations, entropy, learner.field is not None)
-    if learner.field is not None:
-        flow_size, outcome_size = sums.pop("flow/advantage_size"), sums.pop("flow/outcome_size")
-        sums["flow/advantage_share"] = flow_size / max(flow_size + outcome_size, 1e-12)
-    sums["actor/lr"] = learner.optimizer.current_lr
-    sums["actor/grad_norm"] = learner.optimizer.step()
-    learner.policy.version += 1
+            with timed("flow_update", clock):
+                shares = flow_token_weights(cfg.flow.online, [online[i] for i in part], sizes, output.latents.scorable, scores.entropy)
+                seeds = [s.seed for s in chosen]
+                loss_here = learner.field.accumulate_gradient(output.latents, sizes, seeds, shares, cfg.flow.online.times)
+            figures.add({"flow/loss": loss_here})
+        figures.add_tokens(chosen, scores, credit)
+        records += _records(chosen, scores, credit)
+    return {**figures.result(), **_step(learner, train_policy, clock)}, records
+
+
+def _step(learner: Learner, train_policy: bool, clock: dict[str, float] | None) -> dict[str, float]:
+    """The optimisers' steps. Returns learning rates and gradient norms."""
+    figures: dict[str, float] = {}
+    if train_policy:
+        head = "critic" if isinstance(learner.head, ValueHead) else "flowrl"
+        for name, optimizer in (("actor", learner.optimizer), (head, learner.head_optimizer)):
+            if optimizer is not None:
+                figures[f"{name}/lr"] = optimizer.current_lr
+                figures[f"{name}/grad_norm"] = optimizer.step()
+        learner.policy.version += 1
     faultpoint("step")
     if learner.flow_optimizer is not None:
-        sums["flow/lr"] = learner.flow_optimizer.current_lr
-        sums["flow/grad_norm"] = learner.flow_optimizer.step()
-    return dict(sums), records
+        with timed("flow_update", clock):
+            figures["flow/lr"] = learner.flow_optimizer.current_lr
+            figures["flow/grad_norm"] = learner.flow_optimizer.step()
+    return figures
 
 
-def _add_flow_metrics(
-    sums: defaultdict[str, float],
-    deviations: Tensor,
-    rewards: Tensor,
-    advantages: Tensor,
-    outcome: Tensor,
-    share: float,
-    num_samples: int,
-) -> None:
-    """Sizes are means over tokens of absolute values; rewards are sums per response."""
-    sums["flow/deviation_mean"] += deviations.sum().item() * share
-    sums["flow/reward_mean"] += rewards.sum().item() / num_samples
-    sums["flow/num_reward_tokens"] += (rewards != 0).sum().item() / num_samples
-    sums["flow/advantage_size"] += (advantages - outcome).abs().sum().item() * share
-    sums["flow/outcome_size"] += outcome.abs().sum().item() * share
+class Figures:
+    """Metrics of an update, summed over its micro-batches: token means, unless named otherwise."""
+
+    def __init__(self, cfg: Config, size: UpdateSize) -> None:
+        self.cfg, self.size = cfg, size
+        self.sums: defaultdict[str, float] = defaultdict(float)
+        self.largest = 0.0
+
+    def add(self, values: dict[str, float]) -> None:
+        """Shares that add up to the whole."""
+        for name, value in values.items():
+            self.sums[name] += value
+
+    def add_tokens(self, samples: Sequence[Sample], scores: Scores, credit: Credit) -> None:
+        """What the tokens were worth, and how far the engine's log-probs are from the trainer's."""
+        share = 1 / self.size.num_tokens
+        device = scores.logprobs.device
+        sampled = rollout_logprobs(samples, device)
+        difference = (scores.logprobs - sampled).abs()
+        self.largest = max(self.largest, difference.max().item())
+        columns = {
+            "actor/entropy": scores.entropy,
+            "actor/advantage_size": credit.advantages.abs(),
+            "rollout/logprob_diff_mean": difference,
+            "rollout/kl": kl_estimate(sampled, scores.logprobs, "k3"),
+        }
+        if (cap := self.cfg.algorithm.importance_cap) is not None:
+            ratio = (scores.logprobs - sampled).exp()
+            columns |= {"rollout/importance_mean": ratio.clamp(max=cap), "rollout/importance_capped": (ratio > cap).float()}
+        if scores.deviations is not None:
+            columns["flow/deviation_mean"] = scores.deviations
+        self.add({name: column.sum().item() * share for name, column in columns.items()})
+        if scores.deviations is not None or self.cfg.shaping.likelihood is not None:
+            self._add_token_rewards("flow" if scores.deviations is not None else "shaping", samples, credit, share)
+
+    def _add_token_rewards(self, name: str, samples: Sequence[Sample], credit: Credit, share: float) -> None:
+        """Rewards are sums per response; sizes are absolute values: what the token rewards and the outcomes make of the advantages."""
+        lengths = torch.tensor([s.length for s in samples], device=credit.advantages.device)
+        outcome = torch.tensor([s.advantage for s in samples], device=credit.advantages.device).repeat_interleave(lengths)
+        self.add({
+            f"{name}/reward_mean": credit.token_rewards.sum().item() / self.size.num_sequences,
+            f"{name}/num_reward_tokens": (credit.token_rewards != 0).sum().item() / self.size.num_sequences,
+            f"{name}/advantage_size": (credit.advantages - outcome).abs().sum().item() * share,
+            f"{name}/outcome_size": outcome.abs().sum().item() * share,
+        })  # fmt: skip
+
+    def result(self) -> dict[str, float]:
+        """The finished metrics."""
+        figures = {**self.sums, "rollout/logprob_diff_max": self.largest}
+        for name in ("flow", "shaping"):
+            if f"{name}/outcome_size" in figures:
+                size, outcome = figures.pop(f"{name}/advantage_size"), figures.pop(f"{name}/outcome_size")
+                figures[f"{name}/advantage_share"] = size / max(size + outcome, 1e-12)
+        return figures
 
 
-def _records(
-    samples: Sequence[Sample], advantages: Tensor, rewards: Tensor, deviations: Tensor, entropy: Tensor, with_flow: bool
-) -> list[TokenRecord]:
+def _records(samples: Sequence[Sample], scores: Scores, credit: Credit) -> list[TokenRecord]:
     sizes = [s.length for s in samples]
-    columns = [column.cpu().split(sizes) for column in (advantages, rewards, deviations, entropy)]
+    zeros = torch.zeros_like(scores.entropy)
+    with_flow = scores.deviations is not None
+    all_columns = (credit.advantages, credit.token_rewards, scores.deviations if with_flow else zeros, scores.entropy)
+    columns = [column.cpu().split(sizes) for column in all_columns if column is not None]
     return [
         TokenRecord(a.tolist(), r.tolist() if with_flow else None, d.tolist() if with_flow else None, e.tolist())
         for a, r, d, e in zip(*columns, strict=True)

@@ -13,7 +13,8 @@ from rlfr_vlm.errors import StoppedError
 from rlfr_vlm.models.policy import Policy
 from rlfr_vlm.rollout.engine import SamplingConfig
 from rlfr_vlm.rollout.hf_engine import HFEngine
-from rlfr_vlm.training.update import flow_token_weights, flow_weights, make_samples, score_samples, update
+from rlfr_vlm.training.credit import make_samples
+from rlfr_vlm.training.update import flow_token_weights, flow_weights, score_samples, update
 from rlfr_vlm.types import Outcome
 
 VERDICTS = ["correct", "wrong", "wrong", "correct"]
@@ -192,5 +193,7 @@ def test_h12_entropy_quantile_counts_valid_tokens_only():
     entropy = torch.tensor([0.0, 0, 0, 0.9, 0.1, 0.5, 0.2])
     valid = torch.tensor([False] * 3 + [True] * 4)
     assert flow_token_weights(online, [1.0], [7], valid, entropy).tolist() == pytest.approx([0, 0, 0, 0.5, 0, 0.5, 0])
-    soft = flow_token_weights(FlowOnlineConfig(select=("correct", "entropy"), entropy_quantile=0.5, soft_weight=0.5), [3.0], [7], valid, entropy)
+    soft = flow_token_weights(
+        FlowOnlineConfig(select=("correct", "entropy"), entropy_quantile=0.5, soft_weight=0.5), [3.0], [7], valid, entropy
+    )
     assert soft.tolist() == pytest.approx([0, 0, 0, 1, 0.5, 1, 0.5])

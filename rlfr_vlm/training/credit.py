@@ -1,0 +1,135 @@
+"""From graded responses to what each of their tokens gets: scores of the sampling policy, token rewards, advantages."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from rlfr_vlm.advantages import gae, group_advantages, leave_one_out, rewards_to_go, whiten
+from rlfr_vlm.config import AlgorithmConfig, Config, TokenRewardConfig
+from rlfr_vlm.flow.reward import flow_reward
+from rlfr_vlm.losses import kl_estimate
+from rlfr_vlm.shaping import likelihood_scores
+from rlfr_vlm.types import Outcome, Rollout, RolloutGroup, request_seed
+
+
+@dataclass(frozen=True)
+class Scores:
+    """What tokens were worth to the policy that sampled them, to the reference, and to the field and value head as they were then. [N] each."""
+
+    logprobs: Tensor
+    entropy: Tensor
+    deviations: Tensor | None = None
+    valid: Tensor | None = None  # bool: whether there is a deviation
+    ref_logprobs: Tensor | None = None
+    values: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Credit:
+    """What tokens get. [N] each."""
+
+    advantages: Tensor
+    token_rewards: Tensor  # of the flow, or of likelihood shaping
+    returns: Tensor | None = None  # what the value head should have said
+
+
+Columns = TypeVar("Columns", Scores, Credit)
+
+
+def join(parts: Sequence[Columns]) -> Columns:
+    """Responses end to end."""
+    columns = {f.name: [getattr(part, f.name) for part in parts] for f in fields(parts[0])}
+    joined: dict[str, Any] = {name: None if values[0] is None else torch.cat(values) for name, values in columns.items()}
+    return type(parts[0])(**joined)
+
+
+def split(whole: Columns, lengths: Sequence[int]) -> list[Columns]:
+    """One part per response."""
+    present = {f.name: getattr(whole, f.name).split(list(lengths)) for f in fields(whole) if getattr(whole, f.name) is not None}
+    return [type(whole)(**{name: parts[i] for name, parts in present.items()}) for i in range(len(lengths))]
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One graded response, ready for the update."""
+
+    rollout: Rollout
+    outcome: Outcome
+    advantage: float  # of the outcome: relative to its group, or the reward itself where advantages are taken over the batch
+    seed: int  # of its flow noise
+    scores: Scores | None = None  # None: taken from the update's own forward, which for one on-policy step is the same
+    credit: Credit | None = None
+
+    @property
+    def length(self) -> int:
+        """Response tokens."""
+        return len(self.rollout.token_ids)
+
+
+def make_samples(
+    groups: Sequence[RolloutGroup], outcomes: Sequence[Outcome], seed: int, step: int, algorithm: AlgorithmConfig | None = None
+) -> list[Sample]:
+    """Outcome advantages (default: GRPO's); responses that could not be graded are left out."""
+    rollouts = [rollout for group in groups for rollout in group.rollouts]
+    index = torch.tensor([g for g, group in enumerate(groups) for _ in group.rollouts])
+    reward = torch.tensor([o.reward for o in outcomes], dtype=torch.float64)
+    advantages = outcome_advantages(reward, torch.tensor([o.graded for o in outcomes]), index, algorithm or AlgorithmConfig())
+    return [
+        Sample(rollout, outcome, advantage, request_seed("flow", seed, step, rollout.prompt.prompt.id, rollout.sample_index))
+        for rollout, outcome, advantage in zip(rollouts, outcomes, advantages.tolist(), strict=True)
+        if outcome.graded
+    ]
+
+
+def outcome_advantages(reward: Tensor, graded: Tensor, group: Tensor, algorithm: AlgorithmConfig) -> Tensor:
+    """What stands at the last token of each response. reward: [B] float; graded: [B] bool; group: [B] int. Returns [B]."""
+    if algorithm.advantage == "leave_one_out":
+        return leave_one_out(reward, graded, group)
+    if algorithm.advantage in ("whitened", "gae"):
+        return reward
+    return group_advantages(reward, graded, group, scale=algorithm.advantage == "group")
+
+
+def needs_scoring(algorithm: AlgorithmConfig) -> bool:
+    """Whether advantages or ratios need a pass over the whole batch before its first update."""
+    return algorithm.updates_per_rollout > 1 or algorithm.advantage in ("whitened", "gae")
+
+
+def assign_credit(cfg: Config, samples: Sequence[Sample], scores: Scores) -> Credit:
+    """Token rewards r_t = 1[last] * outcome - kl_coef * KL_t + r_flow, and from them advantages (arXiv:2510.10201; PPO for the others).
+
+    For advantages within a group `samples` may be any of its responses; whitened ones and GAE need the whole batch.
+    """
+    algorithm = cfg.algorithm
+    lengths = torch.tensor([s.length for s in samples], device=scores.logprobs.device)
+    extra = token_rewards(cfg, scores, lengths)
+    rewards = extra.clone()
+    rewards[lengths.cumsum(0) - 1] += torch.tensor([s.advantage for s in samples], dtype=extra.dtype, device=extra.device)
+    if algorithm.kl.coef > 0 and algorithm.kl.place == "reward":
+        assert scores.ref_logprobs is not None
+        rewards -= algorithm.kl.coef * kl_estimate(scores.logprobs, scores.ref_logprobs, algorithm.kl.estimator)
+    if algorithm.advantage == "gae":
+        assert scores.values is not None
+        advantages, returns = gae(rewards, scores.values, lengths, algorithm.gamma, algorithm.gae_lambda)
+        return Credit(whiten(advantages), extra, returns)
+    advantages = rewards_to_go(rewards, lengths, algorithm.gamma)
+    return Credit(whiten(advantages) if algorithm.advantage == "whitened" else advantages, extra)
+
+
+def token_rewards(cfg: Config, scores: Scores, lengths: Tensor) -> Tensor:
+    """Rewards of single tokens: of the flow, of likelihood shaping, or zeros. [N]."""
+    if cfg.flow is not None and scores.deviations is not None and scores.valid is not None:
+        return _filtered(scores.deviations, scores.valid, lengths, cfg.flow.reward)
+    if (likelihood := cfg.shaping.likelihood) is not None:
+        signal = likelihood_scores(scores.logprobs, scores.entropy, likelihood.signal)
+        return -likelihood.sign * _filtered(signal, torch.ones_like(signal, dtype=torch.bool), lengths, likelihood)
+    return torch.zeros_like(scores.logprobs)
+
+
+def _filtered(scores: Tensor, valid: Tensor, lengths: Tensor, cfg: TokenRewardConfig) -> Tensor:
+    return flow_reward(scores, valid, lengths, cfg.coef, cfg.normalise, cfg.threshold, cfg.top_k, cfg.gamma)
