@@ -1,5 +1,5 @@
 # Two commands are all a newcomer needs: `make demo` and `make test`. Each installs into .venv what is missing, once.
-.PHONY: demo demo-text test test-slow bench lint install
+.PHONY: demo demo-text methods test test-slow bench lint install
 SEED ?= 0
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM = false
@@ -13,6 +13,9 @@ demo: install            ## a vision-language model gets better at reading pictu
 
 demo-text: install       ## SmolLM2 gets better at arithmetic
 	@.venv/bin/python scripts/demo.py text --seed $(SEED)
+
+methods: install         ## every method on the same data and seed: do the rewards rise, what does each cost
+	@.venv/bin/python scripts/methods.py --seed $(SEED)
 
 test: install            ## the fast lane
 	.venv/bin/python -m pytest -m "not slow and not gpu"
