@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
+import codecs
 import json
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,12 +19,13 @@ from rlfr_vlm.types import Prompt
 IMAGE_MARK = "<image>"
 COLUMNS = {
     "prompt": ("prompt", "messages", "message", "conversations", "problem", "question", "query"),
-    "images": ("images", "image", "image_path"),
+    "images": ("images", "image", "image_path", "image_urls"),
     "answer": ("answer", "solution", "ground_truth", "label", "reward_model"),
-    "response": ("response", "expert_response"),
-    "id": ("id", "uid", "index"),
+    "response": ("response", "expert_response", "chosen"),
+    "id": ("id", "uid", "uuid", "index"),
     "data_source": ("data_source", "datasource"),
 }
+UNSUPPORTED = ("videos", "video", "audios", "audio")
 ROLES = {"human": "user", "gpt": "assistant", "user": "user", "assistant": "assistant", "system": "system"}
 
 
@@ -47,8 +49,9 @@ class BadRow:
 class BadRows:
     """What happens to rows that cannot be used: stop at the first, or skip, record and count them."""
 
-    def __init__(self, cfg: DataConfig, record: Path | None = None) -> None:
-        self.stop = cfg.on_bad_row == "stop"
+    def __init__(self, cfg: DataConfig, record: Path | None = None, switch: str = "data.on_bad_row=skip") -> None:
+        """record: where skipped rows are written down. switch: what the user has to write for rows to be skipped."""
+        self.stop, self.switch = cfg.on_bad_row == "stop", switch
         self.max_frac = cfg.max_bad_frac
         self.record = record
         self.rows: list[BadRow] = []
@@ -56,7 +59,7 @@ class BadRows:
     def add(self, row_id: str, error: RowError, total: int) -> None:
         """Raises UserError with `on_bad_row=stop`, or when more than `max_bad_frac` of `total` rows are bad."""
         if self.stop:
-            raise UserError(f"{error} (data.on_bad_row=skip leaves such rows out)")
+            raise UserError(f"{error} ({self.switch} leaves such rows out)")
         row = BadRow(row_id, error.kind, str(error))
         self.rows.append(row)
         if self.record is not None:
@@ -76,41 +79,44 @@ def read_rows(source: str) -> Iterator[tuple[str, dict[str, Any] | None, str]]:
         yield from _hub_rows(source)
     elif path.suffix == ".jsonl":
         with path.open("rb") as file:
-            for number, line in enumerate(file, 1):
+            for number, line in enumerate(file, 1):  # split at \n only: the line separators of Unicode may stand in strings
+                line = line.removeprefix(codecs.BOM_UTF8) if number == 1 else line
                 if line.strip():
                     yield (f"{path.name}:{number}", *_json_row(line))
     elif path.suffix == ".json":
         try:
-            rows = json.loads(path.read_text())
-        except ValueError as error:
+            rows = json.loads(path.read_text(encoding="utf-8-sig"))
+        except (ValueError, RecursionError) as error:
             raise UserError(f"data file {source} is not JSON: {error}") from None
         if not isinstance(rows, list):
             raise UserError(f"data file {source}: expected a list of rows")
         for number, row in enumerate(rows):
             yield (f"{path.name}[{number}]", row, "") if isinstance(row, dict) else (f"{path.name}[{number}]", None, "not an object")
-    elif path.suffix == ".parquet":
-        for number, row in enumerate(_parquet_rows(path)):
+    elif path.suffix in (".parquet", ".arrow"):
+        for number, row in enumerate(_table_rows(path)):
             yield f"{path.name}[{number}]", row, ""
     else:
-        raise UserError(f"data file {source}: expected .jsonl, .json or .parquet")
+        raise UserError(f"data file {source}: expected .jsonl, .json, .parquet or .arrow")
 
 
-def _parquet_rows(path: Path) -> list[dict[str, Any]]:
+def _table_rows(path: Path) -> Iterator[dict[str, Any]]:
+    """Rows of a Parquet file, or of an Arrow file as `datasets.save_to_disk` writes it; never the whole file: some hold millions."""
     try:
         import pyarrow as pa
         import pyarrow.parquet as parquet
     except ImportError:
-        raise UserError(f"data file {path}: reading Parquet needs the extra: pip install 'rlfr-vlm[data]'") from None
+        raise UserError(f"data file {path}: reading Parquet and Arrow needs the extra: pip install 'rlfr-vlm[data]'") from None
     try:
-        return parquet.read_table(path).to_pylist()
+        for batch in parquet.ParquetFile(path).iter_batches(batch_size=256) if path.suffix == ".parquet" else pa.ipc.open_stream(path):
+            yield from batch.to_pylist()
     except (pa.ArrowException, OSError) as error:
-        raise UserError(f"data file {path} is not readable Parquet: {' '.join(str(error).split())[:200]}") from None
+        raise UserError(f"data file {path} is not readable {path.suffix[1:].capitalize()}: {' '.join(str(error).split())[:200]}") from None
 
 
 def _json_row(line: bytes) -> tuple[dict[str, Any] | None, str]:
     try:
         row = json.loads(line)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         return None, f"not JSON: {error}"
     return (row, "") if isinstance(row, dict) else (None, "not a JSON object")
 
@@ -118,6 +124,7 @@ def _json_row(line: bytes) -> tuple[dict[str, Any] | None, str]:
 def _hub_rows(source: str) -> Iterator[tuple[str, dict[str, Any] | None, str]]:
     try:
         from datasets import load_dataset
+        from datasets.table import embed_table_storage
     except ImportError:
         raise UserError(f"data `{source}` is no file; for a hub data set install the extra: pip install 'rlfr-vlm[data]'") from None
     name, _, split = source.partition("@")
@@ -125,8 +132,11 @@ def _hub_rows(source: str) -> Iterator[tuple[str, dict[str, Any] | None, str]]:
         rows = load_dataset(name, split=split or "train")
     except Exception as error:  # the hub client raises many kinds; all mean that the data set is not to be had
         raise UserError(f"data set {source} cannot be loaded: {' '.join(str(error).split())[:300]}") from error
-    for number, row in enumerate(rows):
-        yield f"{source}[{number}]", row, ""
+    number = 0
+    for table in rows.with_format("arrow").iter(batch_size=256):
+        for row in embed_table_storage(table).to_pylist():  # pictures stay the bytes that were published, undecoded
+            yield f"{source}[{number}]", row, ""
+            number += 1
 
 
 def load_prompts(
@@ -170,8 +180,11 @@ def load_prompts(
 
 def parse_row(row: dict[str, Any], where: str, cfg: DataConfig, need: str = "answer") -> Prompt:
     """One row -> Prompt. Raises RowError naming the row and the column."""
+    for name in UNSUPPORTED:
+        if any(value is not None for value in _as_list(row.get(name))):
+            raise RowError("media", f"{where}: the row has `{name}`; only pictures are supported")
     images = _as_list(_column(row, "images"))
-    messages = _messages(row, where)
+    messages, closing = _messages(row, where)
     if cfg.system and messages[0]["role"] != "system":
         messages.insert(0, {"role": "system", "content": [{"type": "text", "text": cfg.system}]})
     if cfg.suffix:
@@ -179,6 +192,7 @@ def parse_row(row: dict[str, Any], where: str, cfg: DataConfig, need: str = "ans
     embedded = [part["source"] for m in messages for part in m["content"] if part.get("source") is not None]
     if embedded and not images:
         images = embedded
+    images = [source.removeprefix("file://") if isinstance(source, str) else source for source in images]
     marks = sum(part["type"] == "image" for m in messages for part in m["content"])
     if images and not marks:  # rows that never mark the place: the pictures come first
         first = next(i for i, m in enumerate(messages) if m["role"] == "user")
@@ -187,15 +201,17 @@ def parse_row(row: dict[str, Any], where: str, cfg: DataConfig, need: str = "ans
         raise RowError("image_count", f"{where}: {len(images)} images but {marks} image placeholders in the prompt")
     answer = _answer(row)
     response = _column(row, "response")
+    response = closing or None if response is None else response
+    if need == "answer" and row.get("conversations") is not None and _column(row, "answer") is None:
+        answer = closing  # VLM-R1: the last turn is the gold answer
     if need == "answer" and not answer:
         raise RowError("answer", f"{where}: the answer is empty or missing (columns: {', '.join(COLUMNS['answer'])})")
     if need == "response" and not (isinstance(response, str) and response.strip()):
         raise RowError("response", f"{where}: the expert response is empty or missing (columns: {', '.join(COLUMNS['response'])})")
     known = {name for names in COLUMNS.values() for name in names}
     clean = tuple({"role": m["role"], "content": [{k: v for k, v in p.items() if k != "source"} for p in m["content"]]} for m in messages)
-    row_id = _column(row, "id")
     return Prompt(
-        id=str(row_id) if row_id is not None else where,
+        id=_row_id(row) or where,
         messages=clean,
         images=tuple(images),
         answer=answer,
@@ -213,6 +229,14 @@ def _column(row: dict[str, Any], name: str) -> Any:
     return None
 
 
+def _row_id(row: dict[str, Any]) -> str:
+    """The row's own id; in verl's rows the index in `extra_info`, which counts anew in each data source."""
+    own, info = _column(row, "id"), row.get("extra_info")
+    if own is None and isinstance(info, dict) and info.get("index") is not None:
+        return "/".join(str(part) for part in (_column(row, "data_source"), info["index"]) if part is not None)
+    return "" if own is None else str(own)
+
+
 def _as_list(value: Any) -> list[Any]:
     if value is None or value == "":
         return []
@@ -225,19 +249,19 @@ def _answer(row: dict[str, Any]) -> str:
         value = value.get("ground_truth")
     if isinstance(value, list) and len(value) == 1:
         value = value[0]
-    if isinstance(value, bool) or not isinstance(value, str | int | float):
+    if isinstance(value, bool) or not isinstance(value, str | int | float) or value != value:
         return ""
     return str(value).strip()
 
 
-def _messages(row: dict[str, Any], where: str) -> list[dict[str, Any]]:
-    """Chat messages whose content is a list of text and image parts, from a question, messages, or from/value turns."""
+def _messages(row: dict[str, Any], where: str) -> tuple[list[dict[str, Any]], str]:
+    """Chat messages whose content is a list of text and image parts, from a question, messages, or from/value turns.
+
+    Second: the text of a closing turn of the assistant, which is no part of the prompt.
+    """
     value = _column(row, "prompt")
-    if isinstance(value, str) and value.lstrip().startswith("[{"):
-        with contextlib.suppress(ValueError):  # else a question that happens to start like a list
-            value = json.loads(value)
     if isinstance(value, str):
-        value = [{"role": "user", "content": value}]
+        value = _turns_in(value, where) or [{"role": "user", "content": value}]
     if not isinstance(value, list) or not value or not all(isinstance(m, dict) for m in value):
         raise RowError("schema", f"{where}: no prompt (columns: {', '.join(COLUMNS['prompt'])})")
     messages: list[dict[str, Any]] = []
@@ -247,13 +271,27 @@ def _messages(row: dict[str, Any], where: str) -> list[dict[str, Any]]:
         if role is None or content is None:
             raise RowError("schema", f"{where}: a message needs a role (system, user, assistant) and content")
         messages.append({"role": role, "content": _parts(content, where)})
+    closing: list[str] = []
     while len(messages) > 1 and messages[-1]["role"] == "assistant":
-        messages.pop()  # the solution: it has a column of its own
+        closing.insert(0, "".join(part["text"] for part in messages.pop()["content"] if part["type"] == "text").strip())
     if messages[-1]["role"] != "user":
         raise RowError("schema", f"{where}: the last message must be the user's")
     if not any(p["type"] == "image" or p["text"].strip() for p in messages[-1]["content"]):
         raise RowError("schema", f"{where}: the prompt is empty")
-    return messages
+    return messages, "\n".join(closing)
+
+
+def _turns_in(text: str, where: str) -> list[dict[str, Any]] | None:
+    """The messages that a text encodes as JSON (MM-EUREKA, lmm-r1); None for a text that is a question."""
+    if not re.match(r"\s*\[\s*\{", text):
+        return None
+    try:
+        turns = json.loads(text)
+    except (ValueError, RecursionError):
+        if re.match(r"""\s*\[\s*\{\s*['"](role|from|content|value)['"]""", text):
+            raise RowError("schema", f"{where}: the prompt looks like messages, but is not JSON: {text.strip()[:40]}...") from None
+        return None
+    return turns if all(isinstance(turn, dict) and {"content", "value"} & turn.keys() for turn in turns) else None
 
 
 def _parts(content: Any, where: str) -> list[dict[str, Any]]:

@@ -37,6 +37,20 @@ def kinds(prompt):
             "images": ["a.png"],
             "reward_model": {"ground_truth": "3", "style": "rule"},
         },
+        {"query": "How many?", "image_path": ["a.png"], "ground_truth": ["3"]},
+        {"conversations": [{"from": "human", "value": "<image>How many?"}, {"from": "gpt", "value": "3"}], "image": "a.png"},  # VLM-R1
+        {"conversations": [{"role": "user", "content": "<image>How many?"}], "answer": "3", "image_urls": ["file://a.png"]},  # MM-EUREKA
+        {"conversations": ' [ {"role": "user", "content": "<image>How many?"}]', "answer": "3", "image_urls": ["a.png"]},
+        {
+            "message": '[\n{"role": "user", "content": [{"type": "image", "image": "file://a.png"}, {"type": "text", "text": "How many?"}]}]',
+            "answer": "3",
+        },
+        {
+            "messages": [{"role": "user", "content": "<image>How many?"}, {"role": "assistant", "content": "It is 4."}],  # swift
+            "images": ["a.png"],
+            "solution": "3",
+            "videos": [],
+        },
     ],
 )
 def test_accepted_shapes_all_give_the_same_prompt(row):
@@ -58,9 +72,43 @@ def test_other_columns_travel_with_the_row():
     assert (prompt.id, prompt.extra, prompt.data_source) == ("7", {"level": 3}, "s")
 
 
+def test_the_columns_of_verl_travel_too():
+    row = {"data_source": "math_dapo", "prompt": "x", "ability": "MATH", "difficulty": 3, "reward_model": {"ground_truth": "1"}}
+    prompt = parse_row({**row, "extra_info": {"index": 7, "split": "train"}}, "f:1", CFG)
+    assert prompt.id == "math_dapo/7"  # the index counts anew in each data source
+    assert prompt.extra == {"ability": "MATH", "difficulty": 3, "extra_info": {"index": 7, "split": "train"}}
+    assert parse_row({**row, "id": "own", "extra_info": {"index": 7}}, "f:1", CFG).id == "own"
+    assert parse_row({"prompt": "x", "answer": "1", "uuid": "u", "datasource": "d"}, "f:1", CFG).id == "u"
+    assert [parse_row({"prompt": "x", "answer": "1", **r}, "f:1", CFG).id for r in ({}, {"id": ""}, {"id": 0})] == ["f:1", "f:1", "0"]
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"prompt": "x", "response": "R"},
+        {"question": "x", "chosen": "R", "rejected": "no"},  # MMPR
+        {"messages": [{"role": "user", "content": "x"}, {"role": "assistant", "content": [{"type": "text", "text": "R"}]}]},
+        {"conversations": [{"from": "human", "value": "x"}, {"from": "gpt", "value": "R"}]},
+    ],
+)
+def test_expert_rows_in_every_shape(row):
+    assert parse_row(row, "f:1", CFG, need="response").response == "R"
+    assert parse_row({"prompt": "x", "answer": "1"}, "f:1", CFG).response is None
+
+
+@pytest.mark.parametrize("text", ["[{1, 2}, {3}] is a list of what?", '[{"a": 1}] has which keys?', '[{"a": 1}]', "[1, 2]", "[{x}"])
+def test_a_question_may_look_like_a_list(text):
+    assert parse_row({"prompt": text, "answer": "1"}, "f:1", CFG).messages[0]["content"] == [{"type": "text", "text": text}]
+
+
 @pytest.mark.parametrize(
     ("row", "message"),
     [
+        ({"message": "[{'role': 'user', 'content': 'x'}]", "answer": "1"}, "f:1: the prompt looks like messages, but is not JSON"),
+        ({"prompt": "x", "answer": "1", "videos": ["a.mp4"]}, "f:1: the row has `videos`; only pictures are supported"),
+        ({"prompt": "x", "answer": "1", "video": {"path": "a.mp4"}}, "the row has `video`"),
+        ({"prompt": "x", "answer": float("nan")}, "the answer is empty"),
+        ({"messages": [{"role": "user", "content": "x"}, {"role": "assistant", "content": "3"}]}, "the answer is empty"),
         ({"prompt": "x"}, "f:1: the answer is empty or missing"),
         ({"prompt": "x", "answer": "  "}, "the answer is empty"),
         ({"prompt": "x", "answer": {"a": 1}}, "the answer is empty"),
@@ -104,23 +152,68 @@ def test_skip_records_and_counts(tmp_path):
     assert "rows.jsonl:4" in recorded[1]["reason"]
 
 
+@pytest.mark.parametrize("newline", ["\n", "\r\n"])
+@pytest.mark.parametrize("mark", [b"", b"\xef\xbb\xbf"])
+def test_lines_are_counted_as_an_editor_counts_them(tmp_path, newline, mark):
+    """With blank lines, either line end, a byte order mark, and Unicode line separators inside strings."""
+    lines = [
+        '{"prompt": "a\u2028b\u2029c\x85d", "answer": "1"}',
+        "",
+        "  ",
+        '{"prompt": "é", "answer": "2"}',
+        "{",
+        "\t",
+        '"x"',
+        "[" * 100_000,
+    ]
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes(mark + newline.join(lines).encode())
+    cfg = DataConfig(on_bad_row="skip", max_bad_frac=1.0)
+    bad = BadRows(cfg)
+    prompts = load_prompts(str(path), cfg, bad)
+    assert [(p.origin, p.messages[0]["content"][0]["text"]) for p in prompts] == [
+        ("rows.jsonl:1", "a\u2028b\u2029c\x85d"),
+        ("rows.jsonl:4", "é"),
+    ]
+    assert [r.id for r in bad.rows] == ["rows.jsonl:5", "rows.jsonl:7", "rows.jsonl:8"]
+
+
+def test_a_byte_order_mark_alone_is_a_blank_line(tmp_path):
+    (tmp_path / "rows.jsonl").write_bytes(b'\xef\xbb\xbf\n{"prompt": "x", "answer": "1"}')
+    assert load_prompts(str(tmp_path / "rows.jsonl"), CFG, BadRows(CFG))[0].origin == "rows.jsonl:2"
+
+
 def test_too_many_bad_rows_stop(tmp_path):
     cfg = DataConfig(on_bad_row="skip", max_bad_frac=0.1)
     with pytest.raises(UserError, match=r"2 bad rows of 10 exceed data\.max_bad_frac=0\.1"):
         load_prompts(write(tmp_path, *GOOD, {}, {}), cfg, BadRows(cfg))
 
 
-@pytest.mark.parametrize("name", ["rows.json", "rows.parquet"])
+@pytest.mark.parametrize("name", ["rows.json", "rows.parquet", "rows.arrow"])
 def test_other_formats(tmp_path, name):
     path = tmp_path / name
     if name.endswith("json"):
-        path.write_text(json.dumps(GOOD))
+        path.write_text("\ufeff" + json.dumps(GOOD), encoding="utf-8")
     else:
         import pyarrow as pa
         import pyarrow.parquet as parquet
 
-        parquet.write_table(pa.Table.from_pylist(GOOD), path)
-    assert len(load_prompts(str(path), CFG, BadRows(CFG))) == 8
+        table = pa.Table.from_pylist([{**row, "images": [{"bytes": b"png", "path": None}]} for row in GOOD])
+        if name.endswith("parquet"):
+            parquet.write_table(table, path)
+        else:
+            with pa.OSFile(str(path), "wb") as file, pa.ipc.new_stream(file, table.schema) as stream:
+                stream.write_table(table)
+    prompts = load_prompts(str(path), CFG, BadRows(CFG))
+    assert [p.origin for p in prompts] == [f"{name}[{i}]" for i in range(8)]
+    assert name.endswith("json") or prompts[0].images == ({"bytes": b"png", "path": None},)
+
+
+@pytest.mark.parametrize("name", ["rows.json", "rows.parquet", "rows.arrow"])
+def test_broken_files_are_named(tmp_path, name):
+    (tmp_path / name).write_bytes(b"[[[[ PAR1")
+    with pytest.raises(UserError, match=rf"{name} is not"):
+        load_prompts(str(tmp_path / name), CFG, BadRows(CFG))
 
 
 @pytest.mark.parametrize(("name", "message"), [("none.jsonl", "does not exist"), ("rows.csv", "expected .jsonl")])
