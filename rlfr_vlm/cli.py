@@ -30,6 +30,18 @@ def build_parser() -> argparse.ArgumentParser:
         verb.add_argument("--config", required=True, metavar="FILE", help="YAML file")
         verb.add_argument("--dry-run", action="store_true", help="print the resolved config and stop")
         verb.add_argument("overrides", nargs="*", metavar="a.b=c", help="settings that override the file's")
+    theirs = verbs.add_parser("import-flow", help="read a published flow checkpoint (flow_model.bin) as a field for a model")
+    theirs.add_argument("source", help="flow_model.bin, pytorch_model.bin of an offline fit (also sharded), or a folder that holds one")
+    theirs.add_argument("--model", required=True, metavar="PATH", help="folder or hub name of the backbone; only its config is read")
+    theirs.add_argument("--out", required=True, metavar="DIR", help="folder to write the field to, for flow.checkpoint")
+    theirs.add_argument("--context", metavar="A+B", help="token_pre, token_post or identity; needed where no config beside it says so")
+    theirs.add_argument("--shift", metavar="N+N", help="tokens between target and context; default: the config's, else 1")
+    theirs.add_argument("--layers", metavar="P+P", help="hooked layers as fractions of depth; default: the config's, else 0.25+0.5+0.75")
+    theirs.add_argument("--times", metavar="T+T", help="flow times of the reward; default: the config's, else 0.8")
+    ours = verbs.add_parser("export-flow", help="write a field as the published code's flow_model.bin")
+    ours.add_argument("folder", help="the field's folder")
+    ours.add_argument("--out", required=True, metavar="PATH", help="a .bin file, or the folder to put flow_model.bin in")
+    ours.add_argument("--dtype", choices=("keep", "bfloat16"), default="keep", help="of the weights; keep: as stored")
     report = verbs.add_parser("report", help="write report.html of a run")
     report.add_argument("run", help="the run's folder")
     bench = verbs.add_parser("bench", help="time the GRPO step on a fixed workload; one JSON line")
@@ -65,6 +77,8 @@ def run(arguments: argparse.Namespace) -> int:
 
         print(json.dumps(bench(arguments)))
         return 0
+    if arguments.verb in ("import-flow", "export-flow"):
+        return run_flow_files(arguments)
     cfg: Config = load_config(arguments.config, tuple(arguments.overrides))
     if arguments.dry_run:
         print(to_yaml(cfg), end="")
@@ -77,6 +91,20 @@ def run(arguments: argparse.Namespace) -> int:
         print(commands.train(cfg))
     else:
         print(json.dumps(asdict(commands.evaluate(cfg)), indent=1))
+    return 0
+
+
+def run_flow_files(arguments: argparse.Namespace) -> int:
+    """Carry out import-flow or export-flow. Returns the exit code."""
+    import torch
+
+    from rlfr_vlm import commands
+
+    if arguments.verb == "import-flow":
+        given = {name: getattr(arguments, name) for name in ("context", "shift", "layers", "times")}
+        print(commands.import_flow(arguments.source, arguments.model, arguments.out, given))
+    else:
+        print(commands.export_flow(arguments.folder, arguments.out, torch.bfloat16 if arguments.dtype == "bfloat16" else None))
     return 0
 
 

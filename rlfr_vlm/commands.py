@@ -9,16 +9,20 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from rich.console import Console
+from transformers import AutoConfig
 
 from rlfr_vlm.config import Config, FlowConfig
 from rlfr_vlm.data.prompts import BadRows, PromptStream, RowError, load_prompts
 from rlfr_vlm.data.render import PromptSource, Renderer, encode_all
 from rlfr_vlm.errors import UserError
 from rlfr_vlm.evaluation.heldout import HeldoutResult, evaluate_heldout
-from rlfr_vlm.flow.field import FlowField, FlowSpec
+from rlfr_vlm.flow.field import FlowField, FlowSpec, read_spec
+from rlfr_vlm.flow.official import export_field, import_field
+from rlfr_vlm.models.families import find_family
 from rlfr_vlm.models.heads import LogPartitionHead, ValueHead
-from rlfr_vlm.models.policy import Policy
+from rlfr_vlm.models.policy import Policy, resolve_path
 from rlfr_vlm.rewards.grader import Grader
 from rlfr_vlm.rewards.outcome import load_reward_function
 from rlfr_vlm.rollout import make_engine
@@ -75,6 +79,53 @@ def fit(cfg: Config, policy: Policy, rows: Sequence[Prompt]) -> Path:
     field = FlowField(FlowSpec.of(cfg.flow, policy.identity), seed=cfg.seed, device=policy.device, compute_dtype=policy.dtype)
     fit_flow(cfg, policy, field, rows, Renderer(policy, cfg.data, str(cfg.data.expert)), _bad_rows(cfg), folder, say)
     return folder
+
+
+def import_flow(source: str, model: str, out: str, given: dict[str, str | None]) -> Path:
+    """Write a published flow checkpoint as a field for this model; returns its folder. `given`: context, shift, layers, times as `a+b`."""
+    field, origins = import_field(Path(source), identity_from_config(model), given, model)
+    with _writing(out):
+        field.save(out)
+    spec = field.spec
+    texts = {"context": spec.context, "shift": spec.shift, "layers": spec.layers, "times": spec.times}
+    said = "; ".join(f"{name} {'+'.join(map(str, value))} ({origins[name]})" for name, value in texts.items())
+    say(f"a field of depth {spec.depth} on latents of size {field.network.size}, layers of {spec.num_layers}: {said}")
+    return Path(out)
+
+
+def export_flow(folder: str, out: str, dtype: torch.dtype | None) -> Path:
+    """Write a field as the published code's flow_model.bin; returns the file."""
+    spec = read_spec(Path(folder))
+    with _writing(out):
+        file = export_field(Path(folder), Path(out), dtype)
+    say(f"for their config: flow_context_mode {'+'.join(map(str, spec.context))}, flow_shift {'+'.join(map(str, spec.shift))}")
+    return file
+
+
+def identity_from_config(path: str) -> dict[str, str | int | float]:
+    """What `Policy.identity` says of a model, from its config alone: weights are not read, so its fingerprint is "", unknown."""
+    try:
+        config = AutoConfig.from_pretrained(resolve_path(path), trust_remote_code=False)
+        find_family(config.model_type)
+        text = config.get_text_config()
+    except (OSError, ValueError, StrictDataclassError) as error:
+        raise UserError(f"--model: the config of `{path}` does not load: {' '.join(str(error).split())[:300]}") from None
+    return {
+        "model_type": config.model_type,
+        "hidden_size": text.hidden_size,
+        "num_layers": text.num_hidden_layers,
+        "rms_norm_eps": float(getattr(text, "rms_norm_eps", 1e-6)),
+        "fingerprint": "",
+    }
+
+
+@contextmanager
+def _writing(out: str) -> Iterator[None]:
+    """Turns an output path that cannot be written to into a UserError."""
+    try:
+        yield
+    except (FileExistsError, NotADirectoryError, PermissionError) as error:
+        raise UserError(f"--out: {out} cannot be written: {error.strerror}") from None
 
 
 def train(cfg: Config) -> Path:
