@@ -28,7 +28,7 @@ def build_parser() -> argparse.ArgumentParser:
     for name, text in CONFIG_VERBS.items():
         verb = verbs.add_parser(name, help=text, description=text)
         verb.add_argument("--config", required=True, metavar="FILE", help="YAML file")
-        verb.add_argument("--dry-run", action="store_true", help="print the resolved config and stop")
+        verb.add_argument("--dry-run", action="store_true", help="print the resolved config, and what would be run and written, and stop")
         verb.add_argument("overrides", nargs="*", metavar="a.b=c", help="settings that override the file's")
     theirs = verbs.add_parser("import-flow", help="read a published flow checkpoint (flow_model.bin) as a field for a model")
     theirs.add_argument("source", help="flow_model.bin, pytorch_model.bin of an offline fit (also sharded), or a folder that holds one")
@@ -81,7 +81,9 @@ def run(arguments: argparse.Namespace) -> int:
         return run_flow_files(arguments)
     cfg: Config = load_config(arguments.config, tuple(arguments.overrides))
     if arguments.dry_run:
-        print(to_yaml(cfg), end="")
+        from rlfr_vlm.training.schedule import schedule
+
+        print(to_yaml(cfg) + schedule(arguments.verb, cfg), end="")
         return 0
     from rlfr_vlm import commands
 

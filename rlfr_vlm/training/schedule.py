@@ -46,13 +46,14 @@ def _train(cfg: Config) -> tuple[Lines, Lines, Lines]:
         raise UserError(f"rollout.num_prompts={rollout.num_prompts} exceeds the {rows.count} rows of {cfg.data.train}")
     samples, updates = rollout.num_prompts * rollout.group_size, cfg.algorithm.updates_per_rollout
     per_sample = cfg.data.max_prompt_tokens + rollout.max_new_tokens
+    learning = steps - (cfg.flow.online.warmup_steps if cfg.flow is not None else 0)
     passes = f", {steps * rollout.num_prompts / rows.count:.2f} passes over its rows" if rows.count else ""
     plan = [
         ("data", rows.text),
         ("steps", f"{_number(steps)}{passes}"),
         ("rollouts", f"{_number(rollout.num_prompts)} prompts x {rollout.group_size} responses = {_number(samples)} samples per step"),
-        ("updates", f"{updates} per step of {_number(samples // updates)} samples each, {_number(steps * updates)} in total"),
-        ("learning rate", _learning_rate(cfg.optim.lr, steps * updates, cfg.optim.warmup_frac, cfg.optim.min_lr_ratio)),
+        ("updates", f"{updates} per step of {_number(samples // updates)} samples each, {_number(learning * updates)} in total"),
+        ("learning rate", _learning_rate(cfg.optim.lr, learning * updates, cfg.optim.warmup_frac, cfg.optim.min_lr_ratio)),
         (
             "tokens per step",
             f"at most {_number(samples * per_sample)}: {_number(samples)} samples of a prompt of {_number(cfg.data.max_prompt_tokens)}"
@@ -62,8 +63,8 @@ def _train(cfg: Config) -> tuple[Lines, Lines, Lines]:
     ]
     if rollout.max_rounds > 1:
         plan.append(("rounds", f"up to {rollout.max_rounds} per step, each sampling anew for groups of equal rewards"))
-    if cfg.flow is not None and cfg.flow.online.enabled and cfg.flow.online.warmup_steps:
-        plan.append(("flow warm-up", f"{_number(cfg.flow.online.warmup_steps)} steps in which only the field learns"))
+    if learning < steps:
+        plan.append(("flow warm-up", f"in the first {_number(steps - learning)} steps only the field learns"))
     evaluated, saved = due_steps(cfg.eval.every, steps), due_steps(cfg.train.save_steps, steps)
     plan.append(("evaluations", f"{_heldout(cfg)}, after steps {_listed(evaluated)}" if evaluated else "none (eval.every=0)"))
     kept = f"; the newest {cfg.train.keep_checkpoints} are kept" if len(saved) > cfg.train.keep_checkpoints else ""
@@ -74,7 +75,10 @@ def _train(cfg: Config) -> tuple[Lines, Lines, Lines]:
 def _train_files(cfg: Config, evaluated: list[int], saved: list[int]) -> Lines:
     out, steps = Path(cfg.output_dir), cfg.train.steps
     contents = ["policy.safetensors", "optimizer.pt", "rng.pt", "state.json", "manifest.json"]
-    contents += ["flow/"] * (cfg.flow is not None) + ["flow_optimizer.pt"] * (cfg.flow is not None and cfg.flow.online.enabled)
+    if cfg.flow is not None:
+        contents += ["flow/", "flow_optimizer.pt"] if cfg.flow.online.enabled else ["flow/"]
+    if cfg.algorithm.advantage == "gae" or cfg.algorithm.loss == "flowrl":
+        contents += ["head.safetensors", "head_optimizer.pt"]
     files = [
         (f"{out}/config.resolved.yaml", ""),
         (f"{out}/env.json", "versions and devices"),
@@ -107,7 +111,9 @@ def _flow(cfg: Config) -> tuple[Lines, Lines, Lines]:
         plan.append(("held out", f"{held} rows, {_number(rows.count - held)} are fitted"))
     of_epochs = "" if fit.steps else f": {fit.epochs:g} passes"
     plan.append(("steps", f"{_number(steps)}{of_epochs}" if steps else f"rows x {fit.epochs:g} / {batch}, rounded up"))
-    plan.append(("batch", f"{batch} expert solutions, {len(flow.layers)} layers and {fit.batch_mul} draws of noise and time for each token"))
+    plan.append(
+        ("batch", f"{batch} expert solutions, {len(flow.layers)} layers and {fit.batch_mul} draws of noise and time for each token")
+    )
     plan.append(("learning rate", _learning_rate(fit.lr, steps, FIT_WARMUP_FRAC, 0.0)))
     plan.append(("tokens per step", f"at most {_number(batch * fit.max_tokens)}: {batch} rows of {_number(fit.max_tokens)}"))
     if steps:
@@ -174,7 +180,7 @@ def _models(cfg: Config) -> Lines:
     if cfg.algorithm.advantage == "gae":
         lines.append(("value head", "new, on the policy's last state"))
     if cfg.algorithm.loss == "flowrl":
-        lines.append(("partition head", "new, on the policy's last state"))
+        lines.append(("partition head", "new, on the policy's last states of the prompt"))
     return lines
 
 
@@ -235,7 +241,7 @@ def _rows(path: Path) -> int:
 
         return int(read_metadata(path).num_rows)
     if path.suffix == ".json":
-        rows = json.loads(path.read_text())
+        rows = json.loads(path.read_text(encoding="utf-8-sig"))
         if not isinstance(rows, list):
             raise ValueError("expected a list of rows")
         return len(rows)
@@ -252,7 +258,8 @@ def _learning_rate(peak: float, updates: int | None, warmup_frac: float, min_rat
     end = "constant after that" if min_ratio == 1 else f"then a cosine down to {peak * min_ratio:g}"
     if updates is None:
         return f"{peak:g} after {warmup_frac:.0%} of warm-up, {end}"
-    return f"{peak:g} after {_number(int(updates * warmup_frac))} updates of warm-up, {end}"
+    warmup = int(updates * warmup_frac)
+    return f"{peak:g} after {_number(warmup)} {'update' if warmup == 1 else 'updates'} of warm-up, {end}"
 
 
 def _bad_rows(cfg: Config) -> Lines:
