@@ -1,0 +1,349 @@
+"""The recipes under scripts/: each loads, says what it would do, fits its models, and runs on a tiny model of the same architecture."""
+
+import json
+import math
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from PIL import Image
+
+from rlfr_vlm.cli import main
+from rlfr_vlm.config import load_config, parse_config
+from rlfr_vlm.flow.network import VelocityNet
+from rlfr_vlm.training import schedule
+from tests.runs import ROOT
+
+RECIPES = sorted((ROOT / "scripts").glob("*/*.yaml"))
+RLFR = sorted(path.parent for path in RECIPES if path.name == "rlfr.yaml")
+FAMILY = {
+    "qwen2.5-math-1.5b": "qwen2",
+    "qwen2.5-math-7b": "qwen2",
+    "qwen2.5-7b": "qwen2",
+    "llama-3.1-8b": "llama",
+    "qwen2.5-vl-3b": "qwen2_5_vl",
+    "qwen2.5-vl-7b": "qwen2_5_vl",
+}
+RUNS_SLOWLY = ("qwen2.5-math-7b", "qwen2.5-vl-3b")  # the siblings of recipes that the fast lane runs
+
+name = pytest.mark.parametrize("folder", RLFR, ids=lambda folder: folder.name)
+each = pytest.mark.parametrize("path", RECIPES, ids=lambda path: f"{path.parent.name}/{path.stem}")
+
+
+def run(capsys, *arguments):
+    """Exit code, standard output, standard error of the command line in this process."""
+    with pytest.raises(SystemExit) as exited:
+        main([str(argument) for argument in arguments])
+    output = capsys.readouterr()
+    return exited.value.code, output.out, output.err
+
+
+def verb(path):
+    return "flow" if path.stem == "flow" else "train"
+
+
+# -- the files --------------------------------------------------------------------------------------------------------
+
+
+def test_there_is_a_folder_per_model():
+    assert {path.name for path in RLFR} == set(FAMILY) - {"qwen2.5-7b"}
+    for folder in RLFR:
+        assert {path.stem for path in folder.iterdir()} == {"flow", "rlfr", "rlvr"}
+    assert (ROOT / "scripts/qwen2.5-7b/flowrl.yaml") in RECIPES
+
+
+@each
+def test_a_dry_run_prints_the_config_and_the_schedule(path, capsys):
+    code, out, err = run(capsys, verb(path), "--config", path, "--dry-run")
+    assert code == 0, err
+    assert parse_config(yaml.safe_load(out)) == load_config(path)
+    comments = [line for line in out.splitlines() if line.startswith("#")]
+    for expected in ("# schedule", "# loaded", "# written", "rows unknown", "learning rate", "tokens per step"):
+        assert any(expected in line for line in comments), expected
+
+
+@each
+def test_every_setting_names_its_source(path):
+    text = path.read_text()
+    assert "`released`" in text and "`ours`" in text
+    for line in text.splitlines():
+        setting = re.match(r" *([a-z_]+): +[^# ]", line)
+        if setting and setting[1] not in ("output_dir", "path", "system"):
+            assert " # " in line, line
+
+
+@name
+def test_the_baseline_differs_in_the_flow_alone(folder):
+    rlfr, rlvr = (load_config(folder / f"{kind}.yaml").model_dump() for kind in ("rlfr", "rlvr"))
+    assert {key for key in rlfr if rlfr[key] != rlvr[key]} == {"flow", "output_dir"}
+    assert rlvr["flow"] is None
+
+
+@name
+def test_the_fitted_field_is_the_one_that_rl_reads(folder):
+    fit, rl = (load_config(folder / f"{kind}.yaml") for kind in ("flow", "rlfr"))
+    for setting in ("layers", "sides", "times", "network"):
+        assert getattr(fit.flow, setting) == getattr(rl.flow, setting)
+    assert Path(rl.flow.checkpoint) == Path(fit.output_dir) / "flow"
+    assert (fit.model.path, fit.model.dtype) == (rl.model.path, rl.model.dtype)
+    assert (fit.data.system, fit.data.suffix) == (rl.data.system, rl.data.suffix)
+    assert len({fit.output_dir, rl.output_dir, load_config(folder / "rlvr.yaml").output_dir}) == 3
+
+
+@name
+def test_published_values(folder):
+    fit, rl = (load_config(folder / f"{kind}.yaml") for kind in ("flow", "rlfr"))
+    vision, large = "-vl-" in folder.name, folder.name.endswith(("7b", "8b"))
+    assert fit.flow.network.depth == (6 if large else 4)
+    assert fit.flow.fit.batch_mul == (2 if large and not vision else 4)
+    assert (fit.flow.fit.batch_size, fit.flow.fit.epochs, fit.flow.fit.max_tokens) == (128, 2, 16384 if vision else 8192)
+    assert rl.rollout.num_prompts * rl.rollout.group_size // rl.algorithm.updates_per_rollout == 128
+    assert rl.rollout.max_new_tokens == (3072 if folder.name == "qwen2.5-vl-7b" else 1024)
+    assert (rl.algorithm.loss_aggregation, rl.algorithm.needs_reference) == ("sequence", False)
+    assert (rl.reward.answer, rl.reward.format_weight) == (("tag", 0.5) if vision else ("boxed", 0))
+    assert rl.flow.sides == (("token_pre", 1),)
+
+
+def test_flowrl_warms_up_for_ten_steps():
+    cfg = load_config(ROOT / "scripts/qwen2.5-7b/flowrl.yaml")
+    updates = cfg.algorithm.updates_per_rollout
+    assert int(cfg.train.steps * updates * cfg.optim.warmup_frac) == 10 * updates
+    assert cfg.rollout.num_prompts / updates == 32
+    assert cfg.algorithm.needs_reference
+
+
+# -- the schedule -----------------------------------------------------------------------------------------------------
+
+
+def test_the_schedule_of_the_first_recipe_by_hand(tmp_path, capsys):
+    data = tmp_path / "train.jsonl"
+    data.write_text('{"prompt": "?", "answer": "1"}\n' * 8448)
+    recipe = ROOT / "scripts/qwen2.5-math-1.5b/rlfr.yaml"
+    overrides = [f"data.train={data}", f"output_dir={tmp_path}/run", "eval.every=100", f"data.eval={data}", "eval.limit=10"]
+    code, out, err = run(capsys, "train", "--config", recipe, "--dry-run", *overrides)
+    assert code == 0, err
+    lines = " ".join(" ".join(line[1:].split()) for line in out.splitlines() if line.startswith("#"))
+    for expected in (
+        f"data 8,448 rows: {data}",
+        "steps 330, 5.00 passes over its rows",
+        "rollouts 128 prompts x 8 responses = 1,024 samples per step",
+        "updates 8 per step of 128 samples each, 2,640 in total",
+        "learning rate 1e-06 after 79 updates of warm-up, then a cosine down to 1e-07",
+        "tokens per step at most 4,120,576: 1,024 samples of a prompt of 3,000 and a response of 1,024",
+        "response tokens at most 346,030,080 in total",
+        f"(10 of 8,448 rows: {data}): 90 responses of at most 1,024 tokens, after steps 100, 200, 300, 330",
+        "checkpoints 7, after steps 50, 100, 150, 200, 250, 300, 330; the newest 3 are kept",
+        "flow field runs/qwen2.5-math-1.5b/flow, which is not there yet",
+        f"{tmp_path}/run/eval/ step_N.json and step_N.jsonl, N = 000100, 000200, 000300, 000330",
+        f"{tmp_path}/run/hf/global_step_330/",
+    ):
+        assert expected in lines, expected
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        (["algorithm.method=dapo"], "up to 10 per step, each sampling anew"),
+        (["algorithm.method=ppo", "flow=null"], "value head"),
+        (["algorithm.kl.coef=0.1", "algorithm.reference=other/model"], "other/model in bfloat16, frozen"),
+        (["flow.online.warmup_steps=10", "train.steps=20"], "in the first 10 steps only the field learns"),
+        (["flow.online.warmup_steps=10", "train.steps=20"], "8 per step of 128 samples each, 80 in total"),
+        (["flow.online.enabled=false", "flow.checkpoint=null"], "a new one (flow.checkpoint is unset), frozen"),
+        (["algorithm.method=ppo", "flow=null"], "manifest.json, head.safetensors, head_optimizer.pt"),
+        (["train.save_steps=10"], "33, after steps 10, 20, 30, 40, 50, ..., 320, 330;"),
+        (["optim.min_lr_ratio=1"], "warm-up, constant after that"),
+        (["data.on_bad_row=skip"], "bad_rows.jsonl"),
+        (["model.path=data/tiny_vlm"], "512,256 parameters"),
+    ],
+)
+def test_the_schedule_follows_the_settings(settings, expected, capsys):
+    code, out, err = run(capsys, "train", "--config", ROOT / "scripts/qwen2.5-math-1.5b/rlfr.yaml", "--dry-run", *settings)
+    assert code == 0, err
+    assert expected in out
+
+
+def test_the_schedule_is_light():
+    code = (
+        "import sys\nfrom rlfr_vlm.cli import main\n"
+        "try: main(['train', '--config', 'scripts/qwen2.5-math-1.5b/rlfr.yaml', '--dry-run'])\n"
+        "except SystemExit as done: assert done.code == 0\n"
+        "assert not {'torch', 'transformers', 'numpy'} & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT, stdout=subprocess.DEVNULL)
+
+
+def test_a_dry_run_refuses_what_the_run_would_refuse(tmp_path, capsys):
+    recipe = ROOT / "scripts/qwen2.5-math-1.5b/rlvr.yaml"
+    (tmp_path / "few.jsonl").write_text("{}\n\n{}\n")
+    for command, override, message in (
+        ("train", "data.train=null", "data.train is required"),
+        ("train", "eval.every=5", "data.eval is required"),
+        ("flow", f"data.expert={tmp_path}/few.jsonl", "no `flow` section"),
+        ("train", f"data.train={tmp_path}/few.jsonl", "rollout.num_prompts=128 exceeds the 2 rows"),
+    ):
+        code, _, err = run(capsys, command, "--config", recipe, "--dry-run", override)
+        assert (code, message in err) == (2, True), err
+
+
+def test_rows_are_counted_in_every_format_and_unknown_ones_said(tmp_path):
+    rows = [{"prompt": "?", "answer": "1"}] * 3
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n\n" for row in rows))
+    assert [schedule.count_rows(str(tmp_path / f"rows.{kind}")).count for kind in ("json", "jsonl")] == [3, 3]
+    parquet = pytest.importorskip("pyarrow.parquet")
+    parquet.write_table(pytest.importorskip("pyarrow").Table.from_pylist(rows), tmp_path / "rows.parquet")
+    assert schedule.count_rows(str(tmp_path / "rows.parquet"), 2) == schedule.Rows(2, f"2 of 3 rows: {tmp_path}/rows.parquet")
+    (tmp_path / "broken.parquet").write_text("PAR")
+    (tmp_path / "broken.json").write_text("{")
+    for source, message in (
+        (tmp_path / "broken.parquet", "cannot be read"),
+        (tmp_path / "broken.json", "cannot be read"),
+        (tmp_path / "none.jsonl", "is not there yet"),
+        ("someone/data@train", "is read from the hub"),
+    ):
+        found = schedule.count_rows(str(source))
+        assert found.count is None and message in found.text
+
+
+@pytest.mark.parametrize(("hidden", "depth"), [(8, 1), (24, 3)])
+def test_the_size_of_a_field_is_its_networks(hidden, depth, tmp_path):
+    network = VelocityNet(hidden, depth, 1e-6)
+    assert schedule.num_field_parameters(hidden, depth) == sum(p.numel() for p in network.parameters())
+    (tmp_path / "config.json").write_text(json.dumps({"text_config": {"hidden_size": hidden}}))
+    assert schedule.hidden_size(str(tmp_path)) == hidden
+    assert schedule.hidden_size("someone/model") is None
+
+
+# -- runs of a tiny model ---------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def tiny(model_folder, tmp_path):
+    """Folder of a tiny model for a recipe's; Llama's base model comes without a chat template."""
+
+    def make(recipe: str) -> str:
+        source = model_folder(FAMILY[recipe])
+        if FAMILY[recipe] != "llama":
+            return source
+        copy = tmp_path / "base"
+        shutil.copytree(source, copy)
+        (copy / "chat_template.jinja").unlink()
+        return str(copy)
+
+    return make
+
+
+def write_rows(folder, vision):
+    for file in ("train", "expert"):
+        rows = []
+        for i in range(6):
+            row = {"id": f"{file}{i}", "prompt": f"{'<image>' * vision}What is {i} + 1?", "answer": str(i + 1)}
+            if vision:
+                Image.new("RGB", (56, 56), (40 * i, 40, 90)).save(folder / f"{file}{i}.png")
+                row["images"] = [f"{file}{i}.png"]
+            if file == "expert":
+                row["response"] = f"<think>{i} and one</think> <answer>{i + 1}</answer>" if vision else f"It is \\boxed{{{i + 1}}}."
+            rows.append(row)
+        (folder / f"{file}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def overrides(folder, model, vision, small):
+    """What makes a recipe small; everything else stays as it stands there."""
+    write_rows(folder, vision)
+    data = [f"data.{file}={folder}/{file}.jsonl" for file in ("train", "expert")]
+    return [*data, f"model.path={model}", "model.dtype=float32", "model.device=cpu", "rollout.engine=hf", "reward.grader.workers=1", *small]
+
+
+SMALL_RL = ["rollout.num_prompts=4", "rollout.group_size=4", "rollout.max_new_tokens=8", "train.steps=2"]
+
+
+def finished(folder, steps):
+    """Metrics of a finished run."""
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [*range(1, steps + 1)]
+    assert all(math.isfinite(value) for line in lines for value in line.values())
+    assert (folder / f"hf/global_step_{steps}/config.json").exists()
+    return lines
+
+
+@pytest.mark.parametrize(
+    "folder",
+    [pytest.param(f, id=f.name, marks=[pytest.mark.slow] if f.name in RUNS_SLOWLY else []) for f in RLFR],
+)
+def test_flow_rlfr_and_rlvr_run_on_a_tiny_model(folder, tiny, tmp_path, capsys):
+    vision = "-vl-" in folder.name
+    common = overrides(tmp_path, tiny(folder.name), vision, ["flow.fit.steps=2"])
+    code, out, err = run(capsys, "flow", "--config", folder / "flow.yaml", *common, f"output_dir={tmp_path}")
+    assert code == 0, err
+    field = out.strip()
+    fit = load_config(folder / "flow.yaml", ("flow.fit.steps=2",))
+    assert len(Path(field, "flow_fit.jsonl").read_text().splitlines()) == schedule.fit_steps(fit, 6)[1] == 2
+    for kind in ("rlfr", "rlvr"):
+        mine = [f"output_dir={tmp_path}/{kind}", *SMALL_RL]
+        mine += [f"flow.checkpoint={field}"] if kind == "rlfr" else []
+        code, _, err = run(capsys, "train", "--config", folder / f"{kind}.yaml", *common[:-1], *mine)
+        assert code == 0, err
+        lines = finished(tmp_path / kind, 2)
+        assert all(("flow/deviation_mean" in line) == (kind == "rlfr") for line in lines)
+        assert kind == "rlvr" or all(line["flow/num_reward_tokens"] > 0 for line in lines)
+        assert (tmp_path / kind / "checkpoints/global_step_2/flow").is_dir() == (kind == "rlfr")
+
+
+def test_flowrl_runs_on_a_tiny_model(tiny, tmp_path, capsys):
+    common = overrides(tmp_path, tiny("qwen2.5-7b"), False, [*SMALL_RL, f"output_dir={tmp_path}/run"])
+    code, _, err = run(capsys, "train", "--config", ROOT / "scripts/qwen2.5-7b/flowrl.yaml", *common)
+    assert code == 0, err
+    finished(tmp_path / "run", 2)
+
+
+def test_the_fit_takes_as_many_steps_as_the_schedule_says(tiny, tmp_path, capsys):
+    """Passes over the rows that are not held out, in batches of no more than there are."""
+    recipe = ROOT / "scripts/qwen2.5-math-1.5b/flow.yaml"
+    small = ["flow.fit.batch_size=2", "flow.fit.epochs=1.5", "flow.fit.batch_mul=1", f"output_dir={tmp_path}"]
+    common = overrides(tmp_path, tiny("qwen2.5-math-1.5b"), False, small)
+    _, out, _ = run(capsys, "flow", "--config", recipe, "--dry-run", *common)
+    assert "steps            4: 1.5 passes" in out  # 6 rows, 1 of them held out
+    code, out, err = run(capsys, "flow", "--config", recipe, *common)
+    assert code == 0, err
+    assert len(Path(out.strip(), "flow_fit.jsonl").read_text().splitlines()) == 4
+
+
+# -- the launcher -----------------------------------------------------------------------------------------------------
+
+
+def launch(*arguments, cwd=ROOT):
+    return subprocess.run(["bash", str(ROOT / "scripts/run.sh"), *arguments], cwd=cwd, capture_output=True, text=True, timeout=120)
+
+
+def test_the_launcher_fits_a_missing_field_first(tmp_path):
+    recipe = str(ROOT / "scripts/qwen2.5-math-1.5b")
+    field = tmp_path / "flow"
+    done = launch(recipe, "--dry-run", f"flow.checkpoint={field}", "train.steps=7", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    fit, rl = (parse_config(tree) for tree in yaml.safe_load_all(done.stdout))
+    assert (fit.output_dir, rl.flow.checkpoint, rl.train.steps) == (str(tmp_path), str(field), 7)
+    field.mkdir()
+    (field / "flow_config.json").touch()
+    done = launch(recipe, "rlfr", "--dry-run", f"flow.checkpoint={field}")
+    assert [parse_config(tree).output_dir for tree in yaml.safe_load_all(done.stdout)] == ["runs/qwen2.5-math-1.5b/rlfr"]
+    for kind in ("rlvr", "flow"):
+        trees = [*yaml.safe_load_all(launch(recipe, kind, "--dry-run", "train.steps=7").stdout)]
+        assert [parse_config(tree).train.steps for tree in trees] == [7]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((), "RECIPE_DIR"),
+        (("nowhere",), "no folder nowhere"),
+        (("scripts/qwen2.5-7b",), "has no rlfr.yaml"),
+        (("scripts/qwen2.5-math-1.5b", "--dry-run", "flow.checkpoint=elsewhere"), "it must end in /flow"),
+    ],
+)
+def test_the_launcher_says_what_is_wrong(arguments, message):
+    done = launch(*arguments)
+    assert (done.returncode, message in done.stderr) == (2, True), done.stderr
