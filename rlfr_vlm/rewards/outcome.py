@@ -117,8 +117,8 @@ def load_reward_function(spec: str) -> Callable[[Sequence[Rollout]], list[Custom
 
     TRL       f(prompts, completions, **columns) -> list of float or None; both are chat messages, columns are lists
     verl      compute_score(data_source, solution_str, ground_truth, extra_info) -> float, or dict with `score` and maybe `acc`
-    EasyR1    compute_score(reward_inputs) -> list of dict with `overall` and maybe `accuracy`
-    OpenRLHF  reward_func(queries, prompts, labels) -> rewards, or dict with `rewards` and maybe `extra_logs`
+    EasyR1    compute_score(reward_inputs) -> list of dict with `overall` and maybe `accuracy`; or one for one (its REWARD_TYPE `sequential`)
+    OpenRLHF  reward_func(queries, prompts, labels) -> rewards, or dict with `rewards` and maybe `extra_logs` or other columns
 
     Columns are answer (also as solution, ground_truth, label), id, data_source and those of the row that are none of ours.
     Raises UserError naming the file and function if it cannot be loaded or fits none of these.
@@ -165,7 +165,11 @@ def _verl_scores(function: _UserFunction, rollouts: Sequence[Rollout]) -> list[C
 
 def _easyr1_scores(function: _UserFunction, rollouts: Sequence[Rollout]) -> list[CustomScore]:
     inputs = [{**_columns(rollout), "response": rollout.text, "response_length": len(rollout.token_ids)} for rollout in rollouts]
-    values = function.per_response(function({next(iter(function.signature.parameters)): inputs}, rollouts), rollouts)
+    name = next(iter(function.signature.parameters))
+    if name == "reward_input" or function.function.__globals__.get("REWARD_TYPE") == "sequential":
+        values = [function({name: one}, [rollout]) for one, rollout in zip(inputs, rollouts, strict=True)]
+    else:
+        values = function.per_response(function({name: inputs}, rollouts), rollouts)
     return [function.score(value, "overall", "accuracy", rollout) for value, rollout in zip(values, rollouts, strict=True)]
 
 
@@ -181,10 +185,11 @@ def _openrlhf_scores(function: _UserFunction, rollouts: Sequence[Rollout]) -> li
         result = {"rewards": result}
     if "rewards" not in result:
         raise UserError(f"reward.function {function.spec}: the dict that it returned has no `rewards`: {sorted(result)}")
-    columns = {"rewards": result["rewards"], **(result.get("extra_logs") or {})}
+    others = {name: values for name, values in result.items() if name.endswith("_rewards")}  # lmm-r1, MM-EUREKA, RLFR: accuracy_rewards
+    columns = {"rewards": result["rewards"], **others, **(result.get("extra_logs") or {})}
     columns = {name: function.per_response(values, rollouts) for name, values in columns.items()}
     rows = [{name: values[i] for name, values in columns.items()} for i in range(len(rollouts))]
-    accuracy = "acc" if "acc" in columns else "accuracy"
+    accuracy = next((name for name in ("acc", "accuracy", "accuracy_rewards") if name in columns), "accuracy")
     return [function.score(row, "rewards", accuracy, rollout) for row, rollout in zip(rows, rollouts, strict=True)]
 
 

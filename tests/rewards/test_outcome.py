@@ -1,5 +1,7 @@
 """What a response earns, by the built-in reward and by a user's function in each of the four shapes."""
 
+import re
+
 import pytest
 
 from rlfr_vlm.config import GraderConfig, RewardConfig
@@ -165,6 +167,140 @@ def f(queries, prompts, labels, **kwargs):
     assert outcomes[0].parts == {"acc": 1.0, "length": 1.0, "function": 2.0, "accuracy": 1.0}
     outcomes = custom("import torch\ndef f(queries, prompts, labels): return torch.arange(len(queries))")
     assert [o.reward for o in outcomes] == [0.0, 1.0, 2.0, 3.0]
+
+
+# The frameworks' published examples in shape: signatures, keyword defaults, what is read and what is returned.
+FRAMEWORKS = {
+    "trl accuracy_reward": (
+        """
+from typing import Callable
+def accuracy_reward(completions: list[list[dict[str, str]]], solution: list[str], log_extra: Callable | None = None, **kwargs) -> list[float | None]:
+    contents = [completion[0]["content"] for completion in completions]
+    return [float(rf"\\boxed{{{sol}}}" in content) if sol else None for content, sol in zip(contents, solution, strict=True)]
+""",
+        [1.0, 0.0, 0.0, 0.0],
+        [True, False, True, False],  # by the grader: 0.5 is 1/2
+    ),
+    "trl think_format_reward": (
+        """
+import re
+def think_format_reward(completions: list[list[dict[str, str]]], **kwargs) -> list[float]:
+    return [1.0 if re.match(r"^<think>.*</think>", c[0]["content"], re.DOTALL) else 0.0 for c in completions]
+""",
+        [0.0] * 4,
+        [True, False, True, False],
+    ),
+    "verl compute_score, number": (
+        """
+def compute_score(data_source, solution_str, ground_truth, extra_info=None, **kwargs):
+    assert not kwargs and extra_info["id"]
+    if data_source != "demo":
+        raise NotImplementedError(f"no reward for {data_source=}")
+    return 1.0 if "boxed{" + ground_truth + "}" in solution_str else 0.0
+""",
+        [1.0, 0.0, 0.0, 0.0],
+        [True, False, True, False],
+    ),
+    "verl compute_score, dict": (
+        """
+def compute_score(solution_str: str, ground_truth: str, strict_box_verify: bool = False, pause_tokens_index: list[int] | None = None) -> dict:
+    correct = "boxed{" + ground_truth + "}" in solution_str[-300:]
+    return {"score": 1.0 if correct else -1.0, "acc": correct, "pred": solution_str}
+""",
+        [1.0, -1.0, -1.0, -1.0],
+        [True, False, False, False],
+    ),
+    "easyr1 batch": (
+        """
+from typing import Any
+REWARD_NAME = "math"
+REWARD_TYPE = "batch"
+def compute_score(reward_inputs: list[dict[str, Any]], format_weight: float = 0.1) -> list[dict[str, float]]:
+    if not isinstance(reward_inputs, list):
+        raise ValueError("batch")
+    scores = []
+    for reward_input in reward_inputs:
+        accuracy = float("boxed{" + reward_input["ground_truth"] + "}" in reward_input["response"])
+        scores.append({"overall": (1 - format_weight) * accuracy, "format": 0.0, "accuracy": accuracy})
+    return scores
+""",
+        [0.9, 0.0, 0.0, 0.0],
+        [True, False, False, False],
+    ),
+    "easyr1 sequential, by its parameter": (
+        """
+from typing import Any
+def compute_score(reward_input: dict[str, Any], format_weight: float = 0.5) -> dict[str, float]:
+    if not isinstance(reward_input, dict):
+        raise ValueError("sequential")
+    accuracy = float("boxed{" + reward_input["ground_truth"] + "}" in reward_input["response"])
+    return {"overall": (1 - format_weight) * accuracy, "format": 0.0, "accuracy": accuracy}
+""",
+        [0.5, 0.0, 0.0, 0.0],
+        [True, False, False, False],
+    ),
+    "easyr1 sequential, by its mark": (
+        """
+REWARD_TYPE = "sequential"
+def compute_score(data, **kwargs):
+    score = float("boxed{" + data["ground_truth"] + "}" in data["response"])
+    return {"overall": score, "accuracy": score}
+""",
+        [1.0, 0.0, 0.0, 0.0],
+        [True, False, False, False],
+    ),
+    "openrlhf tensor": (
+        """
+import torch
+def reward_func(queries, prompts, labels, **kwargs):
+    return torch.tensor([float("boxed{" + label + "}" in query) for query, label in zip(queries, labels)])
+""",
+        [1.0, 0.0, 0.0, 0.0],
+        [True, False, True, False],
+    ),
+    "openrlhf dict": (
+        """
+import torch
+def reward_func(queries, prompts, labels):
+    reward = torch.tensor([float("boxed{" + label + "}" in query[len(prompt):]) for query, prompt, label in zip(queries, prompts, labels)])
+    return {"rewards": reward, "scores": reward, "extra_logs": {"dummy_scores": reward}}
+""",
+        [1.0, 0.0, 0.0, 0.0],
+        [True, False, True, False],
+    ),
+    "rlfr, lmm-r1": (
+        """
+import re
+import torch
+def get_response(query):
+    return query[re.search(r"<\\|im_start\\|>assistant\\n", query).end():].replace("<|im_end|>", "").strip()
+def reward_func(queries, prompts, labels):
+    questions = [re.findall(r"<\\|im_start\\|>user\\n(.*?)<\\|im_end\\|>", query, re.DOTALL)[0] for query in queries]
+    assert questions[0].endswith("question a")
+    accuracy = [float("boxed{" + label + "}" in get_response(query)) for query, label in zip(queries, labels)]
+    form = [0.5] * len(queries)
+    rewards = torch.tensor(accuracy) + torch.tensor(form)
+    return {"rewards": rewards, "accuracy_rewards": torch.tensor(accuracy), "format_rewards": torch.tensor(form)}
+""",
+        [1.5, 0.5, 0.5, 0.5],
+        [True, False, False, False],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", FRAMEWORKS)
+def test_the_frameworks_own_examples_fit(custom, name):
+    code, rewards, correct = FRAMEWORKS[name]
+    function = re.findall(r"^def (\w+)", code, re.MULTILINE)[-1]
+    outcomes = custom(code, name=function)
+    assert [o.reward for o in outcomes] == pytest.approx(rewards)
+    assert [o.correct for o in outcomes] == correct
+
+
+def test_trls_own_function_fits(custom):
+    pytest.importorskip("trl")
+    outcomes = custom("from trl.rewards import accuracy_reward", name="accuracy_reward")
+    assert [o.reward for o in outcomes] == [1.0, 0.0, 1.0, 0.0]
 
 
 def test_gold_that_only_the_function_reads_is_no_error(custom):
