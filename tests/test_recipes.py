@@ -34,6 +34,12 @@ name = pytest.mark.parametrize("folder", RLFR, ids=lambda folder: folder.name)
 each = pytest.mark.parametrize("path", RECIPES, ids=lambda path: f"{path.parent.name}/{path.stem}")
 
 
+@pytest.fixture(autouse=True)
+def elsewhere(tmp_path, monkeypatch):
+    """The recipes' relative paths lead nowhere, whatever lies under runs/."""
+    monkeypatch.chdir(tmp_path)
+
+
 def run(capsys, *arguments):
     """Exit code, standard output, standard error of the command line in this process."""
     with pytest.raises(SystemExit) as exited:
@@ -157,7 +163,7 @@ def test_the_schedule_of_the_first_recipe_by_hand(tmp_path, capsys):
         (["train.save_steps=10"], "33, after steps 10, 20, 30, 40, 50, ..., 320, 330;"),
         (["optim.min_lr_ratio=1"], "warm-up, constant after that"),
         (["data.on_bad_row=skip"], "bad_rows.jsonl"),
-        (["model.path=data/tiny_vlm"], "512,256 parameters"),
+        ([f"model.path={ROOT}/data/tiny_vlm"], "512,256 parameters"),
     ],
 )
 def test_the_schedule_follows_the_settings(settings, expected, capsys):
