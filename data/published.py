@@ -87,6 +87,7 @@ class Recipe:
     hub: str
     parts: dict[Role, Part]
     archives: bool = False  # rows or pictures lie in archives and folders of their own: only from a local copy
+    meta: bool = False  # a folder's meta.json lists the files of rows and where their pictures are
 
 
 RECIPES = {
@@ -97,7 +98,7 @@ RECIPES = {
     "openr1-math": Recipe(
         "open-r1/OpenR1-Math-220k", {"expert": Part(openr1, "(^|data/){split}-"), "rl": Part(as_published, "(^|data/){split}-")}
     ),
-    "mmpr": Recipe("OpenGVLab/MMPR-v1.2", {"expert": Part(as_published)}, archives=True),
+    "mmpr": Recipe("OpenGVLab/MMPR-v1.2", {"expert": Part(as_published)}, archives=True, meta=True),
     "mm-eureka": Recipe("FanqingM/MM-Eureka-Dataset", {"rl": Part(as_published)}, archives=True),
     "dapo-math": Recipe("BytedTsinghua-SIA/DAPO-Math-17k", {"rl": Part(as_published)}),
     "geometry3k": Recipe("hiyouga/geometry3k", {"rl": Part(as_published, "{split}-")}),
@@ -109,7 +110,7 @@ Found = tuple[str, Row | None, str, list[Path]]  # where, the row, the problem w
 def find_rows(recipe: Recipe, files: str, source: str, media: Sequence[Path]) -> Iterator[Found]:
     """Rows of the hub's data set, of one file, of the files in a folder that match, or of those that a folder's meta.json lists (MMPR)."""
     path = Path(source)
-    if path.is_dir() and (path / "meta.json").is_file():
+    if recipe.meta and (path / "meta.json").is_file():
         yield from _meta_rows(path, files, media)
     elif path.is_dir():
         present = sorted(p for p in path.rglob("*") if p.suffix in SUFFIXES and p.name not in ABOUT)
