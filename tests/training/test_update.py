@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from rlfr_vlm.commands import make_learner
-from rlfr_vlm.config import DataConfig, FlowOnlineConfig, parse_config
+from rlfr_vlm.config import DataConfig, parse_config
 from rlfr_vlm.data.prompts import parse_row
 from rlfr_vlm.data.render import Renderer
 from rlfr_vlm.errors import StoppedError
@@ -14,7 +14,7 @@ from rlfr_vlm.models.policy import Policy
 from rlfr_vlm.rollout.engine import SamplingConfig
 from rlfr_vlm.rollout.hf_engine import HFEngine
 from rlfr_vlm.training.credit import make_samples
-from rlfr_vlm.training.update import flow_token_weights, flow_weights, score_samples, update
+from rlfr_vlm.training.update import score_samples, update
 from rlfr_vlm.types import Outcome
 
 VERDICTS = ["correct", "wrong", "wrong", "correct"]
@@ -164,36 +164,3 @@ def test_flow_noise_depends_on_the_request_alone(model_folder):
     backwards = score_samples(cfg, learner, samples[::-1])[::-1]
     for a, b in zip(forwards, backwards, strict=True):
         assert torch.allclose(a.scores.deviations, b.scores.deviations, rtol=1e-4)
-
-
-@pytest.mark.parametrize(("soft", "expected"), [(0.0, 3.5), (0.2, 3.636364)])
-def test_h12_online_weights(model_folder, soft, expected):
-    cfg = config(model_folder("qwen2"), flow={"online": {"soft_weight": soft}})
-    _, samples = setup(cfg)
-    three = [
-        dataclasses.replace(samples[i], outcome=Outcome(r, v))
-        for i, (r, v) in enumerate([(1, "correct"), (0.5, "wrong"), (1.5, "correct")])
-    ]
-    lengths = [3, 2, 4]
-    valid = torch.ones(9, dtype=torch.bool)
-    per_token = flow_token_weights(cfg.flow.online, flow_weights(cfg.flow.online, three), lengths, valid, torch.zeros(9))
-    losses = torch.tensor([1.0, 2, 3, 4, 6, 5, 5, 5, 5])
-    assert (per_token * losses).sum().item() == pytest.approx(expected, abs=1e-5)
-
-
-def test_h12_all_wrong_is_zero(model_folder):
-    cfg = config(model_folder("qwen2"), flow={})
-    _, samples = setup(cfg, ["wrong"] * 4)
-    assert flow_weights(cfg.flow.online, samples) == [0.0] * len(samples)
-
-
-def test_h12_entropy_quantile_counts_valid_tokens_only():
-    """The quantile .5 of .9, .1, .5, .2 is .35, whatever stands on tokens without a context: .9 and .5 are selected."""
-    online = FlowOnlineConfig(select=("correct", "entropy"), entropy_quantile=0.5)
-    entropy = torch.tensor([0.0, 0, 0, 0.9, 0.1, 0.5, 0.2])
-    valid = torch.tensor([False] * 3 + [True] * 4)
-    assert flow_token_weights(online, [1.0], [7], valid, entropy).tolist() == pytest.approx([0, 0, 0, 0.5, 0, 0.5, 0])
-    soft = flow_token_weights(
-        FlowOnlineConfig(select=("correct", "entropy"), entropy_quantile=0.5, soft_weight=0.5), [3.0], [7], valid, entropy
-    )
-    assert soft.tolist() == pytest.approx([0, 0, 0, 1, 0.5, 1, 0.5])
