@@ -54,7 +54,7 @@ def bench(arguments: argparse.Namespace) -> dict[str, Any]:
         "steps": arguments.steps,
         "step_s_all": [round(line["timing_s/step"], 3) for line in measured],
     }
-    for phase in ("step", "sync", "rollout", "reward", "update"):
+    for phase in ("step", "sync", "rollout", "reward", "update", *(() if arguments.no_flow else ("flow_score", "flow_update"))):
         row[f"{phase}_s"] = round(statistics.median(line[f"timing_s/{phase}"] for line in measured), 3)
     row["generated_tokens_per_s"] = round(tokens / row["step_s"], 1)
     row["response_length"] = measured[-1]["response_length/mean"]

@@ -100,9 +100,10 @@ class RewardConfig(_Section):
     answer: Literal["boxed", "tag", "text"] = Field(
         "boxed", description=r"where the answer stands: \boxed{}, <answer>..</answer>, or anywhere"
     )
-    format_weight: float = Field(
-        0.0, ge=0, description="reward of the <think>..</think><answer>..</answer> format (RLFR's VLM recipe: 0.5)"
+    format: Literal["tags", "boxed"] = Field(
+        "tags", description=r"one <think>..</think><answer>..</answer>, or between one and four \boxed{} (RLFR's recipes)"
     )
+    format_weight: float = Field(0.0, ge=0, description="reward of the format beside the accuracy (RLFR's VLM recipe: 0.5)")
     overlong_buffer: int = Field(0, ge=0, description="tokens before max_new_tokens over which a penalty grows to -1 (DAPO); 0: none")
     function: str | None = Field(None, description="`file.py:function` whose score stands in for the accuracy")
     max_error_frac: float = Field(0.1, ge=0, le=1, description="stop when more verdicts of a step than this are errors")
@@ -144,7 +145,9 @@ class AlgorithmConfig(_Section):
     advantage: Literal["group", "centred", "leave_one_out", "whitened", "gae"] = Field(
         "group", description="outcome normalised or centred within its group, less its siblings' mean, whitened over the batch, or GAE"
     )
-    loss: Literal["clip", "gspo", "gmpo", "flowrl"] = Field("clip", description="of token ratios, of sequence ratios, or trajectory balance")
+    loss: Literal["clip", "gspo", "gmpo", "flowrl"] = Field(
+        "clip", description="of token ratios, of sequence ratios, or trajectory balance"
+    )
     clip_low: float = Field(0.2, gt=0, lt=1, description="ratio clipped at 1 - clip_low (gmpo: log-ratio at -clip_low)")
     clip_high: float = Field(0.2, gt=0, description="ratio clipped at 1 + clip_high (gmpo: log-ratio at clip_high)")
     dual_clip: float | None = Field(None, description="bound c > 1 of the loss where the advantage is negative (verl: 3)")
@@ -303,15 +306,17 @@ class EntropyShapingConfig(_Section):
 class LikelihoodShapingConfig(TokenRewardConfig):
     """Token rewards from the policy's own likelihood, through the pipeline of the flow reward: latent against logit."""
 
-    signal: Literal["surprisal", "entropy"] = Field("surprisal", description="score of a token: -log pi_old(y_t), or the entropy where it was drawn")
+    signal: Literal["surprisal", "entropy"] = Field(
+        "surprisal", description="score of a token: -log pi_old(y_t), or the entropy where it was drawn"
+    )
     sign: Literal[-1, 1] = Field(-1, description="-1 charges for a high score, as the flow reward does; 1 pays for it")
 
 
 class ShapingConfig(_Section):
     """The baselines that shape advantages or token rewards without a flow field."""
 
-    entropy: EntropyShapingConfig | None = None
-    likelihood: LikelihoodShapingConfig | None = None
+    entropy: EntropyShapingConfig | None = Field(None, description="a bonus on the advantages of uncertain tokens; none where unset")
+    likelihood: LikelihoodShapingConfig | None = Field(None, description="token rewards from likelihood; none where unset")
 
 
 class OptimConfig(_Section):
@@ -387,7 +392,9 @@ class Config(_Section):
         if self.flow and self.shaping.likelihood:
             raise ValueError("flow and shaping.likelihood are two scores for one pipeline, to be compared: leave one of them out")
         if self.flow and self.flow.online.warmup_steps >= self.train.steps:
-            raise ValueError(f"flow.online.warmup_steps={self.flow.online.warmup_steps} leaves the policy none of train.steps={self.train.steps}")
+            raise ValueError(
+                f"flow.online.warmup_steps={self.flow.online.warmup_steps} leaves the policy none of train.steps={self.train.steps}"
+            )
         if self.reward.overlong_buffer >= self.rollout.max_new_tokens:
             raise ValueError(
                 f"reward.overlong_buffer={self.reward.overlong_buffer} must be below rollout.max_new_tokens={self.rollout.max_new_tokens}"

@@ -45,7 +45,7 @@ def fill_method(tree: dict[str, Any]) -> dict[str, Any]:
     if method == "dapo":
         rollout = tree.get("rollout")
         budget = rollout.get("max_new_tokens", 1024) if isinstance(rollout, dict) else 1024
-        settings["reward.overlong_buffer"] = budget // OVERLONG_SHARE if isinstance(budget, int) else 0
+        settings["reward.overlong_buffer"] = int(budget) // OVERLONG_SHARE if isinstance(budget, int | float) else 0
     for key, value in settings.items():
         tree = _filled(tree, key.split("."), value)
     return tree

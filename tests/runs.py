@@ -43,7 +43,7 @@ def make_config(folder: Path, model: str, **sections) -> Path:
         "eval": {"num_samples": 2, "limit": 4},
     }
     for name, section in sections.items():
-        tree[name] = {**tree[name], **section} if isinstance(section, dict) else section
+        tree[name] = {**tree.get(name, {}), **section} if isinstance(section, dict) else section
     path = folder / "config.yaml"
     path.write_text(yaml.safe_dump(tree))
     return path

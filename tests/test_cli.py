@@ -182,7 +182,7 @@ def test_a_flow_of_another_backbone_or_config_is_refused(run_folder, model_folde
     assert "does not fit this run (backbone.fingerprint: checkpoint" in err
     code, _, err = run(capsys, "train", "--config", str(config), f"flow.checkpoint={field}", "flow.context=token_post", "flow.times=[0.5]")
     assert code == 2
-    assert "context: checkpoint token_pre, run token_post; times: checkpoint (0.8,), run (0.5,)" in err
+    assert "context: checkpoint token_pre, run token_post; times: checkpoint 0.8, run 0.5" in err
     shutil.rmtree(field)
     code, _, err = run(capsys, "train", "--config", str(config), f"flow.checkpoint={field}")
     assert code == 2

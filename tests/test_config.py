@@ -4,6 +4,7 @@ import pytest
 
 from rlfr_vlm.config import config_hash, load_config, parse_config, to_yaml
 from rlfr_vlm.errors import UserError
+from rlfr_vlm.methods import METHODS
 
 MINIMAL = {"output_dir": "out", "model": {"path": "m"}}
 
@@ -26,11 +27,49 @@ MINIMAL = {"output_dir": "out", "model": {"path": "m"}}
         ({"optim": {"betas": [1.5, 0.9]}}, r"betas=\[1.5, 0.9\] must be in"),
         ({"rollout": {"stop": [""]}}, "an empty string would end every response"),
         ({"seed": 10**30}, "seed"),
+        ({"algorithm": {"method": "grpo2"}}, r"`algorithm\.method`: Input should be 'grpo', 'dr_grpo'.*given: 'grpo2'"),
+        ({"algorithm": {"loss": "gspo"}}, "algorithm`: loss=gspo is one number per sequence: loss_aggregation must be sequence, not token"),
+        ({"algorithm": {"method": "gmpo", "dual_clip": 3}}, "dual_clip has no meaning with loss=gmpo"),
+        ({"algorithm": {"method": "flowrl", "advantage": "centred"}}, "advantage must be group, not centred"),
+        ({"algorithm": {"method": "flowrl", "kl": {"coef": 0.1}}}, r"kl\.coef must be 0"),
+        ({"algorithm": {"method": "flowrl", "importance_cap": 2}}, "importance_cap must be unset"),
+        ({"algorithm": {"method": "flowrl"}, "flow": {}}, "leave `flow` out"),
+        ({"algorithm": {"method": "flowrl"}, "shaping": {"entropy": {}}}, r"leave `shaping\.entropy` out"),
+        ({"algorithm": {"method": "flowrl"}, "shaping": {"likelihood": {}}}, r"leave `shaping\.likelihood` out"),
+        ({"algorithm": {"reference": "m"}}, r"reference is set, but nothing uses it: set kl\.coef above 0"),
+        ({"algorithm": {"dual_clip": 1}}, "dual_clip=1.0 must be above 1"),
+        ({"algorithm": {"method": "ppo"}, "rollout": {"group_size": 1, "num_prompts": 8, "max_rounds": 2}}, "group of one"),
+        ({"flow": {}, "shaping": {"likelihood": {}}}, "flow and shaping.likelihood are two scores for one pipeline"),
+        ({"shaping": {"entropy": {"kappa": 1}}}, r"shaping\.entropy\.kappa"),
+        ({"shaping": {"likelihood": {"sign": 2}}}, r"shaping\.likelihood\.sign"),
+        ({"flow": {"context": "token_pre+sideways"}}, r"`flow\.context\.1`.*given: 'sideways'"),
+        ({"flow": {"context": "token_pre+token_pre"}}, "names the same context twice"),
+        ({"flow": {"context": "token_pre+token_post", "shift": "1+2+3"}}, "3 values for 2 contexts"),
+        ({"flow": {"shift": 0}}, r"shift: \[0\] must be 1 or more"),
+        ({"flow": {"reward": {"coef": -0.1}}}, r"flow\.reward\.coef"),
+        ({"flow": {"online": {"enabled": False, "warmup_steps": 3}}}, "warmup_steps needs online.enabled"),
+        ({"flow": {"online": {"warmup_steps": 100}}}, r"warmup_steps=100 leaves the policy none of train\.steps=100"),
     ],
 )
 def test_refusals_name_the_field_and_the_value(change, message):
     with pytest.raises(UserError, match=message):
         parse_config({**MINIMAL, **change})
+
+
+def test_a_method_fills_in_what_the_config_leaves_open_and_nothing_else():
+    dapo = parse_config({**MINIMAL, "algorithm": {"method": "dapo"}, "rollout": {"max_new_tokens": 100}})
+    assert (dapo.algorithm.clip_high, dapo.rollout.max_rounds, dapo.reward.overlong_buffer) == (0.28, 10, 20)
+    own = parse_config({**MINIMAL, "algorithm": {"method": "dapo", "clip_high": 0.3}, "reward": {"overlong_buffer": 0}})
+    assert (own.algorithm.clip_high, own.reward.overlong_buffer) == (0.3, 0)
+    critic = parse_config({**MINIMAL, "algorithm": {"method": "ppo"}, "rollout": {"group_size": 1}})
+    assert (critic.algorithm.advantage, critic.algorithm.needs_reference) == ("gae", False)
+    assert parse_config({**MINIMAL, "algorithm": {"method": "reinforce_pp"}}).algorithm.needs_reference
+
+
+def test_contexts_are_read_as_published():
+    flow = parse_config({**MINIMAL, "flow": {"context": "token_pre+token_post+identity", "shift": "1+2+1"}}).flow
+    assert flow.sides == (("token_pre", 1), ("token_post", 2), ("identity", 0))
+    assert parse_config({**MINIMAL, "flow": {"context": ["token_pre", "token_post"]}}).flow.sides == (("token_pre", 1), ("token_post", 1))
 
 
 def test_overrides_and_numbers(tmp_path):
@@ -57,9 +96,10 @@ def test_missing_and_broken_files_are_named(tmp_path):
 
 
 def test_yaml_round_trip(tmp_path):
-    cfg = parse_config({**MINIMAL, "flow": {}})
-    (tmp_path / "c.yaml").write_text(to_yaml(cfg))
-    assert load_config(tmp_path / "c.yaml") == cfg
+    for sections in ({"flow": {}}, *({"algorithm": {"method": method}} for method in METHODS)):
+        cfg = parse_config({**MINIMAL, **sections})
+        (tmp_path / "c.yaml").write_text(to_yaml(cfg))
+        assert load_config(tmp_path / "c.yaml") == cfg
 
 
 def test_the_hash_ignores_where_a_run_is_written_and_nothing_else():

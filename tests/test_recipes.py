@@ -110,7 +110,7 @@ def test_published_values(folder):
     assert rl.rollout.num_prompts * rl.rollout.group_size // rl.algorithm.updates_per_rollout == 128
     assert rl.rollout.max_new_tokens == (3072 if folder.name == "qwen2.5-vl-7b" else 1024)
     assert (rl.algorithm.loss_aggregation, rl.algorithm.needs_reference) == ("sequence", False)
-    assert (rl.reward.answer, rl.reward.format_weight) == (("tag", 0.5) if vision else ("boxed", 0))
+    assert (rl.reward.answer, rl.reward.format, rl.reward.format_weight) == (("tag", "tags", 0.5) if vision else ("boxed", "boxed", 1))
     assert rl.flow.sides == (("token_pre", 1),)
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor, AutoTokenizer
@@ -49,7 +50,7 @@ class Policy:
             )
             self.tokenizer: Any = self.processor.tokenizer if self.processor else AutoTokenizer.from_pretrained(self.path, **options)
             self.model = load_model(self.path, self.dtype, bool(self.family.vision), options).to(self.device)
-        except (OSError, ValueError, SafetensorError) as error:
+        except (OSError, ValueError, SafetensorError, StrictDataclassError) as error:
             raise UserError(f"model.path: `{cfg.path}` does not load: {' '.join(str(error).split())[:300]}") from error
         self.model.eval()
         self.version = 0

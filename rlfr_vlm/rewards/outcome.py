@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from rlfr_vlm.types import Rollout, RolloutGroup
 
 REASONS_SHOWN = 3
+MAX_BOXES = 4
 
 
 def grade(groups: Sequence[RolloutGroup], cfg: RewardConfig, grader: Grader, max_new_tokens: int) -> list[Outcome]:
@@ -53,7 +54,7 @@ def _outcome(rollout: Rollout, graded: Graded, score: CustomScore | None, cfg: R
     reward = accuracy if score is None or score.reward is None else score.reward
     parts = {"accuracy": accuracy} if score is None else {**score.parts, "function": reward, "accuracy": accuracy}
     if cfg.format_weight:
-        parts["format"] = format_reward(rollout.text)
+        parts["format"] = tags_reward(rollout.text) if cfg.format == "tags" else boxed_reward(rollout.text)
         reward += cfg.format_weight * parts["format"]
     if cfg.overlong_buffer:
         parts["overlong"] = overlong_penalty(len(rollout.token_ids), max_new_tokens, cfg.overlong_buffer)
@@ -61,13 +62,18 @@ def _outcome(rollout: Rollout, graded: Graded, score: CustomScore | None, cfg: R
     return Outcome(reward, graded.verdict, parts, graded.prediction)
 
 
-def format_reward(text: str) -> float:
+def tags_reward(text: str) -> float:
     """1.0 for exactly one <think>..</think> followed by exactly one <answer>..</answer> and nothing else, else 0.0 (RLFR's VLM recipe)."""
     text = text.strip()
     if any(text.count(tag) != 1 for tag in ("<think>", "</think>", "<answer>", "</answer>")):
         return 0.0
     thought, _, answer = text.partition("</think>")
     return float(thought.startswith("<think>") and answer.lstrip().startswith("<answer>") and answer.endswith("</answer>"))
+
+
+def boxed_reward(text: str) -> float:
+    r"""1.0 for between one and four \boxed, else 0.0: what RLFR's language recipe pays half of its reward for, right or wrong."""
+    return float(1 <= text.count("\\boxed") <= MAX_BOXES)
 
 
 def overlong_penalty(num_tokens: int, max_new_tokens: int, buffer: int) -> float:

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from rlfr_vlm.config import Config
+from rlfr_vlm.config import Config, to_yaml
 from rlfr_vlm.data.prompts import BadRows, PromptStream, RowError
 from rlfr_vlm.data.render import PromptSource, Renderer, encode_all
 from rlfr_vlm.errors import UserError
@@ -36,7 +36,7 @@ def fit_flow(
 ) -> float:
     """Flow matching (arXiv:2210.02747) on expert latents, the backbone frozen: logit-normal times, `batch_mul` draws per latent.
 
-    A twentieth of the rows is held out. Writes flow_fit.jsonl and, at the end, the field into `folder`. Returns the held-out loss.
+    A twentieth of the rows is held out. Writes the config, flow_fit.jsonl and, at the end, the field into `folder`. Returns the held-out loss.
     """
     assert cfg.flow is not None
     fit = cfg.flow.fit
@@ -54,6 +54,7 @@ def fit_flow(
     source = PromptSource(train, renderer, PromptStream(len(train), cfg.seed, shuffle=True), bad, experts.check)
     heldout = [experts.rollout(p) for p in encode_all([prompts[i] for i in order[:num_heldout]], renderer, bad, experts.check)]
     folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.resolved.yaml").write_text(to_yaml(cfg))
     with (folder / "flow_fit.jsonl").open("w") as log:
         for step in range(1, steps + 1):
             batch = [experts.rollout(p) for p in source.next(batch_size)]

@@ -7,7 +7,7 @@ import pytest
 from rlfr_vlm.config import GraderConfig, RewardConfig
 from rlfr_vlm.errors import StoppedError, UserError
 from rlfr_vlm.rewards.grader import Grader
-from rlfr_vlm.rewards.outcome import format_reward, grade, load_reward_function, overlong_penalty
+from rlfr_vlm.rewards.outcome import boxed_reward, grade, load_reward_function, overlong_penalty, tags_reward
 from rlfr_vlm.types import EncodedPrompt, Prompt, Rollout, RolloutGroup
 
 
@@ -64,8 +64,16 @@ def test_format_and_length_are_added(grader):
         ("", 0.0),
     ],
 )
-def test_format_reward(text, reward):
-    assert format_reward(text) == reward
+def test_tags_reward(text, reward):
+    assert tags_reward(text) == reward
+
+
+def test_boxed_reward_orders_answers_as_the_published_recipe(grader):
+    """No box 0, a wrong one half, a right one all; five boxes are no format."""
+    assert [boxed_reward(text) for text in ("42", r"\boxed{1}", r"\boxed{1}" * 4, r"\boxed{1}" * 5)] == [0, 1, 1, 0]
+    cfg = RewardConfig(format="boxed", format_weight=1.0)
+    outcomes = grade([group("a", "42", "42", r"\boxed{41}", r"\boxed{42}")], cfg, grader, max_new_tokens=100)
+    assert [o.reward for o in outcomes] == [0, 1, 2]
 
 
 def test_overlong_penalty():

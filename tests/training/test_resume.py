@@ -50,6 +50,23 @@ def test_a_kill_inside_the_second_save_costs_nothing(model_folder, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("method", ["ppo", "flowrl", "dapo"])
+def test_heads_references_and_dynamic_sampling_resume_to_the_same_weights(model_folder, tmp_path, method):
+    sections = {"algorithm": {"method": method, "updates_per_rollout": 2}, "rollout": {"max_rounds": 3}}
+    config = prepared(tmp_path / "a", model_folder("qwen2_5_vl"), **({"flow": None} if method == "flowrl" else {}), **sections)
+    done = cli("train", "--config", str(config), f"output_dir={tmp_path / 'whole'}")
+    assert done.returncode == 0, done.stderr[-2000:]
+    killed = cli("train", "--config", str(config), f"output_dir={tmp_path / 'killed'}", fault="reward:4:kill")
+    assert killed.returncode == -9, killed.stderr[-2000:]
+    resumed = cli("train", "--config", str(config), f"output_dir={tmp_path / 'killed'}")
+    assert resumed.returncode == 0, resumed.stderr[-2000:]
+    names = ["policy.safetensors", *(["head.safetensors"] if method != "dapo" else [])]
+    for name in names:
+        whole, killed_run = ((tmp_path / run / "checkpoints/global_step_4" / name).read_bytes() for run in ("whole", "killed"))
+        assert whole == killed_run, name
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("engine", ["hf", "vllm"])
 def test_killed_at_five_points_resumes_to_the_same_weights(model_folder, tmp_path, engine):
     config = prepared(tmp_path / "a", model_folder("qwen2_5_vl"), rollout={"engine": engine})
