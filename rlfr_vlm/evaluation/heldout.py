@@ -43,8 +43,8 @@ def evaluate_heldout(
     if not prompts:
         raise UserError("data.eval: there is no held-out problem to evaluate on")
     sampling = SamplingConfig(
-        group_size=cfg.eval.num_samples,
-        temperature=cfg.eval.temperature,
+        group_size=cfg.eval.heldout_samples,
+        temperature=cfg.eval.heldout_temperature,
         max_new_tokens=cfg.rollout.max_new_tokens,
         stop=cfg.rollout.stop,
         seed_key=(cfg.seed, "heldout"),
@@ -64,8 +64,8 @@ def evaluate_heldout(
         accuracy_ci=clustered_interval(shares),
         greedy=_mean([share for outcomes in greedy_outcomes if (share := accuracy(outcomes)) is not None]),
         num_problems=len(prompts),
-        num_samples=cfg.eval.num_samples,
-        temperature=cfg.eval.temperature,
+        num_samples=cfg.eval.heldout_samples,
+        temperature=cfg.eval.heldout_temperature,
         pictures=cfg.eval.pictures,
         mean_length=_mean([len(r.token_ids) for r in rollouts]),
         truncated=_mean([r.finish_reason == "length" for r in rollouts]),

@@ -248,7 +248,9 @@ def check_spec(found: FlowSpec, expected: FlowSpec, folder: Path) -> None:
         ours["backbone"].pop("fingerprint", None)
     ours |= {f"backbone.{k}": v for k, v in ours.pop("backbone").items()}
     theirs |= {f"backbone.{k}": v for k, v in theirs.pop("backbone").items()}
-    differences = [f"{key}: checkpoint {_shown(theirs.get(key))}, run {_shown(value)}" for key, value in ours.items() if theirs.get(key) != value]
+    differences = [
+        f"{key}: checkpoint {_shown(theirs.get(key))}, run {_shown(value)}" for key, value in ours.items() if theirs.get(key) != value
+    ]
     if differences:
         raise UserError(
             f"flow.checkpoint: {folder} does not fit this run ({'; '.join(differences)}); fit a field for this backbone and config"

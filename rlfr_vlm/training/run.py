@@ -15,7 +15,7 @@ import filelock
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from rlfr_vlm.config import Config, config_hash, to_yaml
+from rlfr_vlm.config import Config, config_hash, differences, to_yaml
 from rlfr_vlm.data.render import PromptSource
 from rlfr_vlm.errors import Preempted, UserError
 from rlfr_vlm.evaluation.heldout import HeldoutResult, evaluate_heldout
@@ -81,9 +81,8 @@ class Run:
         if found is not None:
             state = json.loads((found / "state.json").read_text())
             if state["config_hash"] != config_hash(self.cfg):
-                raise UserError(
-                    f"{found} was written with another config: {changed_keys(state['config'], self.cfg)}; use another output_dir"
-                )
+                changed = differences(state["config"], self.cfg.model_dump(mode="json"))
+                raise UserError(f"{found} was written with another config: {changed}; use another output_dir")
             load_state(found, learner, prompts, state)
             step = state["step"]
             self.say(f"resumed from {found.name}")
@@ -295,17 +294,3 @@ def batch_metrics(groups: Sequence[GradedGroup]) -> dict[str, float]:
     for part in sorted({name for o in graded for name in o.parts}):
         metrics[f"reward/{part}"] = sum(o.parts.get(part, 0.0) for o in graded) / len(graded)
     return metrics
-
-
-def changed_keys(saved: dict[str, Any], cfg: Config) -> str:
-    """The dotted keys in which a saved config differs from this one, with both values."""
-
-    def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-        flat: dict[str, Any] = {}
-        for key, value in tree.items():
-            flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
-        return flat
-
-    before, now = flatten(saved), flatten(cfg.model_dump(mode="json"))
-    changed = [f"{k}: {before.get(k)} -> {now.get(k)}" for k in sorted(before.keys() | now.keys()) if before.get(k) != now.get(k)]
-    return ", ".join(changed[:6])

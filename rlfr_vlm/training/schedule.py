@@ -158,10 +158,10 @@ def _eval(cfg: Config) -> tuple[Lines, Lines, Lines]:
 
 def _heldout(cfg: Config) -> str:
     rows = count_rows(_required(cfg.data.eval, "data.eval"), cfg.eval.limit)
-    each = f"{cfg.eval.num_samples} responses at temperature {cfg.eval.temperature:g} and a greedy one to each problem"
+    each = f"{cfg.eval.heldout_samples} responses at temperature {cfg.eval.heldout_temperature:g} and a greedy one to each problem"
     if rows.count is None:
         return f"{each} ({rows.text})"
-    responses = rows.count * (cfg.eval.num_samples + 1)
+    responses = rows.count * (cfg.eval.heldout_samples + 1)
     budget = f"{_number(responses)} responses of at most {_number(cfg.rollout.max_new_tokens)} tokens"
     return f"{each} ({rows.text}): {budget}"
 
