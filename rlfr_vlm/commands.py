@@ -193,6 +193,10 @@ def rl_prompts(cfg: Config) -> tuple[list[Prompt], list[Prompt], BadRows]:
     bad = _bad_rows(cfg)
     if cfg.reward.function is not None:
         load_reward_function(cfg.reward.function)
+    if cfg.flow is not None and cfg.flow.checkpoint is None and not cfg.flow.online.enabled:
+        raise UserError(
+            "flow.online.enabled=false freezes a field that was never fitted: set flow.checkpoint, or leave the flow section out"
+        )
     prompts = load_prompts(_required(cfg.data.train, "data.train"), cfg.data, bad, cfg.data.limit)
     if cfg.flow is not None and cfg.flow.checkpoint is not None and not Path(cfg.flow.checkpoint).is_dir():
         raise UserError(f"flow.checkpoint: {cfg.flow.checkpoint} is not a folder; fit a field first with `rlfr-vlm flow`")
@@ -245,10 +249,10 @@ def make_learner(cfg: Config, policy: Policy) -> Learner:
     learner = Learner(policy, optimizer, reference=make_reference(cfg, policy))
     head = make_head(cfg, policy)
     if head is not None:
-        lr, decay = (
-            (cfg.algorithm.value.lr, 0.0) if isinstance(head, ValueHead) else (cfg.algorithm.flowrl.lr, cfg.algorithm.flowrl.weight_decay)
-        )
-        head_optimizer = Optimizer(dict(head.named_parameters()), lr, optim.betas, decay, optim.max_grad_norm, *schedule)
+        value, flowrl = cfg.algorithm.value, cfg.algorithm.flowrl
+        lr, decay, name = (value.lr, 0.0, "value") if isinstance(head, ValueHead) else (flowrl.lr, flowrl.weight_decay, "flowrl")
+        own = (lr, optim.betas, decay, optim.max_grad_norm)
+        head_optimizer = Optimizer(dict(head.named_parameters()), *own, *schedule, setting=f"algorithm.{name}.lr")
         learner = replace(learner, head=head, head_optimizer=head_optimizer)
     if cfg.flow is None:
         return learner
@@ -266,6 +270,7 @@ def make_learner(cfg: Config, policy: Policy) -> Learner:
         all_updates,
         optim.warmup_frac,
         optim.min_lr_ratio,
+        setting="flow.online.lr",
     )
     return replace(learner, field=field, flow_optimizer=flow_optimizer)
 
@@ -283,12 +288,15 @@ def make_reference(cfg: Config, policy: Policy) -> Policy | None:
     if not cfg.algorithm.needs_reference:
         return None
     path = cfg.algorithm.reference or cfg.model.path
-    reference = Policy(cfg.model.model_copy(update={"path": path, "gradient_checkpointing": "off"}))
-    reference.model.requires_grad_(False)
-    if cfg.algorithm.reference and reference.tokenizer.get_vocab() != policy.tokenizer.get_vocab():
+    model = cfg.model.model_copy(update={"path": path, "gradient_checkpointing": "off"})
+    if cfg.algorithm.reference is not None:
+        model = model.model_copy(update={"gguf_file": None})
+    reference = Policy(model, "algorithm.reference")
+    if (reference.family, reference.tokenizer.get_vocab()) != (policy.family, policy.tokenizer.get_vocab()):
         raise UserError(
-            f"algorithm.reference: {path} has another vocabulary than model.path {cfg.model.path}: its log-probs mean nothing here"
+            f"algorithm.reference: {path} has another vocabulary or architecture than model.path {cfg.model.path}: its log-probs mean nothing"
         )
+    reference.model.requires_grad_(False)
     return reference
 
 

@@ -14,7 +14,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from rlfr_vlm.errors import UserError
-from rlfr_vlm.methods import fill_method
+from rlfr_vlm.methods import fill_method, forget_method
 
 
 class _Section(BaseModel):
@@ -186,6 +186,10 @@ class AlgorithmConfig(_Section):
                 raise ValueError("loss=flowrl has the reference policy in its residual: kl.coef must be 0")
             if self.importance_cap is not None:
                 raise ValueError("loss=flowrl has its own importance weight: importance_cap must be unset")
+            if self.gamma != 1:
+                raise ValueError("loss=flowrl takes whole responses: gamma must be 1")
+        if self.gae_lambda != 1 and self.advantage != "gae":
+            raise ValueError(f"gae_lambda={self.gae_lambda} is read with advantage=gae only")
         if self.reference is not None and not self.needs_reference:
             raise ValueError("reference is set, but nothing uses it: set kl.coef above 0, or loss=flowrl")
         return self
@@ -208,6 +212,8 @@ class TokenRewardConfig(_Section):
 
     @model_validator(mode="after")
     def _signed_top_k(self) -> TokenRewardConfig:
+        if self.normalise == "minmax" and self.threshold >= 1:
+            raise ValueError(f"threshold={self.threshold} keeps nothing: minmax scores lie in [0, 1]")
         if self.normalise != "minmax" and self.top_k == 1:
             raise ValueError("top_k=1 keeps nothing with a signed normalise: half of it goes to each sign; use 0 or at least 2")
         return self
@@ -254,7 +260,7 @@ class FlowConfig(_Section):
         ("token_pre",), description="the token after, before, or the target itself; `a+b` or a list mixes them"
     )
     shift: tuple[int, ...] = Field((1,), description="tokens between target and context; one for all contexts, or one each")
-    times: tuple[float, ...] = Field((0.8,), description="flow times of the reward, in [0, 1); 1 is data")
+    times: tuple[float, ...] = Field((0.8,), description="flow times of the reward, between 0 (noise) and 1 (data)")
     network: FlowNetworkConfig = FlowNetworkConfig()
     reward: FlowRewardConfig = FlowRewardConfig()
     fit: FlowFitConfig = FlowFitConfig()
@@ -276,8 +282,10 @@ class FlowConfig(_Section):
         if list(self.layers) != sorted(set(self.layers)):
             raise ValueError(f"layers: {list(self.layers)} must rise from the first to the last")
         for t in self.times:
-            if not 0 <= t < 1:
-                raise ValueError(f"times: {t} is not in [0, 1)")
+            if not 0 < t < 1:
+                raise ValueError(f"times: {t} is not between 0 (noise, which weighs nothing) and 1 (data)")
+        if len(set(self.times)) < len(self.times):
+            raise ValueError(f"times: {list(self.times)} has one of them twice")
         if not self.layers or not self.times or not self.context:
             raise ValueError("layers, times and context need at least one value each")
         if any(s < 1 for s in self.shift):
@@ -427,8 +435,11 @@ class Config(_Section):
             )
         if self.rollout.group_size < 2 and self.algorithm.advantage not in ("whitened", "gae"):
             raise ValueError(f"rollout.group_size=1: algorithm.advantage={self.algorithm.advantage} needs at least 2 responses per prompt")
-        if self.rollout.max_rounds > 1 and self.rollout.group_size < 2:
-            raise ValueError("rollout.max_rounds: a group of one has no rewards that could differ")
+        if self.rollout.max_rounds > 1 and self.algorithm.advantage in ("whitened", "gae"):
+            raise ValueError(
+                f"rollout.max_rounds={self.rollout.max_rounds} leaves out groups of equal rewards, which algorithm.advantage="
+                f"{self.algorithm.advantage} does learn from"
+            )
         if self.algorithm.loss == "flowrl" and (self.flow or self.shaping.entropy or self.shaping.likelihood):
             extra = "flow" if self.flow else "shaping.entropy" if self.shaping.entropy else "shaping.likelihood"
             raise ValueError(f"algorithm.loss=flowrl has no token advantages: leave `{extra}` out")
@@ -527,7 +538,10 @@ def parse_config(tree: dict[str, Any], source: str = "config") -> Config:
 
 
 def load_config(path: str | Path, overrides: tuple[str, ...] = ()) -> Config:
-    """Read a YAML file and apply `a.b=c` overrides. Raises UserError for whatever does not fit."""
+    """Read a YAML file and apply `a.b=c` overrides; another `algorithm.method` than the file's brings its own settings along.
+
+    Raises UserError for whatever does not fit.
+    """
     try:
         tree = yaml.safe_load(Path(path).read_text())
     except OSError as error:
@@ -536,6 +550,9 @@ def load_config(path: str | Path, overrides: tuple[str, ...] = ()) -> Config:
         raise UserError(f"config {path}: not YAML: {' '.join(str(error).split())}") from None
     if not isinstance(tree, dict):
         raise UserError(f"config {path}: expected a mapping of sections at the top")
+    named = (tree.get("algorithm") or {}).get("method", "grpo") if isinstance(tree.get("algorithm") or {}, dict) else None
+    if any(a.startswith("algorithm.method=") and a.partition("=")[2] != named for a in overrides):
+        tree = forget_method(tree)  # the file's settings are those of its own method
     for assignment in overrides:
         _override(tree, assignment)
     return parse_config(tree, f"config {path}")
@@ -546,11 +563,23 @@ def to_yaml(cfg: Config) -> str:
     return yaml.safe_dump(cfg.model_dump(mode="json"), sort_keys=False)
 
 
+RESOURCES: dict[str, Any] = {
+    "output_dir": True,
+    "resume": True,
+    "eval": True,
+    "model": {"device"},
+    "rollout": {"hf_batch_size": True, "vllm": {"gpu_memory_utilization", "kv_cache_gib", "max_num_seqs", "enforce_eager"}},
+    "reward": {"grader": {"workers"}},
+    "train": {"keep_checkpoints", "save_steps", "log_rollouts", "tokens_per_microbatch"},
+}
+
+
 def config_hash(cfg: Config) -> str:
-    """Digest of what decides a run's numbers: everything but where it is written and how long it runs."""
-    tree = cfg.model_dump(
-        mode="json", exclude={"output_dir": True, "resume": True, "train": {"keep_checkpoints", "save_steps", "log_rollouts"}}
-    )
+    """Digest of what decides a run's numbers: everything but where it is written, what it is given to run on, and what is measured of it.
+
+    A run may go on with other resources; the sums are then rounded differently, so its weights are equal no longer to the bit.
+    """
+    tree = cfg.model_dump(mode="json", exclude=RESOURCES)
     return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()[:16]
 
 

@@ -73,16 +73,17 @@ def gmpo_loss(
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Geometric mean of token ratios (GMPO, arXiv:2507.20673).
 
-    l_t = s_t min(s_t log r_t, s_t clip(log r_t, -low, high)), s_t = sign(A_t);  loss = -1/B sum_b mean_t(A_t) exp(mean_t l_t)
+    l_t = s min(s log r_t, s clip(log r_t, -low, high)), s = sign(A);  loss = -1/B sum_b A exp(mean_t l_t);  A = mean_t A_t
 
+    The paper has one advantage per response; where its tokens differ, the response gets their mean.
     log_ratio, advantages: [N]; num_sequences: B of the whole update. Returns the sum over this micro-batch and its metrics.
     """
-    sign = advantages.sign()
+    advantage = response_means(advantages, lengths)
+    sign = advantage.sign().repeat_interleave(lengths)
     clamped = log_ratio.clamp(-clip_low, clip_high)
     pessimistic = sign * torch.minimum(sign * log_ratio, sign * clamped)
-    geometric = response_means(pessimistic, lengths).exp()
-    loss = -(response_means(advantages, lengths) * geometric).sum() / num_sequences
-    clipped = (pessimistic != log_ratio).to(log_ratio.dtype)
+    loss = -(advantage * response_means(pessimistic, lengths).exp()).sum() / num_sequences
+    clipped = (sign * clamped < sign * log_ratio).to(log_ratio.dtype)
     return loss, {"actor/pg_clipfrac": (response_means(clipped, lengths).sum() / num_sequences).detach()}
 
 

@@ -34,6 +34,8 @@ METHODS: dict[str, dict[str, Any]] = {
     # arXiv:2509.15207
     "flowrl": {"algorithm.loss": "flowrl", "algorithm.loss_aggregation": "sequence"},
 }
+OWNED = {key for settings in METHODS.values() for key in settings} | {"algorithm.dual_clip", "reward.overlong_buffer"}
+ENTROPY_ALPHA = {"ppo": 0.1}  # arXiv:2506.14758; 0.4 with the others
 OVERLONG_SHARE = 5  # DAPO: a buffer of 4,096 of 20,480 tokens
 
 
@@ -46,9 +48,27 @@ def fill_method(tree: dict[str, Any]) -> dict[str, Any]:
         rollout = tree.get("rollout")
         budget = rollout.get("max_new_tokens", 1024) if isinstance(rollout, dict) else 1024
         settings["reward.overlong_buffer"] = int(budget) // OVERLONG_SHARE if isinstance(budget, int | float) else 0
+    shaping = tree.get("shaping")
+    if method in ENTROPY_ALPHA and isinstance(shaping, dict) and isinstance(shaping.get("entropy"), dict):
+        settings["shaping.entropy.alpha"] = ENTROPY_ALPHA[method]
     for key, value in settings.items():
         tree = _filled(tree, key.split("."), value)
     return tree
+
+
+def forget_method(tree: dict[str, Any]) -> dict[str, Any]:
+    """A config tree without the settings that methods set: for another method to be named over a config that spells one out."""
+    for key in OWNED | {"shaping.entropy.alpha"}:
+        tree = _without(tree, key.split("."))
+    return tree
+
+
+def _without(tree: dict[str, Any], path: list[str]) -> dict[str, Any]:
+    head, *rest = path
+    if not rest:
+        return {key: value for key, value in tree.items() if key != head}
+    section = tree.get(head)
+    return {**tree, head: _without(section, rest)} if isinstance(section, dict) else tree
 
 
 def _filled(tree: dict[str, Any], path: list[str], value: Any) -> dict[str, Any]:

@@ -17,7 +17,7 @@ MINIMAL = {"output_dir": "out", "model": {"path": "m"}}
         ({"rollout": {"temperature": 0}}, r"rollout\.temperature.*greater than 0 \(given: 0\)"),
         ({"rollout": {"group_size": 1}}, "group_size=1"),
         ({"algorithm": {"updates_per_rollout": 7}}, "updates_per_rollout=7 does not divide the batch.*1024"),
-        ({"flow": {"times": [1.0]}}, r"times: 1.0 is not in \[0, 1\)"),
+        ({"flow": {"times": [1.0]}}, "times: 1.0 is not between 0"),
         ({"flow": {"layers": [25]}}, "layers: 25.0 is not a fraction"),
         ({"model": {}}, "`model.path` is required"),
         ({"reward": {"overlong_buffer": 2000}}, "overlong_buffer=2000 must be below"),
@@ -38,7 +38,12 @@ MINIMAL = {"output_dir": "out", "model": {"path": "m"}}
         ({"algorithm": {"method": "flowrl"}, "shaping": {"likelihood": {}}}, r"leave `shaping\.likelihood` out"),
         ({"algorithm": {"reference": "m"}}, r"reference is set, but nothing uses it: set kl\.coef above 0"),
         ({"algorithm": {"dual_clip": 1}}, "dual_clip=1.0 must be above 1"),
-        ({"algorithm": {"method": "ppo"}, "rollout": {"group_size": 1, "num_prompts": 8, "max_rounds": 2}}, "group of one"),
+        ({"algorithm": {"method": "ppo"}, "rollout": {"max_rounds": 2}}, "max_rounds=2 leaves out groups of equal rewards"),
+        ({"algorithm": {"gae_lambda": 0.9}}, "gae_lambda=0.9 is read with advantage=gae only"),
+        ({"algorithm": {"method": "flowrl", "gamma": 0.9}}, "gamma must be 1"),
+        ({"flow": {"times": [0.0]}}, "times: 0.0 is not between 0"),
+        ({"flow": {"times": [0.8, 0.8]}}, "one of them twice"),
+        ({"flow": {"reward": {"threshold": 1.0}}}, "threshold=1.0 keeps nothing"),
         ({"flow": {}, "shaping": {"likelihood": {}}}, "flow and shaping.likelihood are two scores for one pipeline"),
         ({"shaping": {"entropy": {"kappa": 1}}}, r"shaping\.entropy\.kappa"),
         ({"shaping": {"likelihood": {"sign": 2}}}, r"shaping\.likelihood\.sign"),
@@ -64,6 +69,35 @@ def test_a_method_fills_in_what_the_config_leaves_open_and_nothing_else():
     critic = parse_config({**MINIMAL, "algorithm": {"method": "ppo"}, "rollout": {"group_size": 1}})
     assert (critic.algorithm.advantage, critic.algorithm.needs_reference) == ("gae", False)
     assert parse_config({**MINIMAL, "algorithm": {"method": "reinforce_pp"}}).algorithm.needs_reference
+
+
+def test_another_method_brings_its_own_settings_over_a_config_that_spells_one_out(tmp_path):
+    path = tmp_path / "resolved.yaml"
+    path.write_text(
+        to_yaml(parse_config({**MINIMAL, "algorithm": {"dual_clip": 3, "loss_aggregation": "sequence"}, "optim": {"lr": 1e-5}}))
+    )
+    gspo = load_config(path, ("algorithm.method=gspo",))
+    assert (gspo.algorithm.loss, gspo.algorithm.clip_low, gspo.algorithm.dual_clip, gspo.optim.lr) == ("gspo", 3e-4, None, 1e-5)
+    ppo = load_config(path, ("algorithm.method=ppo", "algorithm.clip_high=0.3"))
+    assert (ppo.algorithm.advantage, ppo.algorithm.clip_high) == ("gae", 0.3)
+    assert load_config(path, ("algorithm.method=grpo",)).algorithm.dual_clip == 3
+
+
+def test_entropy_shaping_is_weaker_with_ppo():
+    for method, alpha in (("ppo", 0.1), ("grpo", 0.4)):
+        assert parse_config({**MINIMAL, "algorithm": {"method": method}, "shaping": {"entropy": {}}}).shaping.entropy.alpha == alpha
+
+
+def test_the_hash_leaves_out_what_a_run_is_given_to_run_on():
+    base = config_hash(parse_config(MINIMAL))
+    same = {
+        "train": {"tokens_per_microbatch": 99},
+        "eval": {"every": 5},
+        "rollout": {"hf_batch_size": 3},
+        "model": {"path": "m", "device": "cpu"},
+    }
+    assert config_hash(parse_config({**MINIMAL, **same})) == base
+    assert config_hash(parse_config({**MINIMAL, "train": {"steps": 7}})) != base
 
 
 def test_contexts_are_read_as_published():

@@ -143,7 +143,7 @@ def test_fault_11_the_rewards_in_the_log_are_those_of_the_update(model_folder):
 
 
 def test_fault_11_no_rewarded_token_is_no_division_by_zero(model_folder):
-    cfg = config(model_folder("qwen2"), flow={"reward": {"threshold": 1.5}})
+    cfg = config(model_folder("qwen2"), flow={"reward": {"threshold": 1.5, "normalise": "bilateral"}})
     learner, samples = setup(cfg)
     metrics, records = update(cfg, learner, samples)
     assert metrics["flow/num_reward_tokens"] == metrics["flow/reward_mean"] == metrics["flow/advantage_share"] == 0

@@ -152,9 +152,16 @@ class PromptSource:
 
 
 def encode_all(
-    prompts: Sequence[Prompt], renderer: Renderer, bad: BadRows, check: Callable[[EncodedPrompt], None] | None = None
+    prompts: Sequence[Prompt],
+    renderer: Renderer,
+    bad: BadRows,
+    check: Callable[[EncodedPrompt], None] | None = None,
+    num_rows: int | None = None,
 ) -> list[EncodedPrompt]:
-    """Encode a whole (small) data set; bad rows, and those that `check` raises RowError for, as `data.on_bad_row` says."""
+    """Encode a whole (small) data set; bad rows, and those that `check` raises RowError for, as `data.on_bad_row` says.
+
+    num_rows: of the data set that these prompts are a part of.
+    """
     encoded = []
     for prompt in prompts:
         try:
@@ -163,5 +170,5 @@ def encode_all(
                 check(found)
             encoded.append(found)
         except RowError as error:
-            bad.add(prompt.id, error, len(prompts))
+            bad.add(prompt.id, error, num_rows or len(prompts))
     return encoded

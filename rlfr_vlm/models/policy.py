@@ -34,8 +34,8 @@ class Policy:
     `version` the number of optimiser steps behind the weights, `identity` what a flow field must match.
     """
 
-    def __init__(self, cfg: ModelConfig) -> None:
-        """Load from a folder or the hub. Raises UserError naming the field that does not fit."""
+    def __init__(self, cfg: ModelConfig, field: str = "model.path") -> None:
+        """Load from a folder or the hub. Raises UserError naming the field of the config that does not fit."""
         self.path = resolve_path(cfg.path)
         self.device = find_device(cfg.device)
         self.dtype = getattr(torch, cfg.dtype)
@@ -51,7 +51,7 @@ class Policy:
             self.tokenizer: Any = self.processor.tokenizer if self.processor else AutoTokenizer.from_pretrained(self.path, **options)
             self.model = load_model(self.path, self.dtype, bool(self.family.vision), options).to(self.device)
         except (OSError, ValueError, SafetensorError, StrictDataclassError) as error:
-            raise UserError(f"model.path: `{cfg.path}` does not load: {' '.join(str(error).split())[:300]}") from error
+            raise UserError(f"{field}: `{cfg.path}` does not load: {' '.join(str(error).split())[:300]}") from error
         self.model.eval()
         self.version = 0
         self.layers: nn.ModuleList = self.model.get_submodule(self.family.language).layers
@@ -66,7 +66,7 @@ class Policy:
         if cfg.gradient_checkpointing != "off":
             reentrant = cfg.gradient_checkpointing == "reentrant"
             self.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
-            self.model.enable_input_require_grads()
+            self.model.disable_input_require_grads()  # set by the line above; the trained embeddings need none, a frozen tower would get one
             self.model.train()  # transformers recomputes in training mode only; packed attention has no dropout
         self.identity = self._identify(config.model_type)
 

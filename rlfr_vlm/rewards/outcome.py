@@ -43,7 +43,7 @@ def grade(groups: Sequence[RolloutGroup], cfg: RewardConfig, grader: Grader, max
         scores = load_reward_function(cfg.function)(rollouts)
         settled = [_settle(result, score) for result, score in zip(graded, scores, strict=True)]
         outcomes = [_outcome(*triple, cfg, max_new_tokens) for triple in zip(rollouts, settled, scores, strict=True)]
-    _stop_on_errors(outcomes, rollouts, cfg.max_error_frac)
+    stop_on_errors(outcomes, rollouts, cfg.max_error_frac)
     return outcomes
 
 
@@ -85,7 +85,8 @@ def overlong_penalty(num_tokens: int, max_new_tokens: int, buffer: int) -> float
     return -min(max(excess / buffer, 0.0), 1.0)
 
 
-def _stop_on_errors(outcomes: Sequence[Outcome], rollouts: Sequence[Rollout], max_error_frac: float) -> None:
+def stop_on_errors(outcomes: Sequence[Outcome], rollouts: Sequence[Rollout], max_error_frac: float) -> None:
+    """Raises StoppedError naming rows and reasons when more than this share could not be graded."""
     failed = [(rollout, outcome) for rollout, outcome in zip(rollouts, outcomes, strict=True) if not outcome.graded]
     if len(failed) <= max_error_frac * len(outcomes):
         return

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from rlfr_vlm.advantages import MIN_STD
 from rlfr_vlm.config import Config
 from rlfr_vlm.data.render import PromptSource
 from rlfr_vlm.faults import faultpoint
 from rlfr_vlm.rewards.grader import Grader
-from rlfr_vlm.rewards.outcome import grade
+from rlfr_vlm.rewards.outcome import grade, stop_on_errors
 from rlfr_vlm.rollout.engine import RolloutEngine, SamplingConfig
 from rlfr_vlm.training.timing import timed
 from rlfr_vlm.types import Outcome, RolloutGroup
@@ -24,8 +26,9 @@ class GradedGroup:
 
     @property
     def informative(self) -> bool:
-        """Whether its rewards differ: equal ones give no advantage."""
-        return len({o.reward for o in self.outcomes if o.graded}) > 1
+        """Whether its rewards differ by more than rounding: equal ones give no advantage."""
+        rewards = [o.reward for o in self.outcomes if o.graded]
+        return len(rewards) > 1 and statistics.stdev(rewards) > MIN_STD
 
 
 @dataclass(frozen=True)
@@ -56,6 +59,7 @@ def collect(
     groups of further prompts; where the last round still leaves too few, the flat ones fill up. A run never stops for want of difficulty.
     """
     wanted, rounds = cfg.rollout.num_prompts, cfg.rollout.max_rounds
+    lenient = cfg.reward.model_copy(update={"max_error_frac": 1.0})  # a round may be small: errors are counted over the step
     sampled: list[GradedGroup] = []
     missing, done = wanted, 0
     while missing and done < rounds:
@@ -63,10 +67,12 @@ def collect(
             groups = engine.sample(prompts.next(missing), sampling(cfg, step, done))
         faultpoint("rollout")
         with timed("reward", clock):
-            outcomes = grade(groups, cfg.reward, grader, cfg.rollout.max_new_tokens)
+            outcomes = grade(groups, lenient, grader, cfg.rollout.max_new_tokens)
         sampled += _graded(groups, outcomes)
         missing = wanted - sum(g.informative for g in sampled)
         done += 1
+    rollouts = [rollout for g in sampled for rollout in g.group.rollouts]
+    stop_on_errors([o for g in sampled for o in g.outcomes], rollouts, cfg.reward.max_error_frac)
     flat = [g for g in sampled if not g.informative][: max(0, missing)]
     kept = tuple(sampled) if rounds == 1 else tuple(g for g in sampled if g.informative or any(g is f for f in flat))
     return Collected(kept, tuple(sampled), done)

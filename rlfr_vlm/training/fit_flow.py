@@ -48,11 +48,16 @@ def fit_flow(
     batch_size = min(fit.batch_size, len(train))
     steps = fit.steps or max(1, math.ceil(len(train) * fit.epochs / batch_size))
     optimizer = Optimizer(
-        dict(field.network.named_parameters()), fit.lr, (0.9, 0.999), fit.weight_decay, 1.0, steps, warmup_frac=0.1, min_lr_ratio=0.0
-    )
+        dict(field.network.named_parameters()), fit.lr, (0.9, 0.999), fit.weight_decay, 1.0, steps, warmup_frac=0.1, min_lr_ratio=0.0,
+        setting="flow.fit.lr",
+    )  # fmt: skip
     experts = Experts(policy, fit.max_tokens)
     source = PromptSource(train, renderer, PromptStream(len(train), cfg.seed, shuffle=True), bad, experts.check)
-    heldout = [experts.rollout(p) for p in encode_all([prompts[i] for i in order[:num_heldout]], renderer, bad, experts.check)]
+    heldout = [
+        experts.rollout(p) for p in encode_all([prompts[i] for i in order[:num_heldout]], renderer, bad, experts.check, len(prompts))
+    ]
+    if not heldout:
+        raise UserError("data.expert: none of the rows that were held out can be used")
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.resolved.yaml").write_text(to_yaml(cfg))
     with (folder / "flow_fit.jsonl").open("w") as log:

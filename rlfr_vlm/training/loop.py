@@ -18,14 +18,18 @@ from rlfr_vlm.training.update import Learner, score_samples, update
 
 def train(cfg: Config, learner: Learner, engine: RolloutEngine, prompts: PromptSource, grader: Grader, run: Run) -> None:
     """Group-relative policy optimisation with flow rewards; resumes from the run's newest good checkpoint."""
-    for step in range(run.restore(learner, prompts) + 1, cfg.train.steps + 1):
+    done = run.restore(learner, prompts)
+    if run.owes_evaluation(done):
+        engine.load_weights(learner.policy)
+        run.evaluate(done, engine)
+    for step in range(done + 1, cfg.train.steps + 1):
         with timed("step") as clock:
             # 1. Sample G responses to each prompt from the current policy, and verify the answers: one outcome per response.
             with timed("sync", clock):
                 engine.load_weights(learner.policy)
             batch = collect(cfg, engine, prompts, grader, step, clock)
 
-            # 2. Outcomes relative to their group.
+            # 2. What each outcome is worth: relative to its group, or as it is.
             samples = make_samples(batch.groups, batch.outcomes, cfg.seed, step, cfg.algorithm)
             faultpoint("reward")
 
@@ -34,7 +38,7 @@ def train(cfg: Config, learner: Learner, engine: RolloutEngine, prompts: PromptS
                 with timed("score", clock):
                     samples = score_samples(cfg, learner, samples, clock)
 
-            # 4. Policy updates; the flow follows the latents of correct responses only.
+            # 4. Policy updates; the flow follows the latents of selected responses, by default the correct ones.
             with timed("update", clock):
                 parts = split_evenly(samples, cfg.algorithm.updates_per_rollout)
                 results = [update(cfg, learner, part, trains_policy(cfg, step), clock) for part in parts]

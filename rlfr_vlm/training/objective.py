@@ -56,6 +56,8 @@ def objective(
             algorithm.flowrl.beta, *clips,
         )  # fmt: skip
     metrics["actor/pg_loss"] = loss.detach()
+    if cfg.shaping.entropy is not None:
+        metrics["shaping/entropy_bonus"] = (weights * (advantages - credit.advantages)).sum()
     metrics["actor/ppo_kl"] = (weights * -log_ratio).sum().detach()
     if algorithm.kl.coef > 0:
         assert scores.ref_logprobs is not None

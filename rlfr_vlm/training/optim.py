@@ -35,9 +35,11 @@ class Optimizer:
         warmup_frac: float,
         min_lr_ratio: float,
         master_weights: bool = False,
+        setting: str = "optim.lr",
     ) -> None:
+        """setting: of the config, that holds this learning rate, for messages."""
         self.parameters = {name: p for name, p in parameters.items() if p.requires_grad}
-        self.lr, self.max_grad_norm = lr, max_grad_norm
+        self.lr, self.max_grad_norm, self.setting = lr, max_grad_norm, setting
         self.schedule = (total_steps, warmup_frac, min_lr_ratio)
         self.steps = 0
         self.master: dict[str, Tensor] = {}
@@ -75,7 +77,7 @@ class Optimizer:
         if not math.isfinite(norm):
             broken = [name for name, p in trained.items() if p.grad is not None and not p.grad.isfinite().all()]
             raise StoppedError(
-                f"the gradient is not finite at update {self.steps} (first: `{broken[0] if broken else '?'}`); lower optim.lr"
+                f"the gradient is not finite at update {self.steps} (first: `{broken[0] if broken else '?'}`); lower {self.setting}"
             )
         if norm > self.max_grad_norm:
             torch._foreach_mul_(gradients, self.max_grad_norm / (norm + 1e-6))

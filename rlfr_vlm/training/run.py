@@ -28,6 +28,8 @@ from rlfr_vlm.training.state import environment, load_state, seed_generators, wr
 from rlfr_vlm.training.update import Learner, TokenRecord
 from rlfr_vlm.types import EncodedPrompt, Outcome, Rollout
 
+UNSELECTED_STEPS = 10
+
 
 class Run:
     """One output folder, held by one process at a time."""
@@ -47,6 +49,7 @@ class Run:
         except filelock.Timeout:
             raise UserError(f"output_dir {self.folder} is in use by another run; choose another one or wait") from None
         self._asked_to_stop = False
+        self._unselected = 0  # steps in a row in which the field had no response to follow
         self._previous_handler = signal.signal(signal.SIGTERM, self._on_sigterm)
         self._writer: Any = None
         self._progress: Progress | None = None  # on a terminal; elsewhere one line per step
@@ -106,6 +109,13 @@ class Run:
             self.checkpoints, step, lambda folder: write_state(folder, self.cfg, step, learner, prompts), self.cfg.train.keep_checkpoints
         )
 
+    def owes_evaluation(self, step: int) -> bool:
+        """Whether the evaluation after this step, the restored one, was lost to a kill."""
+        if step == 0 or not self.due(step, self.cfg.eval.every):
+            return False
+        lines = (self.folder / "metrics.jsonl").read_text().splitlines()
+        return not any((line := json.loads(text))["step"] == step and "val/accuracy" in line for text in lines)
+
     def due(self, step: int, every: int) -> bool:
         """Whether something done every so many steps (0: never) is due; the last step counts."""
         return every > 0 and (step % every == 0 or step == self.cfg.train.steps)
@@ -156,9 +166,9 @@ class Run:
         if self.cfg.rollout.max_rounds > 1:
             metrics["rollout/rounds"] = batch.rounds
             metrics["rollout/num_prompts"] = len(batch.sampled)
-        for name in results[0][0] if results else ():
-            metrics[name] = sum(result[name] for result, _ in results) / len(results)
+        metrics |= over_updates([(figures, len(records)) for figures, records in results])
         metrics |= clock
+        self._watch_selection(metrics.get("flow/selected_frac"))
         tokens = sum(len(r.token_ids) for graded in batch.sampled for r in graded.group.rollouts)
         metrics["perf/tokens_per_s"] = tokens / clock["timing_s/step"]
         self.write_metrics(step, metrics)
@@ -173,6 +183,15 @@ class Run:
             self._progress.update(self._progress.task_ids[0], completed=step, figures=figures)
         else:
             self.say(f"step {step}/{self.cfg.train.steps}  {figures}  {clock['timing_s/step']:.2f} s")
+
+    def _watch_selection(self, share: float | None) -> None:
+        """Say it when the field learns nothing: no response has counted as right for a while."""
+        self._unselected = self._unselected + 1 if share == 0 else 0
+        if self._unselected == UNSELECTED_STEPS:
+            self.warn(
+                f"the flow field has learnt nothing for {UNSELECTED_STEPS} steps: no response is verified as correct "
+                "(flow.online.select=[] follows all of them; a reward function may report its accuracy)"
+            )
 
     def write_metrics(self, step: int, metrics: dict[str, float]) -> None:
         """Append one line to metrics.jsonl and the same to TensorBoard."""
@@ -271,6 +290,18 @@ def save_pictures(prompt: EncodedPrompt, folder: Path) -> list[str]:
             image.save(folder / name)
         names.append(f"images/{name}")
     return names
+
+
+def over_updates(results: Sequence[tuple[dict[str, float], int]]) -> dict[str, float]:
+    """Metrics of a step's updates, with the number of samples of each: means weighted by it, and the largest of `_max`."""
+    merged: dict[str, float] = {}
+    for name in dict.fromkeys(name for figures, _ in results for name in figures):
+        found = [(figures[name], count) for figures, count in results if name in figures]
+        if name.endswith("_max"):
+            merged[name] = max(value for value, _ in found)
+        else:
+            merged[name] = sum(value * count for value, count in found) / max(1, sum(count for _, count in found))
+    return merged
 
 
 def batch_metrics(groups: Sequence[GradedGroup]) -> dict[str, float]:

@@ -47,7 +47,8 @@ def _train(cfg: Config) -> tuple[Lines, Lines, Lines]:
     samples, updates = rollout.num_prompts * rollout.group_size, cfg.algorithm.updates_per_rollout
     per_sample = cfg.data.max_prompt_tokens + rollout.max_new_tokens
     learning = steps - (cfg.flow.online.warmup_steps if cfg.flow is not None else 0)
-    passes = f", {steps * rollout.num_prompts / rows.count:.2f} passes over its rows" if rows.count else ""
+    least = "at least " if rollout.max_rounds > 1 else ""
+    passes = f", {least}{steps * rollout.num_prompts / rows.count:.2f} passes over its rows" if rows.count else ""
     plan = [
         ("data", rows.text),
         ("steps", f"{_number(steps)}{passes}"),
@@ -59,7 +60,7 @@ def _train(cfg: Config) -> tuple[Lines, Lines, Lines]:
             f"at most {_number(samples * per_sample)}: {_number(samples)} samples of a prompt of {_number(cfg.data.max_prompt_tokens)}"
             f" and a response of {_number(rollout.max_new_tokens)}",
         ),
-        ("response tokens", f"at most {_number(steps * samples * rollout.max_new_tokens)} in total"),
+        ("response tokens", f"at most {_number(steps * samples * rollout.max_new_tokens * rollout.max_rounds)} in total"),
     ]
     if rollout.max_rounds > 1:
         plan.append(("rounds", f"up to {rollout.max_rounds} per step, each sampling anew for groups of equal rewards"))

@@ -19,6 +19,6 @@ def timed(name: str, clock: dict[str, float] | None = None) -> Iterator[dict[str
 
 
 def _now() -> float:
-    if torch.cuda.is_available():
+    if torch.cuda.is_initialized():
         torch.cuda.synchronize()  # kernels run behind: without this their time falls to whoever waits for them
     return time.perf_counter()

@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
+from rlfr_vlm.advantages import rewards_to_go
 from rlfr_vlm.config import Config, FlowOnlineConfig
 from rlfr_vlm.errors import StoppedError
 from rlfr_vlm.faults import faultpoint
@@ -30,7 +31,7 @@ class TokenRecord:
     """What became of a response's tokens, for the page of rollouts."""
 
     advantages: list[float]
-    flow_rewards: list[float] | None
+    flow_rewards: list[float] | None  # or those of likelihood shaping
     deviations: list[float] | None
     entropy: list[float]
 
@@ -89,6 +90,10 @@ def _scores(
         with timed("flow_score", clock):
             seeds = [s.seed for s in samples]
             deviations = learner.field.score(output.latents, [s.length for s in samples], seeds, cfg.flow.reward.draws)
+        if not bool(deviations.isfinite().all()):
+            raise StoppedError(
+                "a deviation from the flow is not finite: the field or the policy's latents are broken; lower flow.online.lr"
+            )
         scores = replace(scores, deviations=deviations, valid=output.latents.scorable)
     return scores
 
@@ -125,6 +130,10 @@ def update(
     size = UpdateSize(sum(s.length for s in samples), len(samples))
     online = flow_weights(cfg.flow.online, samples) if cfg.flow is not None and learner.flow_optimizer is not None else []
     figures = Figures(cfg, size)
+    if online and cfg.flow is not None:
+        figures.add(
+            {"flow/selected_frac": sum(s.outcome.correct or "correct" not in cfg.flow.online.select for s in samples) / len(samples)}
+        )
     records: list[TokenRecord] = []
     for part in micro_batches([s.rollout for s in samples], cfg.train.tokens_per_microbatch):
         chosen = [samples[i] for i in part]
@@ -149,9 +158,10 @@ def update(
                 shares = flow_token_weights(cfg.flow.online, [online[i] for i in part], sizes, output.latents.scorable, scores.entropy)
                 seeds = [s.seed for s in chosen]
                 loss_here = learner.field.accumulate_gradient(output.latents, sizes, seeds, shares, cfg.flow.online.times)
-            figures.add({"flow/loss": loss_here})
+            if any(online):  # where nothing is selected there is no loss, not a loss of 0
+                figures.add({"flow/loss": loss_here})
         figures.add_tokens(chosen, scores, credit)
-        records += _records(chosen, scores, credit)
+        records += _records(chosen, scores, credit, cfg.shaping.likelihood is not None)
     return {**figures.result(), **_step(learner, train_policy, clock)}, records
 
 
@@ -202,26 +212,32 @@ class Figures:
         if (cap := self.cfg.algorithm.importance_cap) is not None:
             ratio = (scores.logprobs - sampled).exp()
             columns |= {"rollout/importance_mean": ratio.clamp(max=cap), "rollout/importance_capped": (ratio > cap).float()}
-        if scores.deviations is not None:
-            columns["flow/deviation_mean"] = scores.deviations
+        if scores.deviations is not None and scores.valid is not None:
+            self.sums["flow/deviation_sum"] += scores.deviations.sum().item()
+            self.sums["flow/num_valid"] += scores.valid.sum().item()
         self.add({name: column.sum().item() * share for name, column in columns.items()})
         if scores.deviations is not None or self.cfg.shaping.likelihood is not None:
             self._add_token_rewards("flow" if scores.deviations is not None else "shaping", samples, credit, share)
 
     def _add_token_rewards(self, name: str, samples: Sequence[Sample], credit: Credit, share: float) -> None:
-        """Rewards are sums per response; sizes are absolute values: what the token rewards and the outcomes make of the advantages."""
+        """Rewards are sums per response; sizes are absolute values: what token rewards and outcomes each add to the advantages."""
         lengths = torch.tensor([s.length for s in samples], device=credit.advantages.device)
-        outcome = torch.tensor([s.advantage for s in samples], device=credit.advantages.device).repeat_interleave(lengths)
-        self.add({
-            f"{name}/reward_mean": credit.token_rewards.sum().item() / self.size.num_sequences,
-            f"{name}/num_reward_tokens": (credit.token_rewards != 0).sum().item() / self.size.num_sequences,
-            f"{name}/advantage_size": (credit.advantages - outcome).abs().sum().item() * share,
-            f"{name}/outcome_size": outcome.abs().sum().item() * share,
-        })  # fmt: skip
+        added = rewards_to_go(credit.token_rewards, lengths, self.cfg.algorithm.gamma)
+        self.add(
+            {
+                f"{name}/reward_mean": credit.token_rewards.sum().item() / self.size.num_sequences,
+                f"{name}/num_reward_tokens": (credit.token_rewards != 0).sum().item() / self.size.num_sequences,
+            }
+        )
+        if self.cfg.algorithm.advantage not in ("whitened", "gae"):  # there the two are mixed
+            outcome = sum(abs(s.advantage) * s.length for s in samples)
+            self.add({f"{name}/advantage_size": added.abs().sum().item() * share, f"{name}/outcome_size": outcome * share})
 
     def result(self) -> dict[str, float]:
         """The finished metrics."""
         figures = {**self.sums, "rollout/logprob_diff_max": self.largest}
+        if "flow/num_valid" in figures:
+            figures["flow/deviation_mean"] = figures.pop("flow/deviation_sum") / max(1.0, figures.pop("flow/num_valid"))
         for name in ("flow", "shaping"):
             if f"{name}/outcome_size" in figures:
                 size, outcome = figures.pop(f"{name}/advantage_size"), figures.pop(f"{name}/outcome_size")
@@ -229,13 +245,13 @@ class Figures:
         return figures
 
 
-def _records(samples: Sequence[Sample], scores: Scores, credit: Credit) -> list[TokenRecord]:
+def _records(samples: Sequence[Sample], scores: Scores, credit: Credit, shaped: bool) -> list[TokenRecord]:
     sizes = [s.length for s in samples]
     zeros = torch.zeros_like(scores.entropy)
     with_flow = scores.deviations is not None
     all_columns = (credit.advantages, credit.token_rewards, scores.deviations if with_flow else zeros, scores.entropy)
     columns = [column.cpu().split(sizes) for column in all_columns if column is not None]
     return [
-        TokenRecord(a.tolist(), r.tolist() if with_flow else None, d.tolist() if with_flow else None, e.tolist())
+        TokenRecord(a.tolist(), r.tolist() if with_flow or shaped else None, d.tolist() if with_flow else None, e.tolist())
         for a, r, d, e in zip(*columns, strict=True)
     ]

@@ -92,6 +92,19 @@ def gradients(policy, rollouts, request):
     return output, {n: p.grad.clone() for n, p in policy.model.named_parameters() if p.grad is not None}
 
 
+@pytest.mark.parametrize("checkpointing", ["off", "reentrant", "nonreentrant"])
+def test_a_frozen_vision_tower_stays_out_of_the_backward(model_folder, checkpointing):
+    policy = Policy(ModelConfig(path=model_folder("qwen2_5_vl"), dtype="float32", gradient_checkpointing=checkpointing))
+    seen = []
+    tower = policy.model.get_submodule(policy.family.vision)
+    tower.register_forward_hook(lambda _m, _a, output: seen.append(output))
+    policy.forward(pack(rollouts_of(policy, (0, 1, 3)), policy.device)).logprobs.sum().backward()
+    found = seen[0] if isinstance(seen[0], torch.Tensor) else seen[0][0]
+    assert not found.requires_grad
+    assert all(p.grad is None for p in tower.parameters())
+    assert policy.model.get_input_embeddings().weight.grad is not None
+
+
 @pytest.mark.parametrize("family", ["qwen2", "qwen2_5_vl"])
 @pytest.mark.parametrize("checkpointing", ["reentrant", "nonreentrant"])
 def test_gradient_checkpointing_changes_neither_gradients_nor_latents(model_folder, family, checkpointing):

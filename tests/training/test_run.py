@@ -1,0 +1,41 @@
+"""What a run writes down, and what it makes up for after a kill."""
+
+import json
+
+import pytest
+
+from rlfr_vlm.config import parse_config
+from rlfr_vlm.rewards.grader import Grader
+from rlfr_vlm.training.run import UNSELECTED_STEPS, Run, over_updates
+
+
+def test_metrics_of_several_updates_weigh_by_their_samples():
+    first = {"actor/pg_loss": 1.0, "rollout/logprob_diff_max": 0.1, "flow/loss": 3.0}
+    second = {"actor/pg_loss": 4.0, "rollout/logprob_diff_max": 0.7}  # nothing was selected: no flow loss, which is not a loss of 0
+    merged = over_updates([(first, 2), (second, 1)])
+    assert merged == {"actor/pg_loss": pytest.approx(2.0), "rollout/logprob_diff_max": 0.7, "flow/loss": pytest.approx(3.0)}
+    assert over_updates([]) == {}
+
+
+@pytest.fixture
+def run(tmp_path):
+    cfg = parse_config({"output_dir": str(tmp_path), "model": {"path": "m"}, "eval": {"every": 2}, "train": {"steps": 5}})
+    with Grader(cfg.reward.grader, "text") as grader:
+        run = Run(cfg, grader)
+        yield run
+        run.close()
+
+
+def test_an_evaluation_lost_to_a_kill_is_owed(run):
+    lines = [{"step": 1}, {"step": 2}, {"step": 2, "val/accuracy": 0.5}, {"step": 4}, {"step": 5}]
+    (run.folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert [run.owes_evaluation(step) for step in (0, 1, 2, 4, 5)] == [False, False, False, True, True]
+
+
+def test_a_field_that_has_nothing_to_follow_is_said_once(run, capsys):
+    for _ in range(UNSELECTED_STEPS + 5):
+        run._watch_selection(0.0)
+    assert capsys.readouterr().err.count("the flow field has learnt nothing") == 1
+    run._watch_selection(0.5)
+    run._watch_selection(None)
+    assert "learnt" not in capsys.readouterr().err
