@@ -208,7 +208,7 @@ def mcnemar(lost: int, gained: int) -> float:
 def permutation(differences: Sequence[float], seed: int = 0) -> float:
     """Two-sided p value of a paired permutation test: the labels of the two models are swapped, or not, at each problem.
 
-    Exact where few problems differ; else (1 + extremes) / (1 + draws) of seeded draws, which is never below the truth on average.
+    Exact where few problems differ; else (1 + extremes) / (1 + draws) of seeded draws.
     """
     changed = np.array([d for d in differences if d], dtype=float)
     if not len(changed):
