@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 from collections import defaultdict
 from collections.abc import Sequence
@@ -12,6 +11,7 @@ from pathlib import Path
 
 from rlfr_vlm.config import Config
 from rlfr_vlm.errors import UserError
+from rlfr_vlm.evaluation.statistics import mean_interval
 from rlfr_vlm.rewards.grader import Grader
 from rlfr_vlm.rewards.outcome import grade
 from rlfr_vlm.rollout.engine import RolloutEngine, SamplingConfig
@@ -61,7 +61,7 @@ def evaluate_heldout(
     result = HeldoutResult(
         step=step,
         accuracy=_mean(shares),
-        accuracy_ci=clustered_interval(shares),
+        accuracy_ci=mean_interval(shares),
         greedy=_mean([share for outcomes in greedy_outcomes if (share := accuracy(outcomes)) is not None]),
         num_problems=len(prompts),
         num_samples=cfg.eval.heldout_samples,
@@ -88,15 +88,6 @@ def accuracy(outcomes: Sequence[Outcome]) -> float | None:
     """Share of right answers among the graded ones; None when none could be graded."""
     graded = [o.correct for o in outcomes if o.graded]
     return sum(graded) / len(graded) if graded else None
-
-
-def clustered_interval(shares: Sequence[float]) -> tuple[float, float]:
-    """95 % normal interval of the mean over problems; samples of one problem are one cluster."""
-    if len(shares) < 2:
-        return (0.0, 1.0)
-    mean = _mean(shares)
-    error = math.sqrt(sum((s - mean) ** 2 for s in shares) / (len(shares) - 1) / len(shares))
-    return (max(0.0, mean - 1.96 * error), min(1.0, mean + 1.96 * error))
 
 
 def _mean(values: Sequence[float]) -> float:
