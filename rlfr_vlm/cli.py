@@ -57,6 +57,11 @@ def build_parser() -> argparse.ArgumentParser:
     bench.add_argument("--tokens-per-microbatch", type=int, help="default: 2048 for text, 16384 for vision")
     bench.add_argument("--threads", type=int, default=2)
     bench.add_argument("--no-flow", action="store_true", help="plain GRPO: what the flow costs")
+    compare = verbs.add_parser("compare", help="two evaluations on the same problems: difference, interval, p value, flips")
+    compare.add_argument("a", metavar="A", help="output folder of eval, or a benchmark's folder in it")
+    compare.add_argument("b", metavar="B", help="the one to compare with it")
+    compare.add_argument("--format", choices=("md", "csv", "latex"), default="md")
+    compare.add_argument("--out", metavar="FILE", help="default: standard output")
     verbs.add_parser("doctor", help="versions, devices, which engines work, what is missing and how to install it")
     return parser
 
@@ -72,6 +77,8 @@ def run(arguments: argparse.Namespace) -> int:
 
         print(write_report(Path(arguments.run)))
         return 0
+    if arguments.verb == "compare":
+        return run_compare(arguments)
     if arguments.verb == "bench":
         from rlfr_vlm.bench import bench
 
@@ -93,6 +100,21 @@ def run(arguments: argparse.Namespace) -> int:
         print(commands.train(cfg))
     else:
         print(json.dumps(asdict(commands.evaluate(cfg)), indent=1))
+    return 0
+
+
+def run_compare(arguments: argparse.Namespace) -> int:
+    """Carry out compare. Returns the exit code."""
+    from rlfr_vlm.evaluation.compare import compare, render
+
+    text = render(compare(Path(arguments.a), Path(arguments.b)), arguments.format)
+    if arguments.out is None:
+        print(text, end="")
+        return 0
+    if not Path(arguments.out).parent.is_dir():
+        raise UserError(f"--out {arguments.out}: there is no folder {Path(arguments.out).parent}")
+    Path(arguments.out).write_text(text)
+    print(arguments.out)
     return 0
 
 

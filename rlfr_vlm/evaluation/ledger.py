@@ -140,3 +140,29 @@ class Ledger:
     def close(self) -> None:
         """Let go of the folder."""
         self._lock.release()
+
+
+def read_ledger(folder: Path) -> tuple[dict[str, Any], dict[Sample, Answer], dict[Sample, Verdict]]:
+    """Protocol, answers and verdicts of a benchmark's folder, without its lock: while it is being written, up to its last whole line.
+
+    Raises UserError naming the file, and the line that is none of this ledger's.
+    """
+    path = folder / "ledger.jsonl"
+    try:
+        bound = json.loads((folder / "protocol.json").read_text())
+        lines = path.read_bytes().split(b"\n")[:-1]
+    except (OSError, ValueError) as error:
+        raise UserError(f"{folder}: not a readable evaluation: {error}") from None
+    answers: dict[Sample, Answer] = {}
+    verdicts: dict[Sample, Verdict] = {}
+    for number, text in enumerate(lines, 1):
+        try:
+            line = json.loads(text)
+            kind, hash_ = line.pop("kind"), line.pop("protocol")
+            record = (Answer if kind == "response" else Verdict)(**line)
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            raise UserError(f"{path}:{number}: not a line of a ledger: {error}") from None
+        if hash_ != bound["hash"]:
+            raise UserError(f"{path}:{number}: belongs to protocol {hash_}, its folder is {bound['hash']}")
+        (answers if kind == "response" else verdicts)[record.problem, record.sample] = record  # type: ignore[assignment]
+    return bound["protocol"], answers, verdicts
