@@ -20,7 +20,7 @@ IMAGE_MARK = "<image>"
 COLUMNS = {
     "prompt": ("prompt", "messages", "message", "conversations", "problem", "question", "query"),
     "images": ("images", "image", "image_path", "image_urls"),
-    "answer": ("answer", "solution", "ground_truth", "label", "reward_model"),
+    "answer": ("answer", "solution", "ground_truth", "label", "final_answer", "reward_model"),
     "response": ("response", "expert_response", "chosen"),
     "id": ("id", "uid", "uuid", "index"),
     "data_source": ("data_source", "datasource"),
@@ -127,9 +127,10 @@ def _hub_rows(source: str) -> Iterator[tuple[str, dict[str, Any] | None, str]]:
         from datasets.table import embed_table_storage
     except ImportError:
         raise UserError(f"data `{source}` is no file; for a hub data set install the extra: pip install 'rlfr-vlm[data]'") from None
-    name, _, split = source.partition("@")
+    full_name, _, split = source.partition("@")
+    name, _, subset = full_name.partition(":")
     try:
-        rows = load_dataset(name, split=split or "train")
+        rows = load_dataset(name, subset or None, split=split or "train")
     except Exception as error:  # the hub client raises many kinds; all mean that the data set is not to be had
         raise UserError(f"data set {source} cannot be loaded: {' '.join(str(error).split())[:300]}") from error
     number = 0

@@ -78,8 +78,12 @@ class Ledger:
             raise UserError(f"{folder} is in use by another evaluation") from None
         self.answers: dict[Sample, Answer] = {}
         self.verdicts: dict[Sample, Verdict] = {}
-        self._bind(protocol)
-        self._read()
+        try:
+            self._bind(protocol)
+            self._read()
+        except BaseException:
+            self._lock.release()
+            raise
 
     def _bind(self, protocol: Mapping[str, Any]) -> None:
         path = self.folder / "protocol.json"

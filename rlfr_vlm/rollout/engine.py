@@ -12,14 +12,21 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class SamplingConfig:
-    """How one batch of responses is sampled: from the full distribution, no top-k, top-p or penalty."""
+    """How one batch of responses is sampled: no top-k, no penalty; training also leaves the nucleus at the full distribution."""
 
     group_size: int  # responses per prompt, G
     temperature: float  # 0: greedy; log-probs are then those at temperature 1
     max_new_tokens: int
     stop: tuple[str, ...] = ()  # strings that end a response, besides EOS; the tokens that complete one are kept
     ignore_eos: bool = False  # sample on through EOS
+    top_p: float = 1.0  # nucleus (evaluation); log-probs stay those of the full distribution with transformers, vLLM's are of the nucleus
+    first_sample: int = 0  # index of the first of the G responses: which of a problem's samples these are
     seed_key: tuple[int | str, ...]  # the request's seed is request_seed(*seed_key, prompt id, sample index)
+
+
+def sample_indices(sampling: SamplingConfig) -> range:
+    """Indices of the responses asked for."""
+    return range(sampling.first_sample, sampling.first_sample + sampling.group_size)
 
 
 class RolloutEngine(Protocol):

@@ -14,7 +14,7 @@ from rlfr_vlm.config import RolloutConfig
 from rlfr_vlm.models.attention import PackedLayout, Segment, grouped_sdpa
 from rlfr_vlm.models.pack import concatenate_vision
 from rlfr_vlm.models.policy import Policy
-from rlfr_vlm.rollout.engine import SamplingConfig
+from rlfr_vlm.rollout.engine import SamplingConfig, sample_indices
 from rlfr_vlm.types import EncodedPrompt, FinishReason, Rollout, RolloutGroup, request_seed
 
 PREFILL_TOKENS = 32768  # prompt tokens, pictures included, of one forward
@@ -112,6 +112,15 @@ class _Request:
         self.finish_reason: FinishReason | None = None
 
 
+def nucleus(probabilities: Tensor, top_p: float) -> Tensor:
+    """The smallest set of most probable tokens that holds at least `top_p`; zero elsewhere, not rescaled. [n, V] -> [n, V]."""
+    if top_p >= 1:
+        return probabilities
+    ordered, order = probabilities.sort(descending=True, stable=True)
+    before = ordered.cumsum(-1) - ordered
+    return torch.zeros_like(probabilities).scatter(-1, order, torch.where(before < top_p, ordered, 0.0))
+
+
 class HFEngine:
     """Rollouts by the policy's own model."""
 
@@ -141,7 +150,7 @@ class HFEngine:
             self.policy.model.train(training)
 
     def _sample_batch(self, prompts: Sequence[EncodedPrompt], sampling: SamplingConfig) -> list[RolloutGroup]:
-        requests = [_Request(p, i, owner, sampling) for owner, p in enumerate(prompts) for i in range(sampling.group_size)]
+        requests = [_Request(p, i, owner, sampling) for owner, p in enumerate(prompts) for i in sample_indices(sampling)]
         prefill = _Prefill(prompts, self.policy.device)
         states = self._forward(
             torch.tensor([t for p in prompts for t in p.token_ids]),
@@ -187,7 +196,7 @@ class HFEngine:
         logits[:, list(self.policy.banned_token_ids)] = float("-inf")
         if sampling.temperature > 0:
             logprobs = (logits / sampling.temperature).log_softmax(-1)
-            cumulative = logprobs.double().exp_().cumsum(-1)
+            cumulative = nucleus(logprobs.double().exp_(), sampling.top_p).cumsum(-1)
             steps = [min(len(r.tokens), len(r.uniforms) - 1) for r in active]
             uniform = torch.stack([r.uniforms[step] for r, step in zip(active, steps, strict=True)]).to(logits.device)
             tokens = torch.searchsorted(cumulative, (uniform * cumulative[:, -1])[:, None], right=True)[:, 0]

@@ -22,7 +22,7 @@ from rlfr_vlm.config import Config
 from rlfr_vlm.data.render import Renderer
 from rlfr_vlm.errors import StoppedError, UserError
 from rlfr_vlm.models.policy import Policy
-from rlfr_vlm.rollout.engine import SamplingConfig
+from rlfr_vlm.rollout.engine import SamplingConfig, sample_indices
 from rlfr_vlm.rollout.weights import Layout, compare_weights, engine_model, logprob_gap, sync_weights, trainer_tensors
 from rlfr_vlm.types import EncodedPrompt, Prompt, Rollout, RolloutGroup, request_seed
 
@@ -107,13 +107,13 @@ class VllmEngine:
         parameters = [
             SamplingParams(**sampling_parameters(prompt, index, sampling, self.policy.eos_token_ids))
             for prompt in prompts
-            for index in range(sampling.group_size)
+            for index in sample_indices(sampling)
         ]
         with undisturbed_generators():  # vLLM draws from torch's own generator at every step, whatever the seeds
             outputs = self.llm.generate(inputs, parameters, use_tqdm=False) if inputs else []
         rollouts = iter(outputs)
         return [
-            RolloutGroup(prompt, tuple(self._rollout(prompt, index, next(rollouts)) for index in range(sampling.group_size)))
+            RolloutGroup(prompt, tuple(self._rollout(prompt, index, next(rollouts)) for index in sample_indices(sampling)))
             for prompt in prompts
         ]
 
@@ -167,7 +167,7 @@ def sampling_parameters(prompt: EncodedPrompt, index: int, sampling: SamplingCon
     return {
         "n": 1,
         "temperature": sampling.temperature,
-        "top_p": 1.0,
+        "top_p": sampling.top_p,
         "top_k": 0,
         "min_p": 0.0,
         "presence_penalty": 0.0,

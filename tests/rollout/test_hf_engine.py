@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM
 from rlfr_vlm.config import ModelConfig, RolloutConfig
 from rlfr_vlm.models.policy import Policy
 from rlfr_vlm.rollout.engine import SamplingConfig
-from rlfr_vlm.rollout.hf_engine import HFEngine
+from rlfr_vlm.rollout.hf_engine import HFEngine, nucleus
 from tests.models.test_policy import rollouts_of
 
 SAMPLING = SamplingConfig(group_size=4, temperature=1.0, max_new_tokens=12, seed_key=(0, 1))
@@ -88,3 +88,19 @@ def test_temperature_is_the_logprobs_too(model_folder):
     rollouts = [r for g in engine.sample(prompts_of(policy), replace(SAMPLING, temperature=0.5)) for r in g.rollouts]
     for rollout, scored in zip(rollouts, policy.score(rollouts, 0.5), strict=True):
         assert torch.allclose(torch.tensor(rollout.logprobs), scored, atol=1e-4)
+
+
+def test_the_nucleus_is_the_smallest_set_that_holds_its_share():
+    probabilities = torch.tensor([[0.1, 0.5, 0.15, 0.25], [0.25, 0.25, 0.25, 0.25]], dtype=torch.float64)
+    assert nucleus(probabilities, 0.7).tolist() == [[0, 0.5, 0, 0.25], [0.25, 0.25, 0.25, 0]]
+    assert nucleus(probabilities, 0.5).tolist() == [[0, 0.5, 0, 0], [0.25, 0.25, 0, 0]]
+    assert nucleus(probabilities, 1.0) is probabilities
+
+
+def test_later_samples_of_a_problem_can_be_asked_for_alone(model_folder):
+    engine, policy = engine_of(model_folder("qwen2"))
+    prompts = prompts_of(policy)
+    whole = engine.sample(prompts, SAMPLING)
+    part = engine.sample(prompts, replace(SAMPLING, group_size=2, first_sample=2))
+    assert [[r.sample_index for r in group.rollouts] for group in part] == [[2, 3]] * len(prompts)
+    assert [[r.token_ids for r in group.rollouts] for group in part] == [[r.token_ids for r in group.rollouts[2:]] for group in whole]
