@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -18,7 +19,7 @@ from rlfr_vlm.data.prompts import BadRows, PromptStream, RowError, load_prompts
 from rlfr_vlm.data.render import PromptSource, Renderer, encode_all
 from rlfr_vlm.errors import UserError
 from rlfr_vlm.evaluation.heldout import HeldoutResult, evaluate_heldout
-from rlfr_vlm.flow.field import FlowField, FlowSpec, read_spec
+from rlfr_vlm.flow.field import SPEC_FILE, FlowField, FlowSpec, read_spec
 from rlfr_vlm.flow.official import export_field, import_field
 from rlfr_vlm.models.families import find_family
 from rlfr_vlm.models.heads import LogPartitionHead, ValueHead
@@ -31,6 +32,7 @@ from rlfr_vlm.training.fit_flow import fit_flow
 from rlfr_vlm.training.loop import train as train_loop
 from rlfr_vlm.training.optim import Optimizer
 from rlfr_vlm.training.run import Run
+from rlfr_vlm.training.schedule import check_field, new_field_folder
 from rlfr_vlm.training.update import Learner
 from rlfr_vlm.types import EncodedPrompt, Prompt
 
@@ -66,16 +68,17 @@ def workbench(cfg: Config) -> Iterator[Workbench]:
 
 def flow(cfg: Config) -> Path:
     """Fit the flow field offline on `data.expert`; returns its folder, `output_dir/flow`."""
+    new_field_folder(cfg)
     rows = expert_prompts(cfg)
     policy = Policy(cfg.model)
     return fit(cfg, policy, rows)
 
 
 def fit(cfg: Config, policy: Policy, rows: Sequence[Prompt]) -> Path:
-    """Fit a new field for this policy."""
+    """Fit a new field for this policy. Raises UserError where one was fitted before."""
     if cfg.flow is None:
         raise UserError("the config has no `flow` section: nothing to fit")
-    folder = Path(cfg.output_dir) / "flow"
+    folder = new_field_folder(cfg)
     field = FlowField(FlowSpec.of(cfg.flow, policy.identity), seed=cfg.seed, device=policy.device, compute_dtype=policy.dtype)
     fit_flow(cfg, policy, field, rows, Renderer(policy, cfg.data, str(cfg.data.expert)), _bad_rows(cfg), folder, say)
     return folder
@@ -83,6 +86,9 @@ def fit(cfg: Config, policy: Policy, rows: Sequence[Prompt]) -> Path:
 
 def import_flow(source: str, model: str, out: str, given: dict[str, str | None]) -> Path:
     """Write a published flow checkpoint as a field for this model; returns its folder. `given`: context, shift, layers, times as `a+b`."""
+    with _writing(out):
+        if (Path(out) / SPEC_FILE).exists():
+            raise UserError(f"--out: {out} holds a field already: remove it, or name another place")
     field, origins = import_field(Path(source), identity_from_config(model), given, model)
     with _writing(out):
         field.save(out)
@@ -90,6 +96,8 @@ def import_flow(source: str, model: str, out: str, given: dict[str, str | None])
     texts = {"context": spec.context, "shift": spec.shift, "layers": spec.layers, "times": spec.times}
     said = "; ".join(f"{name} {'+'.join(map(str, value))} ({origins[name]})" for name, value in texts.items())
     say(f"a field of depth {spec.depth} on latents of size {field.network.size}, layers of {spec.num_layers}: {said}")
+    if "token_post" in spec.context and origins["context"].endswith(".json"):
+        say("the released RL configs say token_post of fields that were fitted at token_pre; --context token_pre reads it as fitted")
     return Path(out)
 
 
@@ -98,7 +106,15 @@ def export_flow(folder: str, out: str, dtype: torch.dtype | None) -> Path:
     spec = read_spec(Path(folder))
     with _writing(out):
         file = export_field(Path(folder), Path(out), dtype)
-    say(f"for their config: flow_context_mode {'+'.join(map(str, spec.context))}, flow_shift {'+'.join(map(str, spec.shift))}")
+    theirs = {
+        "flow_context_mode": spec.context,
+        "flow_shift": spec.shift,
+        "hook_layers_percentile": [f"{layer / spec.num_layers:.6g}" for layer in spec.layers],
+        "rewarding_timesteps": spec.times,
+        "num_layers_flow": [spec.depth],
+    }
+    said = ", ".join(f"{key} {'+'.join(map(str, values))}" for key, values in theirs.items())
+    say(f"for their config: {said}")
     return file
 
 
@@ -124,7 +140,9 @@ def _writing(out: str) -> Iterator[None]:
     """Turns an output path that cannot be written to into a UserError."""
     try:
         yield
-    except (FileExistsError, NotADirectoryError, PermissionError) as error:
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise
         raise UserError(f"--out: {out} cannot be written: {error.strerror}") from None
 
 
@@ -197,9 +215,11 @@ def rl_prompts(cfg: Config) -> tuple[list[Prompt], list[Prompt], BadRows]:
         raise UserError(
             "flow.online.enabled=false freezes a field that was never fitted: set flow.checkpoint, or leave the flow section out"
         )
+    if cfg.flow is not None and cfg.flow.checkpoint is not None:
+        if not Path(cfg.flow.checkpoint).is_dir():
+            raise UserError(f"flow.checkpoint: {cfg.flow.checkpoint} is not a folder; fit a field first with `rlfr-vlm flow`")
+        check_field(cfg.flow)
     prompts = load_prompts(_required(cfg.data.train, "data.train"), cfg.data, bad, cfg.data.limit)
-    if cfg.flow is not None and cfg.flow.checkpoint is not None and not Path(cfg.flow.checkpoint).is_dir():
-        raise UserError(f"flow.checkpoint: {cfg.flow.checkpoint} is not a folder; fit a field first with `rlfr-vlm flow`")
     return prompts, heldout_prompts(cfg) if cfg.eval.every else [], bad
 
 

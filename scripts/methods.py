@@ -67,6 +67,7 @@ def run_method(task: str, name: str, field: str, seed: int, overrides: tuple[str
 def fit_field(task: str, seed: int, overrides: tuple[str, ...]) -> str:
     """The field that both RLFR variants start from."""
     cfg = load_config(ROOT / "scripts" / f"demo_{task}.yaml", (f"output_dir={FOLDER / task}", f"seed={seed}", *overrides))
+    shutil.rmtree(Path(cfg.output_dir) / "flow", ignore_errors=True)  # of an earlier run
     return str(commands.flow(cfg))
 
 

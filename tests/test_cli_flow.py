@@ -13,7 +13,7 @@ from rlfr_vlm.config import ModelConfig
 from rlfr_vlm.flow.field import FlowField, read_spec
 from rlfr_vlm.models.policy import Policy
 from tests.flow.test_official import Malicious, official_state
-from tests.runs import make_config, make_data
+from tests.runs import cli, make_config, make_data
 
 FAMILIES = ["qwen2", "qwen3", "llama", "mistral", "qwen2_vl", "qwen2_5_vl", "qwen3_vl"]
 
@@ -54,13 +54,78 @@ def test_import_reads_no_weights_and_export_gives_the_file_back(theirs, model_fo
     assert (spec["depth"], spec["backbone"]["fingerprint"], spec["backbone"]["hidden_size"]) == (1, "", 128)
     code, out, err = run(capsys, "export-flow", tmp_path / "ours", "--out", tmp_path / "back/field.bin", "--dtype", "bfloat16")
     assert (code, out) == (0, str(tmp_path / "back/field.bin")), err
-    assert "flow_context_mode token_pre+token_post, flow_shift 1+2" in err
+    settings = "flow_context_mode token_pre+token_post, flow_shift 1+2, hook_layers_percentile 0.25+0.5+0.75, "
+    assert settings + "rewarding_timesteps 0.5+0.8, num_layers_flow 1" in " ".join(err.split())
     original, back = (torch.load(path, weights_only=True) for path in (theirs / "flow_model.bin", out))
     assert original.keys() == back.keys()
     assert all(back[name].dtype == torch.bfloat16 and torch.equal(back[name], original[name]) for name in original)
     code, out, _ = run(capsys, "export-flow", tmp_path / "ours", "--out", tmp_path)
     assert (code, out) == (0, str(tmp_path / "flow_model.bin"))
     assert {tensor.dtype for tensor in torch.load(out, weights_only=True).values()} == {torch.float32}
+
+
+def test_nothing_that_is_there_is_written_over(theirs, model_folder, tmp_path, capsys):
+    arguments = ("import-flow", theirs, "--model", model_folder("qwen2", hidden=128), "--out", tmp_path / "ours", "--context", "token_pre")
+    export = ("export-flow", tmp_path / "ours", "--out", tmp_path / "back.bin")
+    for call, place in ((arguments, tmp_path / "ours/flow_config.json"), (export, tmp_path / "back.bin")):
+        assert run(capsys, *call)[0] == 0
+        before = place.read_bytes()
+        place.write_bytes(before + b" ")
+        code, _, err = run(capsys, *call)
+        assert (code, "already" in err, place.read_bytes()) == (2, True, before + b" ")
+        place.write_bytes(before)
+
+
+@pytest.mark.parametrize("out", ["/proc/nowhere/x", "BACK/file/x", "BACK/" + 300 * "n"])
+def test_a_place_that_cannot_be_written_to_stops_with_one_line(theirs, model_folder, tmp_path, capsys, out):
+    (tmp_path / "file").touch()
+    out = out.replace("BACK", str(tmp_path))
+    arguments = ("import-flow", theirs, "--model", model_folder("qwen2", hidden=128), "--context", "token_pre", "--out")
+    assert run(capsys, *arguments, tmp_path / "ours")[0] == 0
+    for call in (arguments, ("export-flow", tmp_path / "ours", "--out")):
+        code, _, err = run(capsys, *call, out)
+        assert (code, "--out: " in err, "\n" in err) == (2, True, False), err
+
+
+def test_a_fitted_field_is_not_fitted_over(model_folder, tmp_path, capsys):
+    make_data(tmp_path)
+    config = make_config(tmp_path, model_folder("qwen2_5_vl"))
+    assert run(capsys, "flow", "--config", config)[0] == 0
+    for more in ((), ("--dry-run",)):
+        code, _, err = run(capsys, "flow", "--config", config, *more)
+        assert code == 2
+        assert "run/flow holds a fitted field, which is not written over: remove it, or choose another output_dir" in err
+
+
+@pytest.mark.parametrize("point", ["field_weights", "field_spec"])
+def test_a_kill_while_a_field_is_written_leaves_none_that_looks_finished(theirs, model_folder, tmp_path, point):
+    arguments = ("import-flow", str(theirs), "--model", model_folder("qwen2", hidden=128), "--out", str(tmp_path / "ours"))
+    killed = cli(*arguments, "--context", "token_pre", fault=f"{point}:1:kill")
+    assert killed.returncode == -9 and not (tmp_path / "ours/flow_config.json").exists()
+    assert cli(*arguments, "--context", "token_pre").returncode == 0
+    assert {path.name for path in (tmp_path / "ours").iterdir()} == {"flow.safetensors", "flow_config.json"}
+
+
+def test_a_mismatched_field_is_refused_before_anything_is_loaded(tmp_path, capsys):
+    make_data(tmp_path)
+    config = make_config(tmp_path, "no/such-model", data={"train": str(tmp_path / "train.jsonl")})
+    field = tmp_path / "field"
+    field.mkdir()
+    spec = {"context": ["token_pre", "identity"], "shift": [1, 0], "times": [0.8], "depth": 1}
+    (field / "flow_config.json").write_text(json.dumps(spec))
+    for more in (["--dry-run"], []):
+        for setting, message in (
+            ("flow.network.depth=2", "depth: checkpoint 1, run 2"),
+            ("flow.times=[0.5,0.8]", "times: checkpoint 0.8, run 0.5+0.8"),
+            ("flow.shift=2", "shift: checkpoint 1+0, run 2+0"),
+            ("flow.context=token_pre", "context: checkpoint token_pre+identity, run token_pre"),
+        ):
+            overrides = [f"flow.checkpoint={field}", "flow.context=token_pre+identity", setting]
+            code, _, err = run(capsys, "train", "--config", config, *more, *overrides)
+            assert (code, message in err) == (2, True), err
+    (field / "flow_config.json").write_text("[]")
+    code, _, err = run(capsys, "train", "--config", config, "--dry-run", f"flow.checkpoint={field}")
+    assert (code, "is not a flow spec" in err) == (2, True)
 
 
 def test_what_cannot_be_imported_stops_with_one_line(theirs, model_folder, tmp_path, capsys):
@@ -105,9 +170,10 @@ def test_a_run_takes_an_imported_field_and_refuses_one_of_another_side(theirs, m
     field = tmp_path / "ours"
     code, _, err = run(capsys, "import-flow", theirs, "--model", model_folder("qwen2_5_vl"), "--out", field)
     assert code == 0 and "context token_post (flow_config.json)" in err
+    assert "the released RL configs say token_post of fields that were fitted at token_pre; --context token_pre reads it as fitted" in err
     code, _, err = run(capsys, "train", "--config", config, f"flow.checkpoint={field}", "train.steps=1")
     assert code == 2
-    assert "context: checkpoint ('token_post',), run ('token_pre',)" in err
+    assert "context: checkpoint token_post, run token_pre" in err
     code, _, err = run(capsys, "train", "--config", config, f"flow.checkpoint={field}", "flow.context=token_post", "train.steps=1")
     assert code == 0, err
     saved = FlowField.load(tmp_path / "run/checkpoints/global_step_1/flow", read_spec(field))

@@ -11,9 +11,12 @@ from pathlib import Path
 import pytest
 import yaml
 from PIL import Image
+from safetensors.torch import load_file
 
 from rlfr_vlm.cli import main
-from rlfr_vlm.config import load_config, parse_config
+from rlfr_vlm.config import config_hash, load_config, parse_config
+from rlfr_vlm.errors import UserError
+from rlfr_vlm.flow.field import SPEC_FILE
 from rlfr_vlm.flow.network import VelocityNet
 from rlfr_vlm.training import schedule
 from tests.runs import ROOT
@@ -185,14 +188,43 @@ def test_the_schedule_is_light():
 def test_a_dry_run_refuses_what_the_run_would_refuse(tmp_path, capsys):
     recipe = ROOT / "scripts/qwen2.5-math-1.5b/rlvr.yaml"
     (tmp_path / "few.jsonl").write_text("{}\n\n{}\n")
+    (tmp_path / "README.md").write_text("{}")
+    (tmp_path / "broken.json").write_text("{")
+    (tmp_path / "run/checkpoints/global_step_3").mkdir(parents=True)
     for command, override, message in (
         ("train", "data.train=null", "data.train is required"),
         ("train", "eval.every=5", "data.eval is required"),
         ("flow", f"data.expert={tmp_path}/few.jsonl", "no `flow` section"),
         ("train", f"data.train={tmp_path}/few.jsonl", "rollout.num_prompts=128 exceeds the 2 rows"),
+        ("train", f"data.train={tmp_path}/README.md", "README.md: expected .jsonl, .json, .parquet or .arrow"),
+        ("train", f"data.train={tmp_path}", "expected .jsonl, .json, .parquet or .arrow"),
+        ("train", f"data.train={tmp_path}/broken.json", "broken.json cannot be read as .json"),
+        ("train", f"output_dir={tmp_path}/run resume=false", "checkpoints holds checkpoints; use another output_dir"),
     ):
-        code, _, err = run(capsys, command, "--config", recipe, "--dry-run", override)
+        code, _, err = run(capsys, command, "--config", recipe, "--dry-run", *override.split())
         assert (code, message in err) == (2, True), err
+
+
+def test_a_dry_run_says_where_it_would_go_on_from(tmp_path, capsys):
+    recipe = ROOT / "scripts/qwen2.5-math-1.5b/rlvr.yaml"
+    arguments = ("train", "--config", recipe, "--dry-run", f"output_dir={tmp_path}", "train.steps=20")
+    for step in (3, 12):
+        (tmp_path / f"checkpoints/global_step_{step}").mkdir(parents=True)
+    code, out, _ = run(capsys, *arguments)
+    assert code == 0 and f"from {tmp_path}/checkpoints/global_step_12, or from one before it" in out
+    cfg = load_config(recipe, arguments[4:])
+    state = {"config_hash": config_hash(cfg), "config": cfg.model_dump(mode="json")}
+    (tmp_path / "checkpoints/global_step_12/state.json").write_text(json.dumps(state))
+    code, out, _ = run(capsys, *arguments)
+    assert code == 0 and f"from {tmp_path}/checkpoints/global_step_12: 8 of the steps are left" in out
+    code, _, err = run(capsys, *arguments, "optim.lr=1")
+    assert code == 2 and "was written with another config: optim.lr: 1e-06 -> 1.0" in err
+
+
+def open_arrow(path, schema):
+    import pyarrow as pa
+
+    return pa.ipc.new_stream(str(path), schema)
 
 
 def test_rows_are_counted_in_every_format_and_unknown_ones_said(tmp_path):
@@ -203,11 +235,16 @@ def test_rows_are_counted_in_every_format_and_unknown_ones_said(tmp_path):
     parquet = pytest.importorskip("pyarrow.parquet")
     parquet.write_table(pytest.importorskip("pyarrow").Table.from_pylist(rows), tmp_path / "rows.parquet")
     assert schedule.count_rows(str(tmp_path / "rows.parquet"), 2) == schedule.Rows(2, f"2 of 3 rows: {tmp_path}/rows.parquet")
-    (tmp_path / "broken.parquet").write_text("PAR")
-    (tmp_path / "broken.json").write_text("{")
+    table = pytest.importorskip("pyarrow").Table.from_pylist(rows)
+    with open_arrow(tmp_path / "rows.arrow", table.schema) as stream:
+        for _ in range(2):
+            stream.write_table(table)
+    assert schedule.count_rows(str(tmp_path / "rows.arrow")).count == 6
+    for name, text in (("broken.parquet", "PAR"), ("broken.arrow", "AR"), ("broken.json", "{"), ("deep.json", "[" * 10**6)):
+        (tmp_path / name).write_text(text)
+        with pytest.raises(UserError, match=f"{name} cannot be read"):
+            schedule.count_rows(str(tmp_path / name))
     for source, message in (
-        (tmp_path / "broken.parquet", "cannot be read"),
-        (tmp_path / "broken.json", "cannot be read"),
         (tmp_path / "none.jsonl", "is not there yet"),
         ("someone/data@train", "is read from the hub"),
     ):
@@ -222,6 +259,36 @@ def test_the_size_of_a_field_is_its_networks(hidden, depth, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({"text_config": {"hidden_size": hidden}}))
     assert schedule.hidden_size(str(tmp_path)) == hidden
     assert schedule.hidden_size("someone/model") is None
+
+
+@pytest.mark.parametrize("family", ["qwen2", "qwen3", "llama", "mistral", "qwen2_vl", "qwen2_5_vl", "qwen3_vl"])
+def test_the_size_of_a_model_is_estimated_from_its_config(family, model_folder):
+    weights = {}
+    for file in Path(model_folder(family)).glob("*.safetensors"):
+        weights |= load_file(file)
+    language = sum(w.numel() for name, w in weights.items() if "visual" not in name)
+    assert schedule.num_parameters(model_folder(family)) == pytest.approx(language, rel=0.02)
+
+
+def test_memory_is_said_where_the_size_is_known(tmp_path, capsys):
+    """7.6 billion parameters, as Qwen2.5-7B has them, by hand: 7,615,283,200 x 20 + 477,281,280 x 16 bytes."""
+    config = {"hidden_size": 3584, "num_hidden_layers": 28, "intermediate_size": 18944, "num_attention_heads": 28}
+    config |= {"num_key_value_heads": 4, "vocab_size": 152064}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    for folder, kind, more, message in (
+        ("qwen2.5-math-7b", "rlfr", (), "about 149.0 GiB on one device"),
+        ("qwen2.5-math-7b", "rlfr", ("flow.online.enabled=false",), "477.3M parameters x 4 bytes"),
+        ("qwen2.5-math-7b", "rlvr", ("model.dtype=float32",), "7,615.3M parameters x 16 bytes"),
+        ("qwen2.5-math-7b", "flow", (), "policy 7,615.3M parameters x 2 bytes, field 477.3M parameters x 16 bytes"),
+        ("qwen2.5-7b", "flowrl", (), "reference 7,615.3M parameters x 2 bytes"),
+        ("qwen2.5-7b", "flowrl", ("model.path=some/model",), "20 bytes for each parameter of the policy, 18.6 GiB per billion"),
+    ):
+        path = ROOT / "scripts" / folder / f"{kind}.yaml"
+        code, out, err = run(capsys, verb(path), "--config", path, "--dry-run", f"model.path={tmp_path}", *more)
+        assert (code, message in out) == (0, True), err + out
+    for text in ("[]", '{"hidden_size": "x", "num_attention_heads": 2}', '{"hidden_size": 8, "num_attention_heads": 0}'):
+        (tmp_path / "config.json").write_text(text)
+        assert schedule.num_parameters(str(tmp_path)) is None
 
 
 # -- runs of a tiny model ---------------------------------------------------------------------------------------------
@@ -288,6 +355,7 @@ def test_flow_rlfr_and_rlvr_run_on_a_tiny_model(folder, tiny, tmp_path, capsys):
     field = out.strip()
     fit = load_config(folder / "flow.yaml", ("flow.fit.steps=2",))
     assert len(Path(field, "flow_fit.jsonl").read_text().splitlines()) == schedule.fit_steps(fit, 6)[1] == 2
+    assert Path(field, SPEC_FILE).exists() and schedule.FIELD_SPEC == SPEC_FILE
     for kind in ("rlfr", "rlvr"):
         mine = [f"output_dir={tmp_path}/{kind}", *SMALL_RL]
         mine += [f"flow.checkpoint={field}"] if kind == "rlfr" else []
@@ -333,7 +401,7 @@ def test_the_launcher_fits_a_missing_field_first(tmp_path):
     fit, rl = (parse_config(tree) for tree in yaml.safe_load_all(done.stdout))
     assert (fit.output_dir, rl.flow.checkpoint, rl.train.steps) == (str(tmp_path), str(field), 7)
     field.mkdir()
-    (field / "flow_config.json").touch()
+    (field / SPEC_FILE).write_text(json.dumps({"context": ["token_pre"], "shift": [1], "times": [0.8], "depth": 4}))
     done = launch(recipe, "rlfr", "--dry-run", f"flow.checkpoint={field}")
     assert [parse_config(tree).output_dir for tree in yaml.safe_load_all(done.stdout)] == ["runs/qwen2.5-math-1.5b/rlfr"]
     for kind in ("rlvr", "flow"):

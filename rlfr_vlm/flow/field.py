@@ -15,6 +15,7 @@ from torch import Tensor
 
 from rlfr_vlm.config import FlowConfig
 from rlfr_vlm.errors import UserError
+from rlfr_vlm.faults import faultpoint
 from rlfr_vlm.flow.latents import ContextMode, LatentRequest, Latents, Side, resolve_layers
 from rlfr_vlm.flow.network import VelocityNet
 from rlfr_vlm.flow.objective import debias_weight, logit_normal_times, velocity_deviation
@@ -184,11 +185,17 @@ class FlowField:
         return torch.randn(size, generator=generator, device=self.device)
 
     def save(self, folder: str | Path) -> None:
-        """Write weights (safetensors) and spec (JSON) into a folder."""
+        """Write weights (safetensors) and then the spec (JSON) into a folder, each whole or not at all: beside a spec the weights are whole."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        save_file({k: v.detach().cpu().contiguous() for k, v in self.network.state_dict().items()}, folder / WEIGHTS_FILE)
-        (folder / SPEC_FILE).write_text(json.dumps(asdict(self.spec), indent=1))
+        (folder / SPEC_FILE).unlink(missing_ok=True)
+        weights, spec = (folder / f".tmp-{name}" for name in (WEIGHTS_FILE, SPEC_FILE))
+        spec.write_text(json.dumps(asdict(self.spec), indent=1))
+        save_file({k: v.detach().cpu().contiguous() for k, v in self.network.state_dict().items()}, weights)
+        faultpoint("field_weights")
+        weights.replace(folder / WEIGHTS_FILE)
+        faultpoint("field_spec")
+        spec.replace(folder / SPEC_FILE)
 
     @classmethod
     def load(

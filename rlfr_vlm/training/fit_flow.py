@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
@@ -19,9 +18,8 @@ from rlfr_vlm.flow.objective import logit_normal_times
 from rlfr_vlm.models.pack import micro_batches, pack
 from rlfr_vlm.models.policy import Policy, expert_rollout
 from rlfr_vlm.training.optim import Optimizer
+from rlfr_vlm.training.schedule import FIT_WARMUP_FRAC, fit_steps, num_heldout
 from rlfr_vlm.types import EncodedPrompt, Prompt, Rollout, request_seed
-
-HELDOUT_FRAC = 0.05
 
 
 def fit_flow(
@@ -41,21 +39,16 @@ def fit_flow(
     assert cfg.flow is not None
     fit = cfg.flow.fit
     order = torch.randperm(len(prompts), generator=torch.Generator().manual_seed(cfg.seed)).tolist()
-    num_heldout = min(64, max(1, int(len(order) * HELDOUT_FRAC)))
-    train = [prompts[i] for i in order[num_heldout:]]
-    if len(train) < 1:
-        raise UserError(f"data.expert: {len(prompts)} rows are too few to fit a flow and hold some out")
-    batch_size = min(fit.batch_size, len(train))
-    steps = fit.steps or max(1, math.ceil(len(train) * fit.epochs / batch_size))
+    held = num_heldout(len(order))
+    batch_size, steps = fit_steps(cfg, len(order))
+    train = [prompts[i] for i in order[held:]]
     optimizer = Optimizer(
-        dict(field.network.named_parameters()), fit.lr, (0.9, 0.999), fit.weight_decay, 1.0, steps, warmup_frac=0.1, min_lr_ratio=0.0,
+        dict(field.network.named_parameters()), fit.lr, (0.9, 0.999), fit.weight_decay, 1.0, steps, FIT_WARMUP_FRAC, min_lr_ratio=0.0,
         setting="flow.fit.lr",
     )  # fmt: skip
     experts = Experts(policy, fit.max_tokens)
     source = PromptSource(train, renderer, PromptStream(len(train), cfg.seed, shuffle=True), bad, experts.check)
-    heldout = [
-        experts.rollout(p) for p in encode_all([prompts[i] for i in order[:num_heldout]], renderer, bad, experts.check, len(prompts))
-    ]
+    heldout = [experts.rollout(p) for p in encode_all([prompts[i] for i in order[:held]], renderer, bad, experts.check, len(prompts))]
     if not heldout:
         raise UserError("data.expert: none of the rows that were held out can be used")
     folder.mkdir(parents=True, exist_ok=True)

@@ -6,12 +6,15 @@ import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from rlfr_vlm.config import Config
+from rlfr_vlm.config import Config, FlowConfig, config_hash, differences
 from rlfr_vlm.errors import UserError
+from rlfr_vlm.training.checkpoint import list_checkpoints
 
-HELDOUT_FRAC, MOST_HELDOUT = 0.05, 64  # of the expert rows, as fit_flow holds them out
+HELDOUT_FRAC, MOST_HELDOUT = 0.05, 64  # of the expert rows
 FIT_WARMUP_FRAC = 0.1
+FIELD_SPEC = "flow_config.json"  # the last file that a fit writes
 SHOWN = 8  # numbers of a list that are spelled out
 
 Lines = list[tuple[str, str]]  # name, text
@@ -50,6 +53,7 @@ def _train(cfg: Config) -> tuple[Lines, Lines, Lines]:
     least = "at least " if rollout.max_rounds > 1 else ""
     passes = f", {least}{steps * rollout.num_prompts / rows.count:.2f} passes over its rows" if rows.count else ""
     plan = [
+        *_resumed(cfg),
         ("data", rows.text),
         ("steps", f"{_number(steps)}{passes}"),
         ("rollouts", f"{_number(rollout.num_prompts)} prompts x {rollout.group_size} responses = {_number(samples)} samples per step"),
@@ -70,7 +74,25 @@ def _train(cfg: Config) -> tuple[Lines, Lines, Lines]:
     plan.append(("evaluations", f"{_heldout(cfg)}, after steps {_listed(evaluated)}" if evaluated else "none (eval.every=0)"))
     kept = f"; the newest {cfg.train.keep_checkpoints} are kept" if len(saved) > cfg.train.keep_checkpoints else ""
     plan.append(("checkpoints", f"{len(saved)}, after steps {_listed(saved)}{kept}"))
-    return plan, [*_models(cfg), *_field(cfg)], _train_files(cfg, evaluated, saved)
+    return plan, [*_models(cfg), *_field(cfg), *_memory(cfg, trained=True)], _train_files(cfg, evaluated, saved)
+
+
+def _resumed(cfg: Config) -> Lines:
+    """Where a run would go on from. Raises UserError where it would refuse to; whether the checkpoint is whole is not looked at."""
+    folder = Path(cfg.output_dir) / "checkpoints"
+    if not (found := list_checkpoints(folder)):
+        return []
+    if not cfg.resume:
+        raise UserError(f"resume=false, but {folder} holds checkpoints; use another output_dir")
+    step = int(found[-1].name.rpartition("_")[2])
+    try:
+        state = json.loads((found[-1] / "state.json").read_text())
+        if state["config_hash"] != config_hash(cfg):
+            changed = differences(state["config"], cfg.model_dump(mode="json"))
+            raise UserError(f"{found[-1]} was written with another config: {changed}; use another output_dir")
+    except (OSError, ValueError, KeyError, TypeError):
+        return [("resumes", f"from {found[-1]}, or from one before it if it is damaged")]
+    return [("resumes", f"from {found[-1]}: {_number(max(0, cfg.train.steps - step))} of the steps are left")]
 
 
 def _train_files(cfg: Config, evaluated: list[int], saved: list[int]) -> Lines:
@@ -92,7 +114,9 @@ def _train_files(cfg: Config, evaluated: list[int], saved: list[int]) -> Lines:
         files.append((f"{out}/rollouts/", f"{names}: {shown} of the {cfg.rollout.num_prompts} groups of each step, with their pictures"))
     if evaluated:
         files.append((f"{out}/eval/", f"step_N.json and step_N.jsonl, N = {_listed(evaluated, '{:06d}')}"))
-    files.append((f"{out}/checkpoints/", f"global_step_N, N = {_listed(saved)}: {', '.join(contents)}"))
+    files.append(
+        (f"{out}/checkpoints/", f"global_step_N, N = {_listed(saved)}: {', '.join(contents)}; and `latest`, the newest one's name")
+    )
     files.append((f"{out}/hf/global_step_{steps}/", "the trained model as a plain Hugging Face folder"))
     return files + _bad_rows(cfg)
 
@@ -104,8 +128,9 @@ def _flow(cfg: Config) -> tuple[Lines, Lines, Lines]:
     rows = count_rows(_required(cfg.data.expert, "data.expert"))
     if cfg.flow is None:
         raise UserError("the config has no `flow` section: nothing to fit")
+    out = new_field_folder(cfg)
     fit, flow = cfg.flow.fit, cfg.flow
-    batch, steps = fit_steps(cfg, rows.count)
+    batch, steps = (fit.batch_size, fit.steps) if rows.count is None else fit_steps(cfg, rows.count)
     plan = [("data", rows.text)]
     if rows.count is not None:
         held = num_heldout(rows.count)
@@ -119,14 +144,49 @@ def _flow(cfg: Config) -> tuple[Lines, Lines, Lines]:
     plan.append(("tokens per step", f"at most {_number(batch * fit.max_tokens)}: {batch} rows of {_number(fit.max_tokens)}"))
     if steps:
         plan.append(("tokens", f"at most {_number(steps * batch * fit.max_tokens)} in total"))
-    out = Path(cfg.output_dir) / "flow"
     files = [
+        (f"{out}/config.resolved.yaml", ""),
         (f"{out}/flow_fit.jsonl", "a line per step, with the held-out loss at about ten of them"),
-        (f"{out}/flow.safetensors", "the field, at the end"),
-        (f"{out}/flow_config.json", "what it was fitted on"),
+        (f"{out}/flow.safetensors", "the field, at the end: a fit that is stopped starts anew"),
+        (f"{out}/{FIELD_SPEC}", "what it was fitted on"),
         *_bad_rows(cfg),
     ]
-    return plan, [*_policy(cfg), ("flow field", f"a new one{_field_size(cfg)}")], files
+    return plan, [*_policy(cfg), ("flow field", f"a new one{_field_size(cfg)}"), *_memory(cfg, trained=False)], files
+
+
+def new_field_folder(cfg: Config) -> Path:
+    """Where a fit puts its field. Raises UserError where a finished one is."""
+    folder = Path(cfg.output_dir) / "flow"
+    if (folder / FIELD_SPEC).exists():
+        raise UserError(f"{folder} holds a fitted field, which is not written over: remove it, or choose another output_dir")
+    return folder
+
+
+def check_field(cfg: FlowConfig) -> None:
+    """Raises UserError where `flow.checkpoint` says that it was fitted otherwise than this config reads it.
+
+    Loading it compares layers and backbone too; this comes before anything is loaded.
+    """
+    path = Path(str(cfg.checkpoint)) / FIELD_SPEC
+    try:
+        found = json.loads(path.read_text())
+        theirs = {name: found[name] for name in ("context", "shift", "times", "depth")}
+    except OSError as error:
+        raise UserError(f"flow.checkpoint: {path}: {error.strerror}; fit a field first with `rlfr-vlm flow`") from None
+    except (ValueError, TypeError, KeyError) as error:
+        raise UserError(f"flow.checkpoint: {path} is not a flow spec: {error!r}") from None
+    modes, shifts = zip(*cfg.sides, strict=True)
+    ours = {"context": [*modes], "shift": [*shifts], "times": [*cfg.times], "depth": cfg.network.depth}
+    wrong = [f"{k}: checkpoint {_joined(theirs[k])}, run {_joined(ours[k])}" for k in ours if theirs[k] != ours[k]]
+    if wrong:
+        raise UserError(
+            f"flow.checkpoint: {cfg.checkpoint} does not fit this run ({'; '.join(wrong)}); set flow.* as it was fitted, or fit another field"
+        )
+
+
+def _joined(value: Any) -> str:
+    """Several values as configs write them: a+b."""
+    return "+".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
 def num_heldout(rows: int) -> int:
@@ -134,12 +194,10 @@ def num_heldout(rows: int) -> int:
     return min(MOST_HELDOUT, max(1, int(rows * HELDOUT_FRAC)))
 
 
-def fit_steps(cfg: Config, rows: int | None) -> tuple[int, int | None]:
-    """Expert solutions per step, and steps where they can be told: `flow.fit.steps`, else the passes over the rows not held out."""
+def fit_steps(cfg: Config, rows: int) -> tuple[int, int]:
+    """Expert solutions per step, and steps: `flow.fit.steps`, else the passes over the rows not held out."""
     assert cfg.flow is not None
     fit = cfg.flow.fit
-    if rows is None:
-        return fit.batch_size, fit.steps
     train = rows - num_heldout(rows)
     if train < 1:
         raise UserError(f"data.expert: {rows} rows are too few to fit a flow and hold some out")
@@ -191,8 +249,11 @@ def _field(cfg: Config) -> Lines:
     folder = cfg.flow.checkpoint
     if folder is None:
         source = "a new one (flow.checkpoint is unset)"
+    elif (Path(folder) / FIELD_SPEC).exists():
+        check_field(cfg.flow)
+        source = folder
     else:
-        source = folder if Path(folder).is_dir() else f"{folder}, which is not there yet: fit it first with `rlfr-vlm flow`"
+        source = f"{folder}, which is not there yet: fit it first with `rlfr-vlm flow`"
     return [("flow field", f"{source}{_field_size(cfg)}{'' if cfg.flow.online.enabled else ', frozen'}")]
 
 
@@ -207,47 +268,104 @@ def num_field_parameters(hidden: int, depth: int) -> int:
     return hidden**2 * (7 + 5 * depth) + hidden * (522 + 6 * depth)
 
 
-def hidden_size(model: str) -> int | None:
-    """Size of a local model's latents, from its config.json; None for a hub name or a folder without one."""
+def text_config(model: str) -> dict[str, Any]:
+    """Config of a local model's language part; empty for a hub name or a folder without one."""
     try:
         config = json.loads((Path(model) / "config.json").read_text())
-    except (OSError, ValueError):
-        return None
-    size = {**config, **config.get("text_config", {})}.get("hidden_size")
+        return {**config, **config.get("text_config", {})}
+    except (OSError, ValueError, TypeError, AttributeError):
+        return {}
+
+
+def hidden_size(model: str) -> int | None:
+    """Size of a local model's latents; None where it is not known."""
+    size = text_config(model).get("hidden_size")
     return size if isinstance(size, int) else None
+
+
+def num_parameters(model: str) -> int | None:
+    """Weights of a local model's language part, but for a few biases and norms; None where they are not known, as with experts."""
+    config = text_config(model)
+    try:
+        hidden, heads = config["hidden_size"], config["num_attention_heads"]
+        head = config.get("head_dim") or hidden // heads
+        attention = 2 * hidden * head * (heads + (config.get("num_key_value_heads") or heads))
+        layers = config["num_hidden_layers"] * (attention + 3 * hidden * config["intermediate_size"])
+        total = layers + config["vocab_size"] * hidden * (1 if config.get("tie_word_embeddings") else 2)
+    except (KeyError, TypeError, ZeroDivisionError):
+        return None
+    return total if isinstance(total, int) and not any("expert" in key for key in config) else None
+
+
+def _memory(cfg: Config, trained: bool) -> Lines:
+    """What weights, gradients and AdamW's two moments take; a bfloat16 policy has float32 ones of each beside its own two."""
+    half = cfg.model.dtype == "bfloat16"
+    weight = 2 if half else 4
+    each = weight if not trained else 16 if not half else 20 if cfg.model.master_weights else 8
+    size, hidden = num_parameters(cfg.model.path), hidden_size(cfg.model.path)
+    rest = "on one device, for nothing is sharded; activations and the KV cache come on top"
+    if size is None:
+        return [("memory", f"{each} bytes for each parameter of the policy, {_gib(10**9 * each)} per billion, {rest}")]
+    parts = [("policy", size, each)]
+    if trained and cfg.algorithm.needs_reference:
+        parts.append(("reference", size, weight))  # taken to be as large
+    if cfg.flow is not None and hidden is not None:
+        parts.append(("field", num_field_parameters(hidden, cfg.flow.network.depth), 16 if not trained or cfg.flow.online.enabled else 4))
+    sums = ", ".join(f"{name} {count / 1e6:,.1f}M parameters x {one} bytes" for name, count, one in parts)
+    return [("memory", f"about {_gib(sum(count * one for _, count, one in parts))} {rest}: {sums}")]
+
+
+def _gib(size: int) -> str:
+    return f"{size / 2**30:,.1f} GiB"
 
 
 # -- figures ----------------------------------------------------------------------------------------------------------
 
 
 def count_rows(source: str, limit: int | None = None) -> Rows:
-    """Rows of a data file, good and bad ones, at most `limit`."""
+    """Rows of a data file, good and bad ones, at most `limit`. Raises UserError for one that cannot be read."""
     path = Path(source)
     if not path.exists():
         local = path.suffix or source.startswith((".", "/"))
         return Rows(None, f"rows unknown: {source} {'is not there yet' if local else 'is read from the hub'}")
+    if path.suffix not in ROW_FILES or not path.is_file():
+        raise UserError(f"data file {source}: expected .jsonl, .json, .parquet or .arrow")
     try:
-        found = _rows(path)
-    except (OSError, ValueError) as error:
-        return Rows(None, f"rows unknown: {source} cannot be read: {' '.join(str(error).split())[:200]}")
+        found = ROW_FILES[path.suffix](path)
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"data file {source} cannot be read as {path.suffix}: {' '.join(str(error).split())[:200]}") from None
     except ImportError:
-        return Rows(None, f"rows unknown: {source}: reading Parquet needs the extra: pip install 'rlfr-vlm[data]'")
+        return Rows(None, f"rows unknown: {source}: reading Parquet and Arrow needs the extra: pip install 'rlfr-vlm[data]'")
     count = min(found, limit or found)
     return Rows(count, f"{_number(count)}{f' of {_number(found)}' if count < found else ''} rows: {source}")
 
 
-def _rows(path: Path) -> int:
-    if path.suffix == ".parquet":
-        from pyarrow.parquet import read_metadata
-
-        return int(read_metadata(path).num_rows)
-    if path.suffix == ".json":
-        rows = json.loads(path.read_text(encoding="utf-8-sig"))
-        if not isinstance(rows, list):
-            raise ValueError("expected a list of rows")
-        return len(rows)
+def _count_lines(path: Path) -> int:
     with path.open("rb") as file:
         return sum(1 for line in file if line.strip())
+
+
+def _count_list(path: Path) -> int:
+    rows = json.loads(path.read_text(encoding="utf-8-sig"))
+    if not isinstance(rows, list):
+        raise ValueError("expected a list of rows")
+    return len(rows)
+
+
+def _count_parquet(path: Path) -> int:
+    from pyarrow.parquet import read_metadata
+
+    return int(read_metadata(path).num_rows)
+
+
+def _count_arrow(path: Path) -> int:
+    import pyarrow as pa
+
+    with pa.memory_map(str(path)) as file:
+        return sum(batch.num_rows for batch in pa.ipc.open_stream(file))
+
+
+ROW_FILES = {".jsonl": _count_lines, ".json": _count_list, ".parquet": _count_parquet, ".arrow": _count_arrow}
 
 
 def due_steps(every: int, steps: int) -> list[int]:

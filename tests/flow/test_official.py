@@ -4,6 +4,7 @@ import json
 import math
 import os
 import pickle
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -79,6 +80,7 @@ def test_every_prefix_and_dtype_is_read_exactly_and_written_back_exactly(tmp_pat
         assert tensor.dtype == torch.float32
         assert torch.equal(tensor, state[prefix + name].float())
     for option in (None, dtype):
+        (tmp_path / "back/flow_model.bin").unlink(missing_ok=True)
         back = torch.load(export_field(tmp_path / "ours", tmp_path / "back", option), weights_only=True)
         assert list(back) == [f"model.{name}" for name in network_shapes(SIZE, DEPTH)]
         for name in official_shapes():
@@ -121,7 +123,7 @@ def test_only_shards_with_flow_keys_are_read(tmp_path):
         ("{", "pytorch_model.bin.index.json is not an index of shards"),
         ('{"weight_map": {"pretrained_model.x": "a.bin"}}', "names no such key"),
         ('{"weight_map": {"flow.model.x": "../a.bin"}}', "names ['../a.bin']"),
-        ('{"weight_map": {"flow.model.x": "gone.bin"}}', "gone.bin is not a torch file"),
+        ('{"weight_map": {"flow.model.x": "gone.bin"}}', "gone.bin does not exist"),
     ],
 )
 def test_an_index_that_does_not_fit(tmp_path, text, message):
@@ -188,7 +190,7 @@ def test_settings_are_found_in_configs_beside_the_file(tmp_path):
         assert (field.spec.sides, field.spec.layers) == ((("token_post", 2),), (14,))
         assert origins == {"context": "config.json", "shift": "config.json", "layers": "config.json", "times": "default 0.8"}
     (folder / "fit.yaml").write_text("hook_layers_percentile: 0.5\nflow_context_mode: token_pre\nrewarding_timesteps: 0.5+0.8\n")
-    assert "context is ['token_post'] in config.json, but 'token_pre' in fit.yaml; name the right one with --context" in refused(folder, {})
+    assert "context is ['token_post'] in config.json, but ['token_pre'] in fit.yaml; name the right one with --context" in refused(folder, {})
     field, origins = import_field(folder, BACKBONE, {"context": "token_pre"}, "m")
     assert (field.spec.context, field.spec.times, origins["context"]) == (("token_pre",), (0.5, 0.8), "--context")
 
@@ -201,16 +203,51 @@ def test_a_side_that_nothing_names_is_asked_for(tmp_path):
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({"context": "layer_post"}, "context.0 Input should be 'token_pre', 'token_post' or 'identity'"),
-        ({"context": "token_pre", "shift": "x"}, "shift.0 Input should be a valid integer"),
-        ({"context": "token_pre", "shift": "1+2"}, "shift: 2 values for 1 contexts"),
+        ({"context": "layer_post"}, "--context: Input should be 'token_pre', 'token_post' or 'identity' (given: layer_post)"),
+        ({"context": "token_pre", "shift": "x"}, "--shift: Input should be a valid integer"),
+        ({"context": "token_pre", "shift": "1+2"}, "--shift: 2 values for 1 contexts"),
         ({"context": "token_pre", "layers": "0.5+0.25"}, "must rise"),
         ({"context": "token_pre", "layers": "0.5+0.51"}, "one of them twice"),
-        ({"context": "token_pre", "times": "1"}, "times: 1.0 is not in [0, 1)"),
+        ({"context": "token_pre", "times": "1"}, "--times: 1.0 is not between 0"),
+        ({"context": "identity", "shift": "3"}, "leave --shift out"),
+        ({"context": "token_pre", "times": "+".join(["0.8"] * 65)}, "--times is a list of 65 values, neither a value nor a flat list"),
     ],
 )
 def test_settings_that_cannot_be(tmp_path, given, message):
     assert message in refused(written(tmp_path, official_state()), given)
+
+
+BOMB = "a: &a [x, x]\n" + "".join(f"{b}: &{b} [*{a}, *{a}, *{a}, *{a}]\n" for a, b in zip("abcdefghij", "bcdefghijk", strict=True))
+MERGES = "a: &a {x: 1}\n" + "".join(f"{b}: &{b}\n  <<: [*{a}, *{a}, *{a}]\n" for a, b in zip("abcdefghij", "bcdefghijk", strict=True))
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("c.yaml", BOMB + "flow_shift: *k", "c.yaml has YAML aliases and is not read"),
+        ("c.yaml", MERGES * 3 + "flow_shift: 1", "c.yaml has YAML aliases and is not read"),
+        ("c.yaml", "flow_shift: [1, [2]]", "shift in"),
+        ("c.yaml", "flow_shift: {a: 1}", "is dict, neither a value nor a flat list of a few"),
+        ("c.json", '{"flow_shift": [null]}', "is a list with NoneType, neither a value"),
+        ("c.json", '{"flow_shift": []}', "is a list of 0 values"),
+        ("c.json", '{"flow_shift": true}', "is bool"),
+        (
+            "c.json",
+            '{"flow_shift": "1+x"}',
+            "shift (c.json): Input should be a valid integer, unable to parse string as an integer (given: x)",
+        ),
+        ("c.json", '{"flow_shift": "' + "x" * 5000 + '"}', "(given: " + "x" * 80 + "...)"),
+    ],
+)
+def test_settings_in_a_config_are_values_or_flat_lists(tmp_path, name, text, message):
+    (tmp_path / name).write_text(text)
+    found = refused(written(tmp_path, official_state()))
+    assert message in found and len(found) < 1000
+
+
+def test_a_config_that_names_no_setting_may_hold_anything(tmp_path):
+    (tmp_path / "compose.yaml").write_text(BOMB)
+    assert read(written(tmp_path, official_state())).spec.shift == (1,)
 
 
 def drop(state, name):
@@ -238,8 +275,15 @@ BAD_STATES = {
     "other size": (official_state(h=12), "`model.input_proj.weight` reads latents of size 12, but the-model has hidden_size 8"),
     "integers": (spoiled("cond_embed.bias", torch.ones(SIZE, dtype=torch.int64)), "`model.cond_embed.bias` is torch.int64"),
     "doubles": (spoiled("cond_embed.bias", torch.ones(SIZE).double()), "`model.cond_embed.bias` is torch.float64"),
-    "sparse": (spoiled("cond_embed.bias", torch.ones(SIZE).to_sparse()), "`model.cond_embed.bias`"),
-    "no data": (spoiled("cond_embed.bias", torch.ones(SIZE, device="meta")), "`model.cond_embed.bias`"),
+    "sparse": (
+        spoiled("cond_embed.bias", torch.ones(SIZE).to_sparse()),
+        "`model.cond_embed.bias` is torch.float32 in the layout sparse_coo, not a plain tensor",
+    ),
+    "no data": (
+        spoiled("cond_embed.bias", torch.ones(SIZE, device="meta")),
+        "`model.cond_embed.bias` is torch.float32 without data (meta)",
+    ),
+    "long key": (spoiled("x" * 10**6, torch.ones(1)), f"1 unexpected keys ['model.{'x' * 74}...']"),
     "not a tensor": (spoiled("cond_embed.bias", [1.0] * SIZE), "`model.cond_embed.bias` is list"),
     "NaN": (spoiled("cond_embed.bias", NAN), "`model.cond_embed.bias` holds NaN"),
     "infinite": (spoiled("time_embed.freqs", torch.full((1, 128), math.inf)), "`model.time_embed.freqs` holds NaN or infinite"),
@@ -272,6 +316,22 @@ def test_damaged_files_are_refused_by_name(tmp_path):
     assert f"{path} is not a plain torch file" in refused(path)
     save_file(official_state(), path)
     assert f"{path} is not a plain torch file" in refused(path)
+
+
+def test_packed_archives_and_stand_ins_are_named(tmp_path):
+    path = written(tmp_path, official_state())
+    with zipfile.ZipFile(path) as archive, zipfile.ZipFile(tmp_path / "packed.bin", "w", zipfile.ZIP_DEFLATED) as packed:
+        for name in archive.namelist():
+            packed.writestr(name, archive.read(name))
+    found = refused(tmp_path / "packed.bin")
+    assert "is compressed, which no torch file is; nothing in it was read" in found
+    for text, message in (
+        ("version https://git-lfs.github.com/spec/v1\noid sha256:1\nsize 5\n", "is a Git LFS pointer and not the file itself"),
+        ("\n<!DOCTYPE html><html>", "is a web page"),
+        ("<html lang=en>", "is a web page"),
+    ):
+        path.write_text(text)
+        assert f"{path} {message}" in refused(path)
 
 
 def test_flipped_bytes_never_crash(tmp_path):
@@ -321,7 +381,7 @@ def test_code_in_a_checkpoint_is_not_run(tmp_path, form):
 
 
 def test_sources_without_a_checkpoint(tmp_path):
-    assert "is not a torch file" in refused(tmp_path / "nothing")
+    assert "nothing does not exist" in refused(tmp_path / "nothing")
     assert "holds none of flow_model.bin, pytorch_model.bin, pytorch_model.bin.index.json" in refused(tmp_path)
     save_file(official_state(), tmp_path / "model.safetensors")
     assert "holds none of flow_model.bin" in refused(tmp_path)
@@ -334,6 +394,15 @@ def own_field(tmp_path):
     field = read(written(tmp_path / "theirs", official_state()))
     field.save(tmp_path / "ours")
     return tmp_path / "ours", field.spec
+
+
+def test_weights_of_another_depth_than_the_spec_says_are_not_exported(tmp_path):
+    folder, _ = own_field(tmp_path)
+    path = folder / "flow_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"depth": DEPTH + 1}))
+    with pytest.raises(UserError, match=f"has {DEPTH} blocks, but .* says depth {DEPTH + 1}"):
+        export_field(folder, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_fingerprint_is_compared_only_where_it_is_known(tmp_path):
