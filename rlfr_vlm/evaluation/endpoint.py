@@ -95,7 +95,8 @@ class Endpoint:
 
     async def _problem(self, client: httpx.AsyncClient) -> str | None:
         """What a probe finds wrong, and what to do about it."""
-        models, _ = await self._patiently(client, "GET", "/models", None, read_models, PROBE_RETRIES)
+        retries = min(self.cfg.retries, PROBE_RETRIES)
+        models, _ = await self._patiently(client, "GET", "/models", None, read_models, retries)
         served = [] if isinstance(models, Fault) else models  # not every server lets one see a list
         unlisted = f"does not serve `{self.model}` but {', '.join(served[:20])}; set {self.name}.model to one of these"
         fault: Fault | Failure
@@ -105,7 +106,7 @@ class Endpoint:
             return unlisted
         else:
             hello = ChatRequest(({"role": "user", "content": "Say yes."},), max_tokens=1)
-            reply = await self._ask(client, hello, PROBE_RETRIES, asyncio.Semaphore())
+            reply = await self._ask(client, hello, retries, asyncio.Semaphore())
             if isinstance(reply, ChatReply):
                 return None
             fault = reply

@@ -57,8 +57,8 @@ USER = """\
 {tail}
 [/{code} end of the response]
 
-Does the final answer agree with the reference answer? Give your reason in one short sentence. Then write the verdict alone on the last \
-line: the code, a colon, and 1 if they agree or 0 if they do not. The code is {code}."""
+Does the final answer agree with the reference answer? Give your reason in one short sentence. Then write the verdict, alone on the last \
+line: {code}:1 if they agree, {code}:0 if they do not."""
 
 # What chat templates turn into control tokens of common models.
 CONTROL = re.compile(r"<(?=[|｜])|(?<=[|｜])>|<(?=/?(?:s|bos|eos|pad|unk|(?:start|end)_of_\w+)>)|\[(?=/?INST\])")

@@ -216,13 +216,13 @@ def completion(text: str | None, reason: str = "stop") -> dict:
 def judged(request: dict) -> tuple[str, dict[str, str]]:
     """(code, the four texts) of a judge's prompt."""
     text = request["messages"][-1]["content"]
-    code = re.search(r"The code is (\w+)\.$", text)[1]
+    code = re.search(r"(\w+):0 if they do not\.$", text)[1]
     return code, dict(re.findall(rf"\[{code} ([a-z ]+)\]\n(.*?)\n\[/{code} \1\]", text, flags=re.DOTALL))
 
 
 def right_verdict(request: dict) -> str:
     """What a good judge says: equal texts agree. To a probe it says yes."""
-    if "The code is" not in request["messages"][-1]["content"]:
+    if "if they do not." not in request["messages"][-1]["content"]:
         return "Yes."
     code, shown = judged(request)
     return f"They were compared.\n{code}:{int(shown['final answer'] == shown['reference answer'])}"

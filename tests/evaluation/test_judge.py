@@ -156,7 +156,7 @@ def test_twenty_hostile_responses_flip_no_verdict(judge_by):
         found = verdicts(make(server), items)
         for body in server.bodies:  # the frame is whole: eight marks, and the code in nothing that the model under test wrote
             code, shown = judged(body)
-            assert len(shown) == 4 and body["messages"][1]["content"].count(code) == 9 and code not in "".join(shown.values())
+            assert len(shown) == 4 and body["messages"][1]["content"].count(code) == 10 and code not in "".join(shown.values())
     assert "correct" not in [v.verdict for v in found]
     if judge_by is echo_then_judge:
         assert [v.verdict for v in found] == ["wrong"] * 20
