@@ -20,7 +20,12 @@ LEVELS = [
     {"commands", "bench", "doctor", "cli"},
 ]
 LEVEL = {name: level for level, names in enumerate(LEVELS) for name in names}
-ONE_IMPORTER = {"vllm": "rollout/vllm_engine.py", "deepspeed": "training/deepspeed_backend.py", "ray": "training/ray_launch.py"}
+ONE_IMPORTER = {
+    "vllm": "rollout/vllm_engine.py",
+    "deepspeed": "training/deepspeed_backend.py",
+    "ray": "training/ray_launch.py",
+    "vlmeval": "evaluation/vlm_process.py",
+}
 
 
 def imported(path):

@@ -1,0 +1,290 @@
+"""Benchmarks through VLMEvalKit: its data sets and scoring, our ledger, a judge that fails."""
+
+import base64
+import csv
+import importlib.util
+import io
+import json
+import re
+from pathlib import Path
+
+import pytest
+from PIL import Image, ImageDraw
+
+from rlfr_vlm.config import parse_config
+from rlfr_vlm.errors import StoppedError, UserError
+from rlfr_vlm.evaluation import suite, vlm
+from rlfr_vlm.evaluation.benchmarks import find_benchmark, load_problems
+from rlfr_vlm.evaluation.ledger import Answer, read_ledger
+from rlfr_vlm.evaluation.vlm_guards import UNREADABLE, Judging, arithmetic, bounded_equal, guarded, refuse
+from tests.evaluation.scripted_server import ScriptedServer
+
+ROOT = Path(__file__).parents[2]
+KEY = "sk-sentinel-5e1f0c"
+FAULTS = {"429": 0.08, "500": 0.08, "slow": 0.06, "garbage": 0.09, "half": 0.09}  # 40 % of the calls
+
+
+def picture(text):
+    image = Image.new("RGB", (112, 56), "white")
+    ImageDraw.Draw(image).text((20, 20), text, fill="black")
+    data = io.BytesIO()
+    image.save(data, "PNG")
+    return base64.b64encode(data.getvalue()).decode()
+
+
+def write_tsv(path, rows):
+    with path.open("w", newline="") as file:
+        table = csv.DictWriter(file, list(dict.fromkeys(k for row in rows for k in row)), delimiter="\t")
+        table.writeheader()
+        table.writerows(rows)
+    return path
+
+
+def row(index, question, answer, **more):
+    return {"index": index, "question": question, "answer": answer, "image": picture(str(index)), **more}
+
+
+def mathvista_rows():
+    """Sixteen rows with what the model under test says, and whether that is right."""
+    said = []
+
+    def free(kind, answer, says, right):
+        said.append((kind, answer, "", "", says, right))
+
+    def choice(answer, option, says, right):
+        said.append(("text", answer, "['3', '5', '8']", option, says, right))
+
+    free("integer", "14", "14", True)  # decided without a judge
+    free("integer", "14", "13", False)
+    free("integer", "7", "The sum is \\boxed{7}", True)
+    free("integer", "7", "The sum is \\boxed{9}", False)
+    free("float", "1.5", "1.5", True)
+    free("float", "2.5", "So it is \\boxed{2.5}.", True)
+    free("float", "2.5", "So it is \\boxed{2.4}.", False)
+    free("text", "yes", "yes", True)
+    free("text", "No", "It shows \\boxed{no}", True)
+    free("text", "yes", "It shows \\boxed{no}", False)
+    free("list", "[1, 2]", "[1,2]", True)
+    free("list", "[3, 4]", "They are \\boxed{[3, 4]}", True)
+    free("list", "[3, 4]", "They are \\boxed{[4, 3]}", False)
+    choice("5", "B", "The answer is B", True)
+    choice("8", "C", "Compare (A) with (B): \\boxed{C}", True)
+    choice("8", "C", "Compare (A) with (C): \\boxed{A}", False)
+    rows, answers, right = [], {}, {}
+    for index, (kind, answer, choices, option, says, correct) in enumerate(said, 100):
+        question_type = "multi_choice" if choices else "free_form"
+        rows.append(
+            row(index, f"Hint: look.\nQuestion: {index}?", answer, question_type=question_type, answer_type=kind, choices=choices or "[]",
+                answer_option=option, task="digits", skills="['arithmetic reasoning']")
+        )  # fmt: skip
+        answers[str(index)], right[str(index)] = says, correct
+    return rows, answers, right
+
+
+def extract(request):
+    """A judge that finds what is boxed."""
+    text = str(request["messages"][-1]["content"])
+    found = re.findall(r"\\boxed\{([^}]*)\}", text.rpartition("Model respone:")[2] or text)
+    return found[-1] if found else "none"
+
+
+class Says:
+    """A model under test with a text for every problem."""
+
+    identity = {"endpoint": "says"}  # noqa: RUF012
+
+    def __init__(self, answers):
+        self.answers, self.asked = answers, []
+
+    def respond(self, samples, problems, benchmark):
+        for problem, sample in samples:
+            self.asked.append((problem, sample))
+            yield [Answer(problem, sample, self.answers[problem], "stop", 5, 3, 0.1)]
+
+
+@pytest.fixture(autouse=True)
+def private_folders(tmp_path_factory, monkeypatch):
+    """Pictures unpacked into the session's folder, and an environment that would change the judge."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.getbasetemp() / "cache"))
+    monkeypatch.setenv("LOCAL_LLM", "another-judge")
+    monkeypatch.setenv("OPENAI_API_BASE", "http://127.0.0.1:9/v1")
+    monkeypatch.setenv("JUDGE_KEY", KEY)
+
+
+def telling_seed(prompts):
+    """A seed whose faults are of every kind, strike some prompts twice, and let the probe through."""
+    for seed in range(100_000):
+        server = ScriptedServer(faults=FAULTS, seed=seed)
+        probe = [server.fault(p, n) for p in prompts if "Say yes" in p for n in range(6)]
+        twice = [p for p in prompts if server.fault(p, 0) and server.fault(p, 1)]
+        if not any(probe) and len(twice) > 2 and {server.fault(p, 0) for p in prompts} >= set(FAULTS):
+            return seed
+    raise AssertionError("no such seed")
+
+
+def config(tmp_path, name, server=None, retries=1, **settings):
+    tree = {"benchmarks": [name], "data_dir": str(tmp_path), **settings}
+    if server is not None:
+        judge = {
+            "model": "scripted",
+            "api_base": server.api_base,
+            "key_env": "JUDGE_KEY",
+            "timeout": 0.6,
+            "retries": retries,
+            "concurrency": 4,
+        }
+        tree |= {"judge": judge, "grading": "rule_then_judge"}
+    return parse_config({"output_dir": str(tmp_path / "out"), "model": {"path": "x"}, "eval": tree})
+
+
+def run(cfg, answers, out="out"):
+    model = Says(answers)
+    folder = Path(cfg.output_dir).parent / out
+    with suite.judge_of(cfg) as judge:
+        planned = suite.plan(cfg)
+        summaries = suite.run_planned(cfg, planned, lambda _: model, judge, folder, print)
+    return next(iter(summaries.values())), model, folder / planned[0].benchmark.name
+
+
+def verdicts(folder):
+    return {problem: v.verdict for (problem, _), v in read_ledger(folder)[2].items()}
+
+
+def expected(right):
+    return {name: "correct" if correct else "wrong" for name, correct in right.items()}
+
+
+# -- without VLMEvalKit ------------------------------------------------------------------------------------------------
+
+
+def test_only_literals_and_arithmetic_are_read(tmp_path):
+    assert arithmetic("['a', 'b']") == ["a", "b"] and arithmetic("1/4 + 2**-2") == 0.5 and arithmetic(" -3 ") == -3
+    for text in ("__import__('os').system('x')", "9**9**9**9", "(1).__class__", "[].append(1)", "x", "'a' * 10**9", "(" * 500 + ")" * 500):
+        with pytest.raises(UNREADABLE):
+            arithmetic(text)
+    same = bounded_equal(lambda a, b: False)
+    assert same("0.5", "1/2") and same(" Three ", "three") and not same("5", "6") and not same("x" * 300, "5")
+    scope = {"__name__": "vlmeval.dataset.utils.any", "eval": guarded(eval, arithmetic), "exec": guarded(exec, refuse)}
+    exec("def run(text): return eval(text)\ndef hurt(text): exec(text)", scope)
+    assert scope["run"]("[1, 2]") == [1, 2]
+    with pytest.raises(ValueError, match="arithmetic"):
+        scope["run"](f"open({str(tmp_path / 'x')!r}, 'w')")
+    with pytest.raises(PermissionError):
+        scope["hurt"](f"open({str(tmp_path / 'x')!r}, 'w')")
+    assert guarded(eval, arithmetic)("KEY + tmp_path.name") == KEY + tmp_path.name  # everybody else's
+    assert not (tmp_path / "x").exists()
+
+
+def test_missing_file_and_column_are_named(tmp_path):
+    with pytest.raises(UserError, match=r"MathVista_MINI.tsv does not exist"):
+        suite.plan(config(tmp_path, "mathvista_mini"))
+    write_tsv(tmp_path / "MathVista_MINI.tsv", [{k: v for k, v in mathvista_rows()[0][0].items() if k not in ("skills", "image")}])
+    with pytest.raises(UserError, match=r"MathVista_MINI.tsv: no column `skills`, `image`"):
+        suite.plan(config(tmp_path, "mathvista_mini"))
+    with pytest.raises(UserError, match="vlmeval/NAME"):
+        find_benchmark("vlmeval/../x")
+
+
+def test_every_definition_is_read():
+    names = [p.stem for p in (ROOT / "eval/benchmarks").glob("*.yaml")]
+    kit = {find_benchmark(name)[0].vlmeval for name in names} - {None}
+    assert {"MathVista_MINI", "MathVerse_MINI", "MathVision", "MathVision_MINI", "WeMath", "LogicVista", "DynaMath", "MMMU_DEV_VAL"} <= kit
+
+
+def test_an_env_file_in_the_installation_is_refused(tmp_path, monkeypatch):
+    (tmp_path / "vlmeval").mkdir()
+    (tmp_path / "vlmeval/__init__.py").touch()
+    (tmp_path / ".env").write_text("LOCAL_LLM=x")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    with pytest.raises(UserError, match=r"\.env"):
+        vlm.Kit()
+
+
+def test_replies_of_the_judge_are_kept_and_failures_forgotten(tmp_path):
+    first = Judging(None, tmp_path / "judge.jsonl", {"1": ""})
+    first.write({"said": {"a": "yes", "b": "no"}})
+    first.said["1"] = [("b", "no")]
+    first.lose("1", "unread")
+    with (tmp_path / "judge.jsonl").open("a") as file:
+        file.write('\n{"said": {"c": "to')
+    again = Judging(None, tmp_path / "judge.jsonl", {})
+    again.write({"said": {"d": "more"}})
+    assert again.known == {"a": "yes"}
+    assert Judging(None, tmp_path / "judge.jsonl", {}).known == {"a": "yes", "d": "more"}
+
+
+def test_own_image_set_without_code(tmp_path):
+    """A YAML and a TSV: pictures in it, by the index of another row, or in files; graded by our rules."""
+    Image.new("RGB", (56, 56)).save(tmp_path / "a.png")
+    base = dict.fromkeys(("A", "B", "image_path"), "")
+    rows = [{**row(1, "How many?", "14"), **base}, {**base, **row(2, "Which?", "B", A="13", B="14"), "image": "1"}]
+    rows.append({**row(3, "And here?", "3"), **base, "image": "", "image_path": "a.png"})
+    write_tsv(tmp_path / "mine.tsv", rows)
+    (tmp_path / "mine.yaml").write_text("name: mine\nfile: mine.tsv\n")
+    cfg = config(tmp_path, str(tmp_path / "mine.yaml"))
+    problems = load_problems(cfg, *find_benchmark(str(tmp_path / "mine.yaml")))
+    assert [p.golds for p in problems] == [("14",), ("B", "14"), ("3",)]
+    assert problems[0].prompt.images == problems[1].prompt.images and problems[2].prompt.images == ("a.png",)
+    assert problems[1].prompt.messages[0]["content"][-1]["text"] == "Which?\nA. 13\nB. 14"
+    summary, _, folder = run(cfg, {"1": "\\boxed{14}", "2": "\\boxed{B}", "3": "\\boxed{4}"})
+    assert summary["verdicts"]["correct"] == 2 and verdicts(folder)["3"] == "wrong"
+    write_tsv(tmp_path / "mine.tsv", [*rows, {**row(1, "again", "1"), **base}])
+    with pytest.raises(UserError, match=r"mine\.tsv:5: index 1 again"):
+        load_problems(cfg, *find_benchmark(str(tmp_path / "mine.yaml")))
+
+
+needs_kit = pytest.mark.skipif(importlib.util.find_spec("vlmeval") is None, reason="needs the extra `eval`")
+
+
+# -- with it -----------------------------------------------------------------------------------------------------------
+
+
+@needs_kit
+def test_mathvista_with_a_flaky_judge_equals_a_good_one(tmp_path, capfd):
+    rows, answers, right = mathvista_rows()
+    write_tsv(tmp_path / "MathVista_MINI.tsv", rows)
+    with ScriptedServer(extract, key=KEY) as good:
+        cfg = config(tmp_path, "mathvista_mini", good)
+        summary, model, folder = run(cfg, answers, "good")
+        assert verdicts(folder) == expected(right)
+        assert summary["accuracy"] == sum(right.values()) / 16
+        score = json.loads((folder / "vlmeval_score.json").read_text())
+        assert score["value"] == 100 * sum(right.values()) / 16 and score["num_scored"] == 16
+        calls = sum(good.count.values())
+        assert {b["model"] for b in good.bodies} == {"scripted"} and calls <= 1 + 11  # the probe, and one a row that rules do not decide
+        again, resumed, _ = run(cfg, answers, "good")
+        assert again["accuracy"] == summary["accuracy"] and not resumed.asked and len(model.asked) == 16
+        assert sum(good.count.values()) == calls + 1  # the probe
+    with ScriptedServer(extract, faults=FAULTS, seed=telling_seed(good.count), key=KEY) as flaky:
+        cfg = config(tmp_path, "mathvista_mini", flaky, retries=0)
+        for _ in range(6):  # stopped and started again until every verdict is there
+            try:
+                _, _, folder = run(cfg, answers, "flaky")
+                break
+            except StoppedError:
+                assert all(
+                    v in ("failed", expected(right)[name]) for name, v in verdicts(folder.parents[1] / "flaky/mathvista_mini").items()
+                )
+        assert set(flaky.met) == set(FAULTS)
+        assert all(n == 1 for prompt, n in flaky.answered.items() if "Extracted" in prompt)
+    assert verdicts(folder) == expected(right)
+    assert json.loads((folder / "vlmeval_score.json").read_text())["table"] == score["table"]
+    words = capfd.readouterr()
+    assert KEY not in words.out + words.err
+    assert not [p for p in tmp_path.rglob("*") if p.is_file() and KEY.encode() in p.read_bytes()]
+
+
+@needs_kit
+def test_a_dead_judge_makes_no_wrong_answers(tmp_path):
+    rows, answers, right = mathvista_rows()
+    write_tsv(tmp_path / "MathVista_MINI.tsv", rows)
+    with ScriptedServer(extract, key=KEY, faults=lambda prompt, _: "400" if "Extracted" in prompt else None) as server:
+        cfg = config(tmp_path, "mathvista_mini", server)
+        with pytest.raises(StoppedError, match="no score"):
+            run(cfg, answers)
+        found = verdicts(tmp_path / "out/mathvista_mini")
+        assert list(found.values()).count("failed") == 11
+        assert all(v in ("failed", expected(right)[name]) for name, v in found.items())
+        server.faults = {}
+        summary, model, folder = run(cfg, answers)
+    assert verdicts(folder) == expected(right) and not model.asked and summary["verdicts"]["failed"] == 0
