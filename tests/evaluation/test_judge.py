@@ -26,7 +26,7 @@ def quick(monkeypatch):
 
 
 def make(server, cache=None, **settings):
-    cfg = JudgeConfig(**{"model": "scripted", "api_base": server.api_base, "timeout": 0.4, "concurrency": 16, **settings})
+    cfg = JudgeConfig(**{"model": "scripted", "api_base": server.api_base, "timeout": 20.0, "concurrency": 16, **settings})
     return Judge(cfg, Endpoint(cfg), cache)
 
 
@@ -180,7 +180,7 @@ def test_forty_percent_faults_lose_nothing_and_count_nothing_twice(tmp_path):
     items = [item(i, right=i % 3 > 0) for i in range(150)]
     truth = ["correct" if i % 3 else "wrong" for i in range(150)]
     with ScriptedServer(right_verdict, {kind: 0.4 / len(TRANSIENT) for kind in TRANSIENT}, seed=1) as server:
-        found = verdicts(make(server, tmp_path / "cache.jsonl", retries=12), items)
+        found = verdicts(make(server, tmp_path / "cache.jsonl", retries=12, timeout=2.0), items)
         assert [v.verdict for v in found] == truth
         assert set(server.answered.values()) == {1} and len(server.answered) == 150
         assert sum(v.attempts for v in found) == server.count.total() and server.met.total() > 50

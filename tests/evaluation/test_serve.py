@@ -174,7 +174,7 @@ def test_the_keeper_ends_a_stubborn_group(seconds):
     start = time.monotonic()
     if seconds == 60:
         process.stdin.close()
-    assert gone(process.pid, 5) and time.monotonic() - start < 3
+    assert gone(process.pid, 20) and time.monotonic() - start < 20
     assert process.wait() == -signal.SIGKILL
 
 
@@ -196,7 +196,7 @@ def test_the_keeper_outlives_its_starter_by_a_moment_even_where_a_fork_holds_the
         assert len(members(group)) == 3
         starter.kill()
         starter.wait()
-        assert gone(group, 5)
+        assert gone(group, 20)
     finally:
         os.kill(fork, signal.SIGKILL)
 
@@ -221,6 +221,6 @@ def test_no_orphan_when_the_parent_is_killed(model_folder, compiled_once):
     assert len(members(group)) >= 3
     parent.kill()
     parent.wait()
-    assert gone(group, 25)
+    assert gone(group, 40)
     with pytest.raises(UserError, match="cannot be reached"):
         endpoint.probe()
