@@ -8,6 +8,7 @@ import json
 import sys
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from rlfr_vlm.config import Config, load_config, to_yaml
 from rlfr_vlm.errors import DiskFullError, Preempted, UserError
@@ -15,7 +16,7 @@ from rlfr_vlm.errors import DiskFullError, Preempted, UserError
 CONFIG_VERBS = {
     "flow": "fit the flow field on expert solutions (data.expert)",
     "train": "RL with verifiable rewards and, where the config has a flow section, flow rewards",
-    "eval": "held-out accuracy of model.path on data.eval",
+    "eval": "accuracy of a model, a checkpoint or a server on benchmarks, or of model.path on data.eval",
 }
 
 
@@ -27,7 +28,9 @@ def build_parser() -> argparse.ArgumentParser:
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
     for name, text in CONFIG_VERBS.items():
         verb = verbs.add_parser(name, help=text, description=text)
-        verb.add_argument("--config", required=True, metavar="FILE", help="YAML file")
+        verb.add_argument("--config", required=name != "eval", metavar="FILE", help="YAML file")
+        if name == "eval":
+            add_eval_options(verb)
         verb.add_argument("--dry-run", action="store_true", help="print the resolved config, and what would be run and written, and stop")
         verb.add_argument("overrides", nargs="*", metavar="a.b=c", help="settings that override the file's")
     theirs = verbs.add_parser("import-flow", help="read a published flow checkpoint (flow_model.bin) as a field for a model")
@@ -66,6 +69,47 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def add_eval_options(verb: argparse.ArgumentParser) -> None:
+    """What `eval` can be told without a config; each stands for a setting that could be overridden as well."""
+    verb.add_argument("--model", metavar="PATH", help="folder or hub name (model.path)")
+    verb.add_argument("--benchmarks", nargs="+", metavar="NAME", help="names under eval/benchmarks, or YAML files (eval.benchmarks)")
+    verb.add_argument("--data-dir", metavar="DIR", help="folder with the benchmarks' files; default: the hub (eval.data_dir)")
+    verb.add_argument("--out", metavar="DIR", help="where results go; run again to go on (output_dir)")
+    verb.add_argument("--limit", type=int, metavar="N", help="the first N problems of each (eval.limit)")
+    verb.add_argument("--engine", choices=("hf", "vllm"), help="rollout.engine")
+    verb.add_argument("--server", metavar="URL", help="evaluate this OpenAI-compatible server instead (eval.endpoint.api_base)")
+    verb.add_argument("--judge", metavar="NAME", help="local, api, or another of eval/judges, or a YAML file (eval.judge)")
+    verb.add_argument("--judge-model", metavar="PATH", help="model of the judge: a folder that `local` serves, or a name that the API knows")
+
+
+def eval_overrides(arguments: argparse.Namespace) -> tuple[str, ...]:
+    """The options of `eval` as overrides of the config; those given as `a.b=c` win."""
+    given: dict[str, Any] = {
+        "model.path": arguments.model,
+        "eval.benchmarks": arguments.benchmarks,
+        "eval.data_dir": arguments.data_dir,
+        "output_dir": arguments.out,
+        "eval.limit": arguments.limit,
+        "rollout.engine": arguments.engine,
+    }
+    if arguments.server is not None:
+        given["eval.endpoint"] = {"api_base": arguments.server, "model": arguments.model}
+    if arguments.judge is not None:
+        from rlfr_vlm.evaluation.judge import load_judge
+
+        judge = load_judge(arguments.judge).model_dump(mode="json")
+        if arguments.judge_model is not None:
+            judge["serve" if judge["serve"] is not None or arguments.judge == "local" else "model"] = arguments.judge_model
+        given |= {"eval.judge": judge, "eval.grading": "rule_then_judge"}
+    elif arguments.judge_model is not None:
+        raise UserError("--judge-model needs --judge: local serves it, api asks for it by name")
+    if arguments.config is None and arguments.model is not None and arguments.server is None:
+        from rlfr_vlm.evaluation.parity import training_settings
+
+        given = {**training_settings(arguments.model), **given}
+    return (*(f"{key}={json.dumps(value)}" for key, value in given.items() if value is not None), *arguments.overrides)
+
+
 def run(arguments: argparse.Namespace) -> int:
     """Carry out one verb. Returns the exit code."""
     if arguments.verb == "doctor":
@@ -86,7 +130,8 @@ def run(arguments: argparse.Namespace) -> int:
         return 0
     if arguments.verb in ("import-flow", "export-flow"):
         return run_flow_files(arguments)
-    cfg: Config = load_config(arguments.config, tuple(arguments.overrides))
+    overrides = eval_overrides(arguments) if arguments.verb == "eval" else tuple(arguments.overrides)
+    cfg: Config = load_config(arguments.config, overrides)
     if arguments.dry_run:
         from rlfr_vlm.training.schedule import schedule
 
@@ -98,6 +143,8 @@ def run(arguments: argparse.Namespace) -> int:
         print(commands.flow(cfg))
     elif arguments.verb == "train":
         print(commands.train(cfg))
+    elif cfg.eval.benchmarks:
+        print(json.dumps(commands.evaluate_benchmarks(cfg), indent=1))
     else:
         print(json.dumps(asdict(commands.evaluate(cfg)), indent=1))
     return 0

@@ -5,9 +5,10 @@ from __future__ import annotations
 import errno
 import shutil
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
@@ -19,6 +20,18 @@ from rlfr_vlm.data.prompts import BadRows, PromptStream, RowError, load_prompts
 from rlfr_vlm.data.render import PromptSource, Renderer, encode_all
 from rlfr_vlm.errors import UserError
 from rlfr_vlm.evaluation.heldout import HeldoutResult, evaluate_heldout
+from rlfr_vlm.evaluation.parity import parity
+from rlfr_vlm.evaluation.suite import (
+    Planned,
+    endpoint,
+    endpoint_responder,
+    engine_responder,
+    for_engine,
+    in_training,
+    judge_of,
+    plan,
+    run_planned,
+)
 from rlfr_vlm.flow.field import SPEC_FILE, FlowField, FlowSpec, read_spec
 from rlfr_vlm.flow.official import export_field, import_field
 from rlfr_vlm.models.families import find_family
@@ -69,6 +82,7 @@ def workbench(cfg: Config) -> Iterator[Workbench]:
 def flow(cfg: Config) -> Path:
     """Fit the flow field offline on `data.expert`; returns its folder, `output_dir/flow`."""
     new_field_folder(cfg)
+    _forget_bad_rows(cfg)
     rows = expert_prompts(cfg)
     policy = Policy(cfg.model)
     return fit(cfg, policy, rows)
@@ -148,13 +162,17 @@ def _writing(out: str) -> Iterator[None]:
 
 def train(cfg: Config) -> Path:
     """RL; returns the run's folder."""
+    _forget_bad_rows(cfg)
     prompts, heldout, bad = rl_prompts(cfg)
+    planned = plan(in_training(cfg)) if cfg.eval.every else []
     with workbench(cfg) as bench:
-        return run_training(bench, prompts, heldout, bad)
+        return run_training(bench, prompts, heldout, bad, planned)
 
 
-def run_training(bench: Workbench, prompts: Sequence[Prompt], heldout: Sequence[Prompt], bad: BadRows) -> Path:
-    """RL with parts that are already up."""
+def run_training(
+    bench: Workbench, prompts: Sequence[Prompt], heldout: Sequence[Prompt], bad: BadRows, planned: Sequence[Planned] = ()
+) -> Path:
+    """RL with parts that are already up; `planned` benchmarks are run every `eval.every` steps."""
     cfg, policy = bench.cfg, bench.policy
     assert cfg.data.train is not None
     kept = checked(cfg, prompts, bench.grader, bad)
@@ -166,9 +184,14 @@ def run_training(bench: Workbench, prompts: Sequence[Prompt], heldout: Sequence[
         PromptStream(len(kept), cfg.seed, cfg.data.shuffle),
         bad,
     )
-    encoded = encode_heldout(bench, heldout) if cfg.eval.every else []
+    encoded = encode_heldout(bench, heldout) if heldout else []
     run = Run(cfg, bench.grader, encoded)
     run.tokenizer = policy.tokenizer
+    if planned:
+        during = in_training(cfg)
+        run.benchmarks = lambda engine, folder: run_planned(
+            during, planned, lambda each: engine_responder(during, policy, engine, each), None, folder, run.say
+        )
     try:
         train_loop(cfg, make_learner(cfg, policy), bench.engine, source, bench.grader, run)
         export(policy, run.folder / "hf" / f"global_step_{cfg.train.steps}")
@@ -181,9 +204,33 @@ def run_training(bench: Workbench, prompts: Sequence[Prompt], heldout: Sequence[
 
 def evaluate(cfg: Config) -> HeldoutResult:
     """Held-out accuracy of `model.path`, written to `output_dir/eval`."""
+    _forget_bad_rows(cfg)
     heldout = heldout_prompts(cfg)
     with workbench(cfg) as bench:
         return run_evaluation(bench, encode_heldout(bench, heldout))
+
+
+def evaluate_benchmarks(cfg: Config) -> dict[str, dict[str, Any]]:
+    """Every benchmark of `eval.benchmarks`, on `model.path` or the server of `eval.endpoint`; results in `output_dir/BENCHMARK`.
+
+    Returns their summaries. Raises UserError before the first request for whatever does not fit.
+    """
+    planned = plan(cfg)
+    folder = Path(cfg.output_dir)
+    with judge_of(cfg) as judge:
+        if cfg.eval.endpoint is not None:
+            with endpoint(cfg.eval.endpoint) as (found, own):
+                return run_planned(cfg, planned, endpoint_responder(cfg, found, own), judge, folder, say)
+        roomy = for_engine(cfg, planned)
+        policy = Policy(cfg.model)
+        for difference in parity(cfg, planned):
+            say(f"differs from training: {difference}")
+        engine = make_engine(roomy, policy)
+        try:
+            engine.load_weights(policy)
+            return run_planned(cfg, planned, lambda each: engine_responder(roomy, policy, engine, each), judge, folder, say)
+        finally:
+            engine.close()
 
 
 def run_evaluation(bench: Workbench, prompts: Sequence[EncodedPrompt], step: int = 0) -> HeldoutResult:
@@ -198,6 +245,12 @@ def run_evaluation(bench: Workbench, prompts: Sequence[EncodedPrompt], step: int
 
 def _bad_rows(cfg: Config) -> BadRows:
     return BadRows(cfg.data, Path(cfg.output_dir) / "bad_rows.jsonl")
+
+
+def _forget_bad_rows(cfg: Config) -> None:
+    """The record is of one command: its data files share it, and the next command starts it anew."""
+    with suppress(FileNotFoundError, NotADirectoryError):
+        (Path(cfg.output_dir) / "bad_rows.jsonl").unlink()
 
 
 def _required(value: str | None, field: str) -> str:
@@ -220,7 +273,8 @@ def rl_prompts(cfg: Config) -> tuple[list[Prompt], list[Prompt], BadRows]:
             raise UserError(f"flow.checkpoint: {cfg.flow.checkpoint} is not a folder; fit a field first with `rlfr-vlm flow`")
         check_field(cfg.flow)
     prompts = load_prompts(_required(cfg.data.train, "data.train"), cfg.data, bad, cfg.data.limit)
-    return prompts, heldout_prompts(cfg) if cfg.eval.every else [], bad
+    needed = cfg.eval.every and not (cfg.eval.benchmarks and cfg.data.eval is None)
+    return prompts, heldout_prompts(cfg) if needed else [], bad
 
 
 def heldout_prompts(cfg: Config) -> list[Prompt]:

@@ -39,7 +39,7 @@ class ModelConfig(_Section):
 class DataConfig(_Section):
     """Prompts, their pictures and their gold answers."""
 
-    train: str | None = Field(None, description="JSONL, JSON or Parquet file, or `hub-name@split`")
+    train: str | None = Field(None, description="JSONL, JSON or Parquet file, or `hub-name@split`, `hub-name:config@split`")
     eval: str | None = Field(None, description="held-out rows for `eval` and for evaluation during training")
     expert: str | None = Field(None, description="rows with a `response` (an expert solution): what the flow is fitted on")
     media_dirs: tuple[str, ...] = Field((), description="folders that picture paths may point into, besides the data file's own")
@@ -537,13 +537,13 @@ def parse_config(tree: dict[str, Any], source: str = "config") -> Config:
         raise UserError(f"{source}: " + "; ".join(lines)) from None
 
 
-def load_config(path: str | Path, overrides: tuple[str, ...] = ()) -> Config:
-    """Read a YAML file and apply `a.b=c` overrides; another `algorithm.method` than the file's brings its own settings along.
+def load_config(path: str | Path | None, overrides: tuple[str, ...] = ()) -> Config:
+    """Read a YAML file (none: start from nothing), apply `a.b=c` overrides; another `algorithm.method` than the file's brings its settings along.
 
     Raises UserError for whatever does not fit.
     """
     try:
-        tree = yaml.safe_load(Path(path).read_text())
+        tree = yaml.safe_load(Path(path).read_text()) if path is not None else {}
     except OSError as error:
         raise UserError(f"config {path}: {error.strerror}") from None
     except yaml.YAMLError as error:
@@ -555,7 +555,7 @@ def load_config(path: str | Path, overrides: tuple[str, ...] = ()) -> Config:
         tree = forget_method(tree)  # the file's settings are those of its own method
     for assignment in overrides:
         _override(tree, assignment)
-    return parse_config(tree, f"config {path}")
+    return parse_config(tree, f"config {path}" if path is not None else "options")
 
 
 def to_yaml(cfg: Config) -> str:

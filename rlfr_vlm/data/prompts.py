@@ -71,7 +71,7 @@ class BadRows:
 
 
 def read_rows(source: str) -> Iterator[tuple[str, dict[str, Any] | None, str]]:
-    """Rows of a file or hub data set as (where, row, problem); `row` is None where the line is not a JSON object, and `problem` says why."""
+    """Rows of a file or hub data set as (name, row, problem); `row` is None where the line is not a JSON object, and `problem` says why."""
     path = Path(source)
     if not path.exists():
         if path.suffix or source.startswith((".", "/")):
@@ -153,13 +153,14 @@ def load_prompts(
     Raises UserError for an unreadable file, for bad rows as `data.on_bad_row` says, and for a data set without rows.
     """
     parsed: list[tuple[str, Prompt | None, RowError | None]] = []
-    for where, row, unreadable in read_rows(source):
+    for name, row, unreadable in read_rows(source):
         if limit is not None and len(parsed) >= limit:
             break
+        where = str(Path(source).with_name(name)) if Path(source).exists() else name
         try:
             if row is None:
                 raise RowError("schema", f"{where}: {unreadable}")
-            parsed.append((where, parse_row(row, where, cfg, need), None))
+            parsed.append((where, parse_row(row, where, cfg, need, name), None))
         except RowError as error:
             parsed.append((where, None, error))
     if not parsed:
@@ -179,8 +180,11 @@ def load_prompts(
     return kept
 
 
-def parse_row(row: dict[str, Any], where: str, cfg: DataConfig, need: str = "answer") -> Prompt:
-    """One row -> Prompt. Raises RowError naming the row and the column."""
+def parse_row(row: dict[str, Any], where: str, cfg: DataConfig, need: str = "answer", default_id: str = "") -> Prompt:
+    """One row -> Prompt. `where` is for messages; `default_id` is the id of a row without one (default: where).
+
+    Raises RowError naming the row and the column.
+    """
     for name in UNSUPPORTED:
         if any(value is not None for value in _as_list(row.get(name))):
             raise RowError("media", f"{where}: the row has `{name}`; only pictures are supported")
@@ -212,7 +216,7 @@ def parse_row(row: dict[str, Any], where: str, cfg: DataConfig, need: str = "ans
     known = {name for names in COLUMNS.values() for name in names}
     clean = tuple({"role": m["role"], "content": [{k: v for k, v in p.items() if k != "source"} for p in m["content"]]} for m in messages)
     return Prompt(
-        id=_row_id(row) or where,
+        id=_row_id(row) or default_id or where,
         messages=clean,
         images=tuple(images),
         answer=answer,

@@ -103,31 +103,21 @@ class Ledger:
         """A line torn by a kill is cut off: the file goes on after the last whole one."""
         if not self.path.exists():
             return
-        good = 0
-        with self.path.open("rb") as file:
-            for line in file:
-                if not line.endswith(b"\n"):
-                    break
-                good += len(line)
-                self._take(json.loads(line))
+        good = self.path.read_bytes().rfind(b"\n") + 1
         if good < self.path.stat().st_size:
             os.truncate(self.path, good)
-
-    def _take(self, line: dict[str, Any]) -> None:
-        kind, hash_ = line.pop("kind"), line.pop("protocol")
-        if hash_ != self.hash:
-            raise UserError(f"{self.path}: a line belongs to protocol {hash_}, this run is {self.hash}; use another output_dir")
-        record = (Answer if kind == "response" else Verdict)(**line)
-        (self.answers if kind == "response" else self.verdicts)[record.problem, record.sample] = record  # type: ignore[assignment]
+        _, self.answers, self.verdicts = read_ledger(self.folder)
 
     def append(self, records: Iterable[Answer | Verdict]) -> None:
         """Write and flush to disk; what is here survives a kill."""
         lines = []
         for record in records:
             kind = "response" if isinstance(record, Answer) else "verdict"
-            line = {"kind": kind, "protocol": self.hash, **asdict(record)}
-            lines.append(json.dumps(line) + "\n")
-            self._take(dict(line))
+            lines.append(json.dumps({"kind": kind, "protocol": self.hash, **asdict(record)}) + "\n")
+            if isinstance(record, Answer):
+                self.answers[record.problem, record.sample] = record
+            else:
+                self.verdicts[record.problem, record.sample] = record
         with self.path.open("a") as file:
             file.write("".join(lines))
             file.flush()

@@ -208,7 +208,8 @@ def readable(text: str) -> str:
 def read_verdicts(name: str, work: Path, own: str) -> dict[str, dict[str, Any]]:
     """Row by id from the newest result table that has verdicts: whether correct (None: not told), the answer as extracted, the log."""
     import pandas as pd
-    from vlmeval.dataset.utils import mathv, mathvista, visulogic
+    from vlmeval.dataset.utils import mathv, mathvista, multiple_choice, visulogic
+    from vlmeval.utils import can_infer
 
     if name == "VisuLogic":
         data = pd.read_csv(work / own, sep="\t")
@@ -225,10 +226,13 @@ def read_verdicts(name: str, work: Path, own: str) -> dict[str, dict[str, Any]]:
         for _, line in data.iterrows():
             value = check(line) if check else line[column]
             extract = next((line[c] for c in EXTRACTS if c in line), "")
+            log = str(next((line[c] for c in LOGS if c in line), ""))
+            if log.startswith("Match Log: "):  # multiple choice: what the option was read from
+                extract = can_infer(log.removeprefix("Match Log: ").strip(), multiple_choice.build_choices(line)) or ""
             rows[str(line["index"])] = {
                 "correct": bool(value) if value in (0, 1) else None,
                 "prediction": "" if pd.isna(extract) else str(extract),
-                "log": str(next((line[c] for c in LOGS if c in line), "")),
+                "log": log,
                 "unparsed": "parse" in line and not line["parse"],
             }
         return rows

@@ -23,7 +23,7 @@ PREFIX = "global_step_"
 
 
 def commit_checkpoint(root: Path, step: int, write: Callable[[Path], None], keep: int) -> Path:
-    """Let `write` fill a folder and make it `root/global_step_N`, atomically. Keeps the newest `keep` checkpoints.
+    """Let `write` fill a folder and make it `root/global_step_N`, atomically. Keeps the newest `keep` checkpoints, and the best one.
 
     Raises DiskFullError, with every older checkpoint intact and nothing half-written left, when the disk is full.
     """
@@ -52,9 +52,29 @@ def commit_checkpoint(root: Path, step: int, write: Callable[[Path], None], keep
     (root / "latest.tmp").replace(root / "latest")
     _sync_folder(root)
     _clear_temporary(root)
-    for old in [p for p in list_checkpoints(root) if p != final][: -(keep - 1)]:
-        shutil.rmtree(old)
+    best = read_best(root)
+    spared = {final.name, f"{PREFIX}{best['step']}" if best is not None else ""}
+    others = [p for p in list_checkpoints(root) if p != final]
+    for old in others[: -(keep - 1)]:
+        if old.name not in spared:
+            shutil.rmtree(old)
     return final
+
+
+def read_best(root: Path) -> dict[str, float] | None:
+    """{"step", "score"} of the checkpoint with the best evaluation; None where there was none, or where it is gone."""
+    try:
+        best = json.loads((root / "best.json").read_text())
+    except (OSError, ValueError):
+        return None
+    return best if (root / f"{PREFIX}{best['step']}").is_dir() else None
+
+
+def write_best(root: Path, step: int, score: float) -> None:
+    """Name the checkpoint with the best evaluation."""
+    _write_durably(root / "best.tmp", json.dumps({"step": step, "score": score}))
+    (root / "best.tmp").replace(root / "best.json")
+    _sync_folder(root)
 
 
 def _clear_temporary(root: Path) -> None:

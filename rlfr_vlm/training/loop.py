@@ -20,8 +20,7 @@ def train(cfg: Config, learner: Learner, engine: RolloutEngine, prompts: PromptS
     """Group-relative policy optimisation with flow rewards; resumes from the run's newest good checkpoint."""
     done = run.restore(learner, prompts)
     if run.owes_evaluation(done):
-        engine.load_weights(learner.policy)
-        run.evaluate(done, engine)
+        evaluate(learner, engine, prompts, run, done)
     for step in range(done + 1, cfg.train.steps + 1):
         with timed("step") as clock:
             # 1. Sample G responses to each prompt from the current policy, and verify the answers: one outcome per response.
@@ -47,9 +46,14 @@ def train(cfg: Config, learner: Learner, engine: RolloutEngine, prompts: PromptS
         if run.due(step, cfg.train.save_steps):
             run.save(step, learner, prompts)
         if run.due(step, cfg.eval.every):
-            engine.load_weights(learner.policy)
-            run.evaluate(step, engine)
+            evaluate(learner, engine, prompts, run, step)
         run.stop_if_asked(step, learner, prompts)
+
+
+def evaluate(learner: Learner, engine: RolloutEngine, prompts: PromptSource, run: Run, step: int) -> None:
+    """Evaluate the policy as it is; the best checkpoint is kept."""
+    engine.load_weights(learner.policy)
+    run.keep_if_best(step, run.evaluate(step, engine), learner, prompts)
 
 
 def trains_policy(cfg: Config, step: int) -> bool:

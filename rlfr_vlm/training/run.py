@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 import signal
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -21,7 +21,7 @@ from rlfr_vlm.errors import Preempted, UserError
 from rlfr_vlm.evaluation.heldout import HeldoutResult, evaluate_heldout
 from rlfr_vlm.rewards.grader import Grader
 from rlfr_vlm.rollout.engine import RolloutEngine
-from rlfr_vlm.training.checkpoint import commit_checkpoint, list_checkpoints, newest_good
+from rlfr_vlm.training.checkpoint import PREFIX, commit_checkpoint, list_checkpoints, newest_good, read_best, write_best
 from rlfr_vlm.training.collect import Collected, GradedGroup
 from rlfr_vlm.training.credit import Sample
 from rlfr_vlm.training.state import environment, load_state, seed_generators, write_state
@@ -114,7 +114,7 @@ class Run:
         if step == 0 or not self.due(step, self.cfg.eval.every):
             return False
         lines = (self.folder / "metrics.jsonl").read_text().splitlines()
-        return not any((line := json.loads(text))["step"] == step and "val/accuracy" in line for text in lines)
+        return not any((line := json.loads(text))["step"] == step and any(key.startswith("val/") for key in line) for text in lines)
 
     def due(self, step: int, every: int) -> bool:
         """Whether something done every so many steps (0: never) is due; the last step counts."""
@@ -201,8 +201,28 @@ class Run:
             for name, value in metrics.items():
                 self._writer.add_scalar(name, value, step)
 
-    def evaluate(self, step: int, engine: RolloutEngine) -> HeldoutResult:
-        """Accuracy on the held-out problems, written to eval/ and to the metrics."""
+    benchmarks: Callable[[RolloutEngine, Path], dict[str, dict[str, Any]]] | None = None  # set by the command
+
+    def evaluate(self, step: int, engine: RolloutEngine) -> float:
+        """Accuracy on the held-out problems and on the benchmarks, written to eval/ and to the metrics. Returns their mean."""
+        scores = [self._evaluate_heldout(step, engine).accuracy] if self.heldout else []
+        if self.benchmarks is not None:
+            summaries = self.benchmarks(engine, self.folder / "eval" / f"step_{step:06d}")
+            found = {f"val/{name}/accuracy": summary["accuracy"] for name, summary in summaries.items()}
+            self.write_metrics(step, found)
+            scores += found.values()
+        return sum(scores) / len(scores)
+
+    def keep_if_best(self, step: int, score: float, learner: Learner, prompts: PromptSource) -> None:
+        """The checkpoint with the best evaluation so far stays, whatever its age; `checkpoints/best.json` names it."""
+        best = read_best(self.checkpoints)
+        if best is not None and best["score"] >= score:
+            return
+        if not (self.checkpoints / f"{PREFIX}{step}").exists():
+            self.save(step, learner, prompts)
+        write_best(self.checkpoints, step, score)
+
+    def _evaluate_heldout(self, step: int, engine: RolloutEngine) -> HeldoutResult:
         result = evaluate_heldout(self.cfg, engine, self.heldout, self.grader, step, self.folder / "eval")
         self.write_metrics(step, {"val/accuracy": result.accuracy, "val/greedy": result.greedy, "val/response_length": result.mean_length})
         low, high = result.accuracy_ci
