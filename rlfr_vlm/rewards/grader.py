@@ -29,8 +29,10 @@ from rlfr_vlm.types import Verdict
 if TYPE_CHECKING:
     from rlfr_vlm.config import GraderConfig
 
-__all__ = ["Graded", "Grader", "extract_answer", "gold_problem", "grade_answer"]
+__all__ = ["Gold", "Graded", "Grader", "extract_answer", "gold_problem", "grade_answer"]
 
+Gold = str | tuple[str, ...] | list[str]  # one gold answer, or several of which any is right
+MAX_GOLDS = 8  # of one item: with so many its request still fits into a pipe
 START_SECONDS = 120.0  # wall time for a worker to import sympy; about 1.5 s of CPU time
 MAX_FAILED_STARTS = 3  # in a row, before the fault is taken for one of the installation
 _ENVIRONMENT = ("PATH", "LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH", "PYTHONHOME", "HOME", "LANG", "LC_ALL", "TMPDIR")
@@ -70,15 +72,26 @@ def _confine(memory: int) -> None:
         resource.setrlimit(limit, (value, value))
 
 
-def _answer(request: dict[str, str]) -> tuple[str, str]:
-    """(verdict, reason) of one request. A gold answer alone is only checked: `correct` if it can be used."""
-    gold, prediction = request["gold"], request.get("prediction")
+def _answer(request: dict[str, Any]) -> tuple[str, str]:
+    """(verdict, reason) of one request. Gold answers alone are only checked: `correct` if one can be used.
+
+    With more than one, the verdict is correct if any of them says so, else wrong if any can be used.
+    """
+    golds, prediction = request["golds"], request.get("prediction")
+    if not 0 < len(golds) <= MAX_GOLDS:
+        return "error", f"more than {MAX_GOLDS} gold answers" if golds else "no gold answer"
     try:
-        verdict = "wrong" if prediction is None else grade_answer(gold, prediction)
-        problem = gold_problem(gold) if prediction is None or verdict == "error" else None
+        if prediction is None:
+            problems = [gold_problem(gold) for gold in golds]
+            return ("error", problems[0] or "") if all(problems) else ("correct", "")
+        verdicts = list[Verdict]()
+        for gold in golds:
+            verdicts.append(grade_answer(gold, prediction))
+            if verdicts[-1] == "correct":
+                return "correct", ""
+        return ("wrong", "") if "wrong" in verdicts else ("error", gold_problem(golds[0]) or "")
     except Exception as error:  # sympy raises anything on hostile input; each is reported as an error verdict and counted
         return "error", f"{type(error).__name__} in the comparison: {str(error)[:200]}"
-    return ("error", problem) if problem else (verdict if prediction is not None else "correct", "")
 
 
 def _serve(parent: int, cpu_seconds: float, memory: int) -> None:
@@ -203,26 +216,30 @@ class Grader:
                 while self._workers:
                     self._workers.pop().kill()
 
-    def grade(self, items: Sequence[tuple[str, str]]) -> list[Graded]:
-        """Verdicts of (gold answer, response text) pairs, in order. A response without an answer is wrong."""
+    def grade(self, items: Sequence[tuple[Gold, str]]) -> list[Graded]:
+        """Verdicts of (gold answer, response text) pairs, in order. A response without an answer is wrong.
+
+        A tuple or list of gold answers holds spellings or values of which any is right (Minerva); those that have to be given together
+        (OlympiadBench) are one gold answer: `1, 2`.
+        """
         predictions = [(extract_answer(response, self.where) or "")[: MAX_ANSWER + 1] for _, response in items]
-        requests = [{"gold": _cut(gold), "prediction": prediction} for (gold, _), prediction in zip(items, predictions, strict=True)]
+        requests = [{"golds": _cut(gold), "prediction": prediction} for (gold, _), prediction in zip(items, predictions, strict=True)]
         replies = self._run(requests)
         return [Graded(verdict, prediction, reason) for (verdict, reason), prediction in zip(replies, predictions, strict=True)]
 
-    def check_golds(self, golds: Sequence[str]) -> list[str | None]:
+    def check_golds(self, golds: Sequence[Gold]) -> list[str | None]:
         """For each gold answer the reason why it cannot be graded against, or None."""
-        return [reason or None for _, reason in self._run([{"gold": _cut(gold)} for gold in golds])]
+        return [reason or None for _, reason in self._run([{"golds": _cut(gold)} for gold in golds])]
 
-    def check_gold(self, gold: str) -> str | None:
+    def check_gold(self, gold: Gold) -> str | None:
         """Why this gold answer cannot be graded against, or None."""
         return self.check_golds([gold])[0]
 
-    def _run(self, requests: Sequence[dict[str, str]]) -> list[tuple[Any, str]]:
+    def _run(self, requests: Sequence[dict[str, Any]]) -> list[tuple[Any, str]]:
         """(verdict, reason) of each request, all workers at once."""
         if os.getpid() != self._pid:
             raise RuntimeError("this Grader belongs to the process that made it; make another one after a fork")
-        lines = [json.dumps(request).encode() + b"\n" for request in requests]  # ASCII, so lone surrogates pass
+        lines = [json.dumps(request, ensure_ascii=False).encode(errors="surrogatepass") + b"\n" for request in requests]
         replies: list[tuple[Any, str] | None] = [None] * len(lines)
         waiting = deque(range(len(lines)))
         with self._lock:
@@ -296,9 +313,10 @@ class Grader:
         return f"the worker died: exit status {status}"
 
 
-def _cut(gold: str) -> str:
-    """The gold answer out of its column, cut where it is too long to be one."""
-    return unwrap_gold(gold)[: MAX_GOLD + 1]
+def _cut(gold: Gold) -> list[str]:
+    """The gold answers out of their column, cut where one is too long to be one and where they are too many."""
+    golds = [gold] if isinstance(gold, str) else gold[: MAX_GOLDS + 1]
+    return [unwrap_gold(one)[: MAX_GOLD + 1] for one in golds]
 
 
 if __name__ == "__main__":
