@@ -1,10 +1,11 @@
 """From published data sets to this project's rows.
 
-    python data/published.py NAME OUT_DIR [--role rl|expert] [--source HUB_FILE_OR_FOLDER] [--on-bad-row stop|skip]
+    .venv/bin/python data/published.py NAME OUT_DIR [--role rl|expert] [--source HUB_FILE_OR_FOLDER] [--on-bad-row stop|skip]
 
 writes OUT_DIR/train.jsonl (rl: id, prompt, images, answer, data_source) or OUT_DIR/expert.jsonl (with `response`, a solution that the flow is
 fitted on), and the pictures, byte for byte, as OUT_DIR/images/HASH.png. Other columns stay behind. Rows that repeat an earlier one are
-dropped and counted; a row that cannot be used stops the run, or is skipped, counted and named in bad_rows.jsonl.
+dropped and counted; a row that cannot be used stops the run, or is skipped, counted and named in bad_rows_train.jsonl or
+bad_rows_expert.jsonl. Of a question with different answers the first row stays, and each row with another answer is a bad one.
 
 Where pictures are archives beside the rows, the data set has to be downloaded and unpacked first, and its folder given as the source.
 DAPO's questions ask for a last line `Answer: ...`: train on them with reward.answer=text.
@@ -13,6 +14,7 @@ DAPO's questions ask for a last line `Answer: ...`: train on them with reward.an
 from __future__ import annotations
 
 import argparse
+import errno
 import hashlib
 import io
 import json
@@ -29,13 +31,20 @@ from PIL import Image
 from rlfr_vlm.config import DataConfig
 from rlfr_vlm.data.images import ImageError, open_image, read_bytes
 from rlfr_vlm.data.prompts import IMAGE_MARK, BadRows, RowError, parse_row, read_rows
-from rlfr_vlm.errors import UserError
+from rlfr_vlm.errors import DiskFullError, UserError
 from rlfr_vlm.types import Prompt
 
 Row = dict[str, Any]
 Role = Literal["rl", "expert"]
 SUFFIXES = (".jsonl", ".json", ".parquet", ".arrow")
 ABOUT = ("meta.json", "dataset_info.json", "dataset_infos.json", "state.json", "dataset_dict.json")  # of the data set, not its rows
+
+
+VERDICTS = ("correctness_math_verify", "correctness_llama", "correctness")  # of OpenR1-Math's generations, the most trusted first
+HINTS = {  # the trainer's, in the words of this program
+    "name its folder in data.media_dirs": "name its folder with --media-dir",
+    "set data.allow_urls=true to download pictures": "download the pictures first, and name files",
+}
 
 
 def as_published(row: Row) -> Row:
@@ -59,13 +68,16 @@ def llama_factory(row: Row) -> Row:
 
 def openr1(row: Row) -> Row | str:
     """The first complete generation that Math-Verify found right, else one that the judge did, else the published solution."""
+    for column in ("generations", "is_reasoning_complete", *VERDICTS):
+        if row.get(column) is not None and not isinstance(row[column], list):
+            return f"{column} is {type(row[column]).__name__}, not a list"
     generations = row.get("generations")
     if not generations:
         return llama_factory(row)
     complete = row.get("is_reasoning_complete") or [True] * len(generations)
-    for flags in ("correctness_math_verify", "correctness_llama", "correctness"):
+    for flags in VERDICTS:
         for text, right, ended in zip(generations, row.get(flags) or [], complete, strict=False):
-            if right and ended and text and text.strip():
+            if right is True and ended is True and text and text.strip():
                 return {**row, "prompt": row.get("problem"), "response": text, "response_source": flags}
     if not (row.get("solution") or "").strip():
         return f"none of its {len(generations)} generations is verified and complete, and it has no solution"
@@ -119,14 +131,22 @@ def find_rows(recipe: Recipe, files: str, source: str, media: Sequence[Path]) ->
         if not chosen:
             raise UserError(f"{source}: of the files there ({', '.join(names[:5]) or 'none'}) none matches `{files}`; see --only")
         for file in chosen:
-            yield from ((*found, [file.parent, path, *media]) for found in read_rows(str(file)))
+            yield from ((*found, [file.parent, path, *media]) for found in _named_rows(file, file.relative_to(path).as_posix()))
     elif not path.exists() and source.partition("@")[0] == recipe.hub and recipe.archives:
         raise UserError(
             f"{recipe.hub} keeps files in archives or folders of its own: `hf download {recipe.hub} --repo-type dataset --local-dir DIR`, "
             "unpack what is packed, and run this again with --source DIR"
         )
+    elif path.exists():
+        yield from ((*found, [path.parent, *media]) for found in _named_rows(path, source))
     else:
-        yield from ((*found, [*([path.parent] if path.exists() else []), *media]) for found in read_rows(source))
+        yield from ((*found, [*media]) for found in read_rows(source))
+
+
+def _named_rows(file: Path, name: str) -> Iterator[tuple[str, Row | None, str]]:
+    """A file's rows, their places told by a name that no other file of the source has."""
+    for where, row, problem in read_rows(str(file)):
+        yield name + where.removeprefix(file.name), row, problem
 
 
 def _meta_rows(folder: Path, files: str, media: Sequence[Path]) -> Iterator[Found]:
@@ -142,7 +162,7 @@ def _meta_rows(folder: Path, files: str, media: Sequence[Path]) -> Iterator[Foun
         if file is None:
             yield f"meta.json:{name}", None, f"its annotation {annotation} is missing", []
             continue
-        for where, row, problem in read_rows(str(file)):
+        for where, row, problem in _named_rows(file, file.relative_to(folder.resolve()).as_posix()):
             yield where, None if row is None else {"source": name, **row}, problem, [*filter(None, [pictures]), folder, *media]
 
 
@@ -162,6 +182,13 @@ def store_picture(source: Any, roots: Sequence[Path], folder: Path) -> str:
         partial.write_bytes(data)
         partial.replace(path)
     return f"{folder.name}/{path.name}"
+
+
+def plain_reason(text: str) -> str:
+    """What is wrong with a picture, in words that lead on here."""
+    for theirs, ours in HINTS.items():
+        text = text.replace(theirs, ours)
+    return re.sub(r": cannot identify image file <.*?>", "", text)
 
 
 def plain_prompt(prompt: Prompt) -> str | list[dict[str, str]]:
@@ -199,9 +226,9 @@ class Built:
             raise RowError("unusable", f"{where}: {found}")
         prompt = parse_row(found, where, DataConfig(), need)
         try:
-            images = [store_picture(image, roots, self.file.parent / "images") for image in prompt.images]
+            images = [store_picture(image, list(dict.fromkeys(roots)), self.file.parent / "images") for image in prompt.images]
         except ImageError as error:
-            raise RowError("image", f"{where}: {error}") from None
+            raise RowError("image", f"{where}: {plain_reason(str(error))}") from None
         line: Row = {"prompt": plain_prompt(prompt), "images": images} | ({"response": prompt.response} if need == "response" else {})
         key = hashlib.sha256(json.dumps(line).encode()).digest()[:16]
         answers = self.seen.setdefault(key, {})
@@ -244,10 +271,11 @@ def build(
     if role not in recipe.parts:
         raise UserError(f"{name} has rows for --role {' or '.join(recipe.parts)}, not for {role}")
     (out_dir / "images").mkdir(parents=True, exist_ok=True)
-    record = out_dir / "bad_rows.jsonl"
+    stem = split if role == "rl" else role
+    record = out_dir / f"bad_rows_{stem}.jsonl"
     record.unlink(missing_ok=True)  # of an earlier run
     bad = BadRows(DataConfig(on_bad_row=on_bad_row, max_bad_frac=1.0), record, "--on-bad-row skip")
-    built = Built(name, role, out_dir / f"{split if role == 'rl' else role}.jsonl", bad)
+    built = Built(name, role, out_dir / f"{stem}.jsonl", bad)
     files = only or recipe.parts[role].files.format(split=re.escape(split))
     partial = built.file.with_suffix(".part")
     try:
@@ -280,25 +308,45 @@ def pattern(text: str) -> str:
         raise argparse.ArgumentTypeError(f"no regular expression: {error}") from None
 
 
+def at_least_one(text: str) -> int:
+    """A number of rows."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is no number of rows: 1 or more")
+    return int(text)
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("name", choices=RECIPES)
-    parser.add_argument("out_dir", type=Path)
+    names = "\n".join(f"  {name:12} {recipe.hub} ({', '.join(recipe.parts)})" for name, recipe in RECIPES.items())
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        epilog=f"names, and the roles that their rows have:\n{names}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("name", choices=RECIPES, metavar="NAME", help="see the end")
+    parser.add_argument("out_dir", type=Path, metavar="OUT_DIR")
     parser.add_argument("--role", choices=("rl", "expert"), help="default: the first that the data set has")
     parser.add_argument("--source", help="hub name, file or folder (default: the hub's data set)")
     parser.add_argument("--split", default="train", help="of the hub's data set or of files named after splits; also names the rl file")
     parser.add_argument("--only", metavar="REGEX", type=pattern, help="use the files, or the entries of meta.json, whose name matches")
     parser.add_argument("--media-dir", type=Path, action="append", default=[], help="a further folder that picture paths start from")
-    parser.add_argument("--limit", type=int, help="stop after so many written rows")
+    parser.add_argument("--limit", type=at_least_one, metavar="N", help="stop after so many written rows")
     parser.add_argument("--on-bad-row", choices=("stop", "skip"), default="stop", help="stop with exit code 2, or skip and count")
-    args = parser.parse_args(arguments)
+    given = sys.argv[1:] if arguments is None else arguments
+    if not given:
+        parser.print_help(sys.stderr)
+        return UserError.exit_code
+    args = parser.parse_args(given)
     role = args.role or next(iter(RECIPES[args.name].parts))
     try:
         built = build(args.name, args.out_dir, role, args.source, args.split, args.on_bad_row, args.limit, args.media_dir, args.only)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
+    except OSError as error:
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        print(f"error: {error.filename or args.out_dir}: {error.strerror}", file=sys.stderr)
+        return DiskFullError.exit_code if full else UserError.exit_code
     print(built.summary())
     return 0
 

@@ -97,6 +97,28 @@ def test_a_fitted_field_is_not_fitted_over(model_folder, tmp_path, capsys):
         assert "run/flow holds a fitted field, which is not written over: remove it, or choose another output_dir" in err
 
 
+def test_the_record_of_bad_rows_is_of_one_command_and_of_all_its_files(model_folder, tmp_path, capsys):
+    make_data(tmp_path)
+    for name in ("train", "test"):
+        path = tmp_path / f"{name}.jsonl"
+        path.write_text(path.read_text().replace(f"images/{name}3.png", "") + "{}\n")
+    config = make_config(tmp_path, model_folder("qwen2_5_vl"), flow=None, eval={"every": 1, "limit": None})
+    for steps in (1, 2):
+        more = (
+            f"output_dir={tmp_path}/run",
+            "data.on_bad_row=skip",
+            "data.max_bad_frac=0.5",
+            "train.steps=1",
+            f"seed={steps}",
+            "resume=true",
+        )
+        shutil.rmtree(tmp_path / "run/checkpoints", ignore_errors=True)
+        code, _, err = run(capsys, "train", "--config", config, *more)
+        assert code == 0, err
+        recorded = [json.loads(line)["id"] for line in (tmp_path / "run/bad_rows.jsonl").read_text().splitlines()]
+        assert sorted(row for row in recorded if row.endswith(":9")) == [f"{tmp_path}/{name}.jsonl:9" for name in ("test", "train")]
+
+
 @pytest.mark.parametrize("point", ["field_weights", "field_spec"])
 def test_a_kill_while_a_field_is_written_leaves_none_that_looks_finished(theirs, model_folder, tmp_path, point):
     arguments = ("import-flow", str(theirs), "--model", model_folder("qwen2", hidden=128), "--out", str(tmp_path / "ours"))

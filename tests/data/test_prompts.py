@@ -1,6 +1,7 @@
 """Rows -> Prompt: every accepted shape, and how a row that cannot be used is named."""
 
 import json
+from pathlib import Path
 
 import pytest
 
@@ -152,6 +153,19 @@ def test_skip_records_and_counts(tmp_path):
     assert "rows.jsonl:4" in recorded[1]["reason"]
 
 
+def test_a_row_is_named_by_its_path_and_numbered_wherever_its_file_lies(tmp_path):
+    found = []
+    for folder in (tmp_path / "a", tmp_path / "b"):
+        folder.mkdir()
+        path = write(folder, {"prompt": "x", "answer": "1"})
+        found.append(load_prompts(path, CFG, BadRows(CFG))[0])
+        path = write(folder, {"prompt": "x"})
+        with pytest.raises(UserError, match=f"{folder.name}/rows.jsonl:1: the answer"):
+            load_prompts(path, CFG, BadRows(CFG))
+    assert [p.id for p in found] == ["rows.jsonl:1"] * 2
+    assert [p.origin for p in found] == [f"{tmp_path}/{folder}/rows.jsonl:1" for folder in "ab"]
+
+
 @pytest.mark.parametrize("newline", ["\n", "\r\n"])
 @pytest.mark.parametrize("mark", [b"", b"\xef\xbb\xbf"])
 def test_lines_are_counted_as_an_editor_counts_them(tmp_path, newline, mark):
@@ -171,16 +185,16 @@ def test_lines_are_counted_as_an_editor_counts_them(tmp_path, newline, mark):
     cfg = DataConfig(on_bad_row="skip", max_bad_frac=1.0)
     bad = BadRows(cfg)
     prompts = load_prompts(str(path), cfg, bad)
-    assert [(p.origin, p.messages[0]["content"][0]["text"]) for p in prompts] == [
+    assert [(Path(p.origin).name, p.messages[0]["content"][0]["text"]) for p in prompts] == [
         ("rows.jsonl:1", "a\u2028b\u2029c\x85d"),
         ("rows.jsonl:4", "é"),
     ]
-    assert [r.id for r in bad.rows] == ["rows.jsonl:5", "rows.jsonl:7", "rows.jsonl:8"]
+    assert [r.id for r in bad.rows] == [f"{path}:{line}" for line in (5, 7, 8)]
 
 
 def test_a_byte_order_mark_alone_is_a_blank_line(tmp_path):
     (tmp_path / "rows.jsonl").write_bytes(b'\xef\xbb\xbf\n{"prompt": "x", "answer": "1"}')
-    assert load_prompts(str(tmp_path / "rows.jsonl"), CFG, BadRows(CFG))[0].origin == "rows.jsonl:2"
+    assert load_prompts(str(tmp_path / "rows.jsonl"), CFG, BadRows(CFG))[0].origin == f"{tmp_path}/rows.jsonl:2"
 
 
 def test_too_many_bad_rows_stop(tmp_path):
@@ -205,7 +219,7 @@ def test_other_formats(tmp_path, name):
             with pa.OSFile(str(path), "wb") as file, pa.ipc.new_stream(file, table.schema) as stream:
                 stream.write_table(table)
     prompts = load_prompts(str(path), CFG, BadRows(CFG))
-    assert [p.origin for p in prompts] == [f"{name}[{i}]" for i in range(8)]
+    assert [p.origin for p in prompts] == [f"{tmp_path}/{name}[{i}]" for i in range(8)]
     assert name.endswith("json") or prompts[0].images == ({"bytes": b"png", "path": None},)
 
 

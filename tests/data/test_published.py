@@ -148,7 +148,7 @@ def test_openr1_without_any_solution_is_named(tmp_path, capsys):
     assert run("openr1-math", tmp_path / "out", source) == 2
     error = capsys.readouterr().err
     assert error.startswith(
-        "error: rows.jsonl:2: none of its 2 generations is verified and complete, and it has no solution (--on-bad-row skip"
+        f"error: {tmp_path}/rows.jsonl:2: none of its 2 generations is verified and complete, and it has no solution (--on-bad-row skip"
     )
     assert not (tmp_path / "out" / "expert.jsonl").exists()
 
@@ -227,9 +227,8 @@ def test_dapo_math_repeats_and_contradictions(tmp_path, capsys):
     (tmp_path / "source" / "data").mkdir(parents=True)
     parquet.write_table(pa.Table.from_pylist(rows), tmp_path / "source" / "data" / "dapo-math-17k.parquet")
     assert run("dapo-math", tmp_path / "out", tmp_path / "source") == 2
-    assert (
-        "dapo-math-17k.parquet[2]: the answer is '7', but '6' to the same question at dapo-math-17k.parquet[1]" in capsys.readouterr().err
-    )
+    place = "data/dapo-math-17k.parquet"
+    assert f"error: {place}[2]: the answer is '7', but '6' to the same question at {place}[1]" in capsys.readouterr().err
     assert run("dapo-math", tmp_path / "out", tmp_path / "source", "--on-bad-row", "skip") == 0
     assert "2 rows, 297 repeats dropped, 1 bad rows left out (1 conflict; " in capsys.readouterr().out
     prompts, _ = load(tmp_path / "out")
@@ -289,7 +288,7 @@ def test_the_hub_is_read_through_datasets(tmp_path, monkeypatch, capsys):
         datasets, "load_dataset", lambda *a, **k: asked.append((a, k)) or datasets.Dataset.from_list(rows, features=features)
     )
     assert published.main(["geometry3k", str(tmp_path / "out")]) == 0
-    assert asked == [(("hiyouga/geometry3k",), {"split": "train"})]
+    assert asked == [(("hiyouga/geometry3k", None), {"split": "train"})]
     prompts, sizes = load(tmp_path / "out")
     assert [p.answer for p in prompts] == ["0", "1", "9"] and sizes[2] == [(41, 30)]
     assert (tmp_path / "out" / prompts[0].images[0]).read_bytes() == ALPHA
@@ -331,7 +330,7 @@ def test_skipped_rows_are_named_with_file_line_and_reason_and_counted(tmp_path, 
         assert run("rlfr-vlm", tmp_path / "out", bad_source, "--on-bad-row", "skip") == 0
     out = capsys.readouterr().out.splitlines()[-1]
     assert "2 rows, 0 repeats dropped, 10 bad rows left out (3 schema, 3 image, 1 image_count, 1 answer, 1 media, 1 conflict; " in out
-    recorded = [json.loads(line) for line in (tmp_path / "out" / "bad_rows.jsonl").read_text().splitlines()]
+    recorded = [json.loads(line) for line in (tmp_path / "out" / "bad_rows_train.jsonl").read_text().splitlines()]
     assert [(r["id"], r["kind"]) for r in recorded] == [(f"mmeureka_prompt.jsonl:{n}", kind) for n, (_, kind, _) in BAD.items()]
     for row, (number, (_, _, reason)) in zip(recorded, BAD.items(), strict=True):
         assert row["reason"].startswith(f"mmeureka_prompt.jsonl:{number}: ") and reason in row["reason"]
@@ -349,9 +348,75 @@ def test_the_first_bad_row_stops_and_nothing_half_written_stays(tmp_path, bad_so
 
 
 def test_a_column_of_an_unexpected_type_is_a_bad_row(tmp_path, capsys):
-    source = write_jsonl(tmp_path / "rows.jsonl", [openr1_row(1), openr1_row(2, correctness_math_verify=True)])
+    source = write_jsonl(tmp_path / "rows.jsonl", [openr1_row(1), openr1_row(2, generations=[1, 2])])
     assert run("openr1-math", tmp_path / "out", source) == 2
     assert "rows.jsonl:2: not of this data set's schema" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("column", ["generations", "is_reasoning_complete", "correctness_math_verify", "correctness_llama"])
+def test_a_list_encoded_as_text_is_no_list(tmp_path, capsys, column):
+    """Its single characters would be taken for responses and verdicts."""
+    encoded = json.dumps(openr1_row(1)[column] or [True, True])
+    source = write_jsonl(tmp_path / "rows.jsonl", [openr1_row(1, **{column: encoded})])
+    assert run("openr1-math", tmp_path / "out", source) == 2
+    assert f"rows.jsonl:1: {column} is str, not a list" in capsys.readouterr().err
+    assert not (tmp_path / "out" / "expert.jsonl").exists()
+
+
+def test_a_verdict_as_text_is_none(tmp_path):
+    rows = [openr1_row(1, correctness_math_verify=["False", "True"]), openr1_row(2, is_reasoning_complete=["False", "True"])]
+    assert run("openr1-math", tmp_path / "out", write_jsonl(tmp_path / "rows.jsonl", rows)) == 0
+    assert [p.response for p in load(tmp_path / "out", "expert")[0]] == ["It is 1.", "It is 4."]
+
+
+def test_each_file_keeps_its_own_record_and_names_its_rows_by_path(tmp_path, capsys):
+    for folder in ("a", "b"):
+        write_jsonl(tmp_path / "source" / folder / "openr1_lvl3to5.jsonl", [openr1_row(folder == "a", answer=""), openr1_row(3)])
+    for role in ("rl", "expert"):
+        assert run("rlfr-lm", tmp_path / "out", tmp_path / "source", "--role", role, "--on-bad-row", "skip") == 0
+    records = {path.name: path.read_text() for path in (tmp_path / "out").glob("bad_rows_*")}
+    assert list(records) == ["bad_rows_train.jsonl"]
+    assert [json.loads(line)["id"] for line in records["bad_rows_train.jsonl"].splitlines()] == [
+        "a/openr1_lvl3to5.jsonl:1",
+        "b/openr1_lvl3to5.jsonl:1",
+    ]
+
+
+def test_messages_lead_on_in_this_programs_words(tmp_path, capsys):
+    images = ["/etc/hostname", "http://localhost/x.png", "gone.png", "broken.png"]
+    rows = [{"prompt": "<image>x", "answer": "1", "images": [image]} for image in images] + [{"prompt": "good", "answer": "1"}]
+    write_picture(tmp_path / "source/broken.png", b"no picture")
+    write_jsonl(tmp_path / "source/rows.jsonl", rows)
+    assert run("mm-eureka", tmp_path / "out", tmp_path / "source", "--on-bad-row", "skip") == 0
+    reasons = [json.loads(line)["reason"] for line in (tmp_path / "out/bad_rows_train.jsonl").read_text().splitlines()]
+    assert [r.partition(": ")[2] for r in reasons] == [
+        f"/etc/hostname lies outside {tmp_path}/source: name its folder with --media-dir",
+        "http://localhost/x.png is a URL: download the pictures first, and name files",
+        f"gone.png is missing (searched in {tmp_path}/source)",
+        "broken.png is not a readable picture",
+    ]
+
+
+def test_no_arguments_print_the_names(capsys):
+    assert published.main([]) == 2
+    assert all(f"  {name} " in capsys.readouterr().err for name in ["rlfr-lm"]) and set(published.RECIPES) >= {"mmpr"}
+
+
+@pytest.mark.parametrize("limit", ["0", "-1", "x"])
+def test_a_limit_is_one_row_or_more(tmp_path, capsys, limit):
+    with pytest.raises(SystemExit) as exited:
+        run("dapo-math", tmp_path / "out", tmp_path, "--limit", limit)
+    assert exited.value.code == 2
+    assert "1 or more" in capsys.readouterr().err or limit == "-1"
+
+
+def test_a_place_that_cannot_be_written_to_stops_with_one_line(tmp_path, capsys):
+    source = write_jsonl(tmp_path / "rows.jsonl", [{"prompt": "x", "answer": "1"}])
+    (tmp_path / "file").touch()
+    for place in (tmp_path / "file", tmp_path / "file/below"):
+        assert run("dapo-math", place, source) == 2
+        error = capsys.readouterr().err
+        assert error.startswith("error: ") and error.count("\n") == 1 and "file" in error
 
 
 @pytest.mark.parametrize(
