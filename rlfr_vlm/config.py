@@ -138,7 +138,8 @@ class FlowRLConfig(_Section):
 
 
 class AlgorithmConfig(_Section):
-    """The policy objective. `method` sets what it defines, here and in other sections, wherever the config is silent: see methods.py."""
+    """The policy objective. `method` sets what it defines, here and in other sections, wherever the config is silent; named on the command
+    line over a file with another method, it also drops that file's settings of methods: see methods.py."""
 
     method: Literal["grpo", "dr_grpo", "dapo", "gspo", "gmpo", "rloo", "reinforce_pp", "ppo", "flowrl"] = Field(
         "grpo", description="published objective whose settings are the defaults"
@@ -499,7 +500,7 @@ def _override(tree: dict[str, Any], assignment: str) -> None:
         value = yaml.safe_load(text)
     except yaml.YAMLError as error:
         raise UserError(f"override `{assignment}`: the value is not YAML") from error
-    if isinstance(value, str):  # YAML 1.1 reads 1e-4 as text
+    if isinstance(value, str) and value == text:  # YAML 1.1 reads 1e-4 as text; what is quoted is meant as text
         with contextlib.suppress(ValueError):
             value = float(value)
     node[leaf] = value
@@ -543,9 +544,11 @@ def load_config(path: str | Path | None, overrides: tuple[str, ...] = ()) -> Con
     Raises UserError for whatever does not fit.
     """
     try:
-        tree = yaml.safe_load(Path(path).read_text()) if path is not None else {}
+        tree = yaml.safe_load(Path(path).read_text(encoding="utf-8")) if path is not None else {}
     except OSError as error:
         raise UserError(f"config {path}: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        raise UserError(f"config {path}: not UTF-8: {error.reason} at byte {error.start}") from None
     except yaml.YAMLError as error:
         raise UserError(f"config {path}: not YAML: {' '.join(str(error).split())}") from None
     if not isinstance(tree, dict):

@@ -1,4 +1,5 @@
-"""What each published method sets, where a config that names it is silent."""
+"""What each published method sets, where a config that names it is silent; named on the command line over a file with another method, it
+drops from that file whatever methods set."""
 
 from __future__ import annotations
 
