@@ -33,6 +33,100 @@ FAMILY = {
 }
 RUNS_SLOWLY = ("qwen2.5-math-7b", "qwen2.5-vl-3b")  # the siblings of recipes that the fast lane runs
 
+# The released scripts' values, by hand: what differs between models, and what they share.
+PUBLISHED = {
+    "qwen2.5-math-1.5b": {
+        "path": "Qwen/Qwen2.5-Math-1.5B",
+        "flow": {"flow.network.depth": 4, "flow.fit.batch_mul": 4, "flow.fit.max_tokens": 8192},
+        "rlfr": {"rollout.max_new_tokens": 1024, "train.steps": 330},
+    },
+    "qwen2.5-math-7b": {
+        "path": "Qwen/Qwen2.5-Math-7B",
+        "flow": {"flow.network.depth": 6, "flow.fit.batch_mul": 2, "flow.fit.max_tokens": 8192},
+        "rlfr": {"rollout.max_new_tokens": 1024, "train.steps": 330},
+    },
+    "llama-3.1-8b": {
+        "path": "meta-llama/Llama-3.1-8B",
+        "flow": {"flow.network.depth": 6, "flow.fit.batch_mul": 2, "flow.fit.max_tokens": 8192},
+        "rlfr": {"rollout.max_new_tokens": 1024, "train.steps": 330},
+    },
+    "qwen2.5-vl-3b": {
+        "path": "Qwen/Qwen2.5-VL-3B-Instruct",
+        "flow": {"flow.network.depth": 4, "flow.fit.batch_mul": 4, "flow.fit.max_tokens": 16384, "data.max_pixels": 262144},
+        "rlfr": {"rollout.max_new_tokens": 1024, "train.steps": 2145},
+    },
+    "qwen2.5-vl-7b": {
+        "path": "Qwen/Qwen2.5-VL-7B-Instruct",
+        "flow": {"flow.network.depth": 6, "flow.fit.batch_mul": 4, "flow.fit.max_tokens": 16384, "data.max_pixels": 262144},
+        "rlfr": {"rollout.max_new_tokens": 3072, "train.steps": 2145},
+    },
+}
+FIELD = {"flow.layers": [0.25, 0.5, 0.75], "flow.context": ["token_pre"], "flow.shift": [1], "model.dtype": "bfloat16", "seed": 42}
+FIT = FIELD | {"flow.fit.lr": 1e-4, "flow.fit.epochs": 2, "flow.fit.weight_decay": 0.01, "flow.fit.batch_size": 128, "flow.fit.steps": None}
+RL = FIELD | {
+    "rollout.num_prompts": 128,
+    "rollout.group_size": 8,
+    "rollout.temperature": 1.0,
+    "data.max_prompt_tokens": 3000,
+    "algorithm.method": "grpo",
+    "algorithm.advantage": "group",
+    "algorithm.loss_aggregation": "sequence",
+    "algorithm.clip_low": 0.2,
+    "algorithm.clip_high": 0.2,
+    "algorithm.dual_clip": 3.0,
+    "algorithm.updates_per_rollout": 8,  # 128 x 8 samples in batches of 128
+    "algorithm.gamma": 1.0,
+    "algorithm.gae_lambda": 1.0,
+    "algorithm.kl.coef": 0.0,
+    "flow.times": [0.8],
+    "flow.reward.coef": 0.01,
+    "flow.reward.normalise": "minmax",
+    "flow.reward.threshold": 0.6,
+    "flow.reward.top_k": 15,
+    "flow.reward.gamma": 1.0,
+    "flow.reward.draws": 1,
+    "flow.online.enabled": True,
+    "flow.online.lr": 1e-4,
+    "flow.online.select": ["correct"],
+    "flow.online.soft_weight": 0.0,
+    "optim.lr": 1e-6,
+    "optim.betas": [0.9, 0.95],
+    "optim.weight_decay": 0.0,
+    "optim.max_grad_norm": 1.0,
+    "optim.warmup_frac": 0.03,
+    "optim.min_lr_ratio": 0.1,
+    "train.save_steps": 50,
+}
+LANGUAGE = {"reward.answer": "boxed", "reward.format": "boxed", "reward.format_weight": 1.0}
+VISION = {
+    "reward.answer": "tag",
+    "reward.format": "tags",
+    "reward.format_weight": 0.5,
+    "model.freeze_vision": True,
+    "data.min_pixels": 4 * 28 * 28,
+    "data.max_pixels": 640 * 28 * 28,
+}
+FLOWRL = {
+    "model.path": "Qwen/Qwen2.5-7B",
+    "rollout.num_prompts": 512,
+    "rollout.group_size": 8,
+    "rollout.max_new_tokens": 8192,
+    "data.max_prompt_tokens": 2048,
+    "algorithm.method": "flowrl",
+    "algorithm.loss": "flowrl",
+    "algorithm.clip_low": 0.2,
+    "algorithm.clip_high": 0.2,
+    "algorithm.updates_per_rollout": 16,
+    "algorithm.flowrl.beta": 15.0,
+    "algorithm.flowrl.lr": 1e-6,
+    "algorithm.flowrl.weight_decay": 0.1,
+    "optim.lr": 1e-6,
+    "optim.weight_decay": 0.1,
+    "optim.min_lr_ratio": 1.0,
+    "train.steps": 34,
+    "flow": None,
+}
+
 name = pytest.mark.parametrize("folder", RLFR, ids=lambda folder: folder.name)
 each = pytest.mark.parametrize("path", RECIPES, ids=lambda path: f"{path.parent.name}/{path.stem}")
 
@@ -81,8 +175,8 @@ def test_every_setting_names_its_source(path):
     assert "`released`" in text and "`ours`" in text
     for line in text.splitlines():
         setting = re.match(r" *([a-z_]+): +[^# ]", line)
-        if setting and setting[1] not in ("output_dir", "path", "system"):
-            assert " # " in line, line
+        if setting and setting[1] not in ("output_dir", "path", "system"):  # output_dir: ours; path: the model; system: said above it
+            assert re.search(r" # .*(released|ours|arXiv:)", line), line
 
 
 @name
@@ -103,18 +197,28 @@ def test_the_fitted_field_is_the_one_that_rl_reads(folder):
     assert len({fit.output_dir, rl.output_dir, load_config(folder / "rlvr.yaml").output_dir}) == 3
 
 
+def setting(cfg, key):
+    """Value of a dotted key; tuples as lists, as YAML has them."""
+    for part in key.split("."):
+        cfg = getattr(cfg, part)
+    return [*cfg] if isinstance(cfg, tuple) else cfg
+
+
 @name
 def test_published_values(folder):
+    """Every figure against PUBLISHED, which was copied from the released scripts and not from the recipes."""
+    model = PUBLISHED[folder.name]
     fit, rl = (load_config(folder / f"{kind}.yaml") for kind in ("flow", "rlfr"))
-    vision, large = "-vl-" in folder.name, folder.name.endswith(("7b", "8b"))
-    assert fit.flow.network.depth == (6 if large else 4)
-    assert fit.flow.fit.batch_mul == (2 if large and not vision else 4)
-    assert (fit.flow.fit.batch_size, fit.flow.fit.epochs, fit.flow.fit.max_tokens) == (128, 2, 16384 if vision else 8192)
-    assert rl.rollout.num_prompts * rl.rollout.group_size // rl.algorithm.updates_per_rollout == 128
-    assert rl.rollout.max_new_tokens == (3072 if folder.name == "qwen2.5-vl-7b" else 1024)
-    assert (rl.algorithm.loss_aggregation, rl.algorithm.needs_reference) == ("sequence", False)
-    assert (rl.reward.answer, rl.reward.format, rl.reward.format_weight) == (("tag", "tags", 0.5) if vision else ("boxed", "boxed", 1))
-    assert rl.flow.sides == (("token_pre", 1),)
+    for cfg, expected in ((fit, FIT | model["flow"]), (rl, RL | (VISION if "-vl-" in folder.name else LANGUAGE) | model["rlfr"])):
+        assert {key: setting(cfg, key) for key in expected} == expected
+    assert fit.model.path == model["path"]
+    assert fit.flow.network.depth == rl.flow.network.depth == model["flow"]["flow.network.depth"]
+    assert not rl.algorithm.needs_reference
+
+
+def test_published_values_of_flowrl():
+    cfg = load_config(ROOT / "scripts/qwen2.5-7b/flowrl.yaml")
+    assert {key: setting(cfg, key) for key in FLOWRL} == FLOWRL
 
 
 def test_flowrl_warms_up_for_ten_steps():
@@ -203,6 +307,18 @@ def test_a_dry_run_refuses_what_the_run_would_refuse(tmp_path, capsys):
     ):
         code, _, err = run(capsys, command, "--config", recipe, "--dry-run", *override.split())
         assert (code, message in err) == (2, True), err
+
+
+def test_a_config_that_is_not_utf8_stops_with_one_line(tmp_path, capsys):
+    (tmp_path / "config.yaml").write_bytes(b"output_dir: r\xfcn")
+    code, _, err = run(capsys, "train", "--config", tmp_path / "config.yaml", "--dry-run")
+    assert (code, err) == (2, f"rlfr-vlm train: config {tmp_path}/config.yaml: not UTF-8: invalid start byte at byte 13\n")
+
+
+def test_a_quoted_override_is_text(tmp_path):
+    recipe = ROOT / "scripts/qwen2.5-math-1.5b/rlvr.yaml"
+    cfg = load_config(recipe, ('output_dir="2024"', "optim.lr=1e-4"))
+    assert (cfg.output_dir, cfg.optim.lr) == ("2024", 1e-4)
 
 
 def test_a_dry_run_says_where_it_would_go_on_from(tmp_path, capsys):
@@ -389,6 +505,29 @@ def test_the_fit_takes_as_many_steps_as_the_schedule_says(tiny, tmp_path, capsys
 # -- the launcher -----------------------------------------------------------------------------------------------------
 
 
+def test_the_launcher_brings_a_fit_to_the_place_that_is_named(tmp_path):
+    recipe = str(ROOT / "scripts/qwen2.5-math-1.5b")
+    place = tmp_path / "a: 'b' #1/flow"
+    for method in (["flow"], []):
+        done = launch(recipe, "--dry-run", *method, f'flow.checkpoint="{place}"', cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+        fit, *rest = (parse_config(tree) for tree in yaml.safe_load_all(done.stdout))
+        assert (fit.output_dir, len(rest)) == (str(place.parent), not method)
+    assert all(cfg.flow.checkpoint == str(place) for cfg in rest)
+    done = launch(recipe, "flow", "--dry-run", "output_dir=here", cwd=tmp_path)
+    assert [parse_config(tree).output_dir for tree in yaml.safe_load_all(done.stdout)] == ["here"]
+    done = launch(recipe, "--dry-run", "flow=null", cwd=tmp_path)
+    assert [parse_config(tree).flow for tree in yaml.safe_load_all(done.stdout)] == [None]
+
+
+def test_the_launcher_starts_paths_where_it_is_called(tmp_path):
+    shutil.copytree(ROOT / "scripts/qwen2.5-math-1.5b", tmp_path / "mine")
+    (tmp_path / "rows.jsonl").write_text("{}\n" * 200)
+    done = launch("--dry-run", "rlvr", "data.train=rows.jsonl", "mine/", cwd=tmp_path)
+    assert done.returncode == 0 and "200 rows: rows.jsonl" in done.stdout, done.stderr
+    assert launch("mine", "-h", cwd=tmp_path).stdout.startswith("Run a recipe: ")
+
+
 def launch(*arguments, cwd=ROOT):
     return subprocess.run(["bash", str(ROOT / "scripts/run.sh"), *arguments], cwd=cwd, capture_output=True, text=True, timeout=120)
 
@@ -416,6 +555,13 @@ def test_the_launcher_fits_a_missing_field_first(tmp_path):
         (("nowhere",), "no folder nowhere"),
         (("scripts/qwen2.5-7b",), "has no rlfr.yaml"),
         (("scripts/qwen2.5-math-1.5b", "--dry-run", "flow.checkpoint=elsewhere"), "it must end in /flow"),
+        (("scripts/qwen2.5-math-1.5b", "flow", "flow.checkpoint=a/flow", "output_dir=b"), "say where the field goes: name one"),
+        (("scripts/qwen2.5-math-1.5b", "rlvr", "flow.times=[0.5]"), "rlvr has no flow field"),
+        (("flowrl", "scripts/qwen2.5-7b", "flow={}"), "flowrl has no flow field"),
+        (("scripts/qwen2.5-math-1.5b", "grpo"), "grpo is no method and no a.b=c"),
+        (("scripts/qwen2.5-math-1.5b", "rlvr", "flow"), "both rlvr and flow: name one"),
+        (("scripts/qwen2.5-math-1.5b", "--dryrun"), "unknown option --dryrun"),
+        (("scripts/qwen2.5-math-1.5b", "optim.lr=-1"), "`optim.lr`: Input should be greater than 0"),
     ],
 )
 def test_the_launcher_says_what_is_wrong(arguments, message):
