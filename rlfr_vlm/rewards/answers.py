@@ -184,7 +184,7 @@ _THOUSANDS = re.compile(r"(?<![\d.,])[1-9]\d{0,2}(?: \d{3})+(?!\d)")
 _SEPARATOR = re.compile(r"(?<=\d),(?=\d{3}(?!\d))")
 _REPEATING = re.compile(r"(?<!\d)(\d{1,9})?\.(\d{0,9})\\(?:overline|bar|dot) ?\{?(\d{1,9})\}?")
 _SIGNED_PAIR = re.compile(r"\((?=[^()]*,)([^()]*)\\pm ?([^()]*)\)")
-_CHOICE = re.compile(r"(?:(?:[Oo]ption|[Cc]hoice|[Aa]nswer) )?\(?([A-J])(?:\)?[.:)]?|\)?[.:)] ?(.+))")
+_CHOICE = re.compile(r"(?:(?:[Oo]ption|[Cc]hoice|[Aa]nswer) )?\(?([A-J])(?:\)?[.:)]?|\)?[.:)] ?(?![+*/^=])(.+))")
 _OTHER_CHOICE = re.compile(r"(?:^|[ ,(/&])[A-J](?:[.:),/&]| ?$| (?:or|and)\b)")
 _HEDGE = re.compile(r"(?i)(?:(?<![a-z\\])(?:or|either|maybe|perhaps|possibly|probably|alternatively|not)|\\(?:lor|vee))(?![a-z])")
 _OR_SIGN = re.compile(r" *(?:(?<![a-z\\])or(?![a-z])|\\(?:lor|vee)(?![a-z])) *")
@@ -390,7 +390,7 @@ def _parse(value: str) -> Any | None:
         return None
     import sympy
 
-    value = found[0]
+    value: Any = found[0]
     if value.atoms(sympy.core.relational.Relational, sympy.Interval):
         return value  # `i = 5` is an index; the pair `(i, 2)` was read as an interval, which has to be real
     return value.subs({symbol: sympy.I for symbol in value.free_symbols if symbol.name == "i"})
