@@ -390,10 +390,10 @@ def _parse(value: str) -> Any | None:
         return None
     import sympy
 
-    value: Any = found[0]
-    if value.atoms(sympy.core.relational.Relational, sympy.Interval):
-        return value  # `i = 5` is an index; the pair `(i, 2)` was read as an interval, which has to be real
-    return value.subs({symbol: sympy.I for symbol in value.free_symbols if symbol.name == "i"})
+    parsed: Any = found[0]
+    if parsed.atoms(sympy.core.relational.Relational, sympy.Interval):
+        return parsed  # `i = 5` is an index; the pair `(i, 2)` was read as an interval, which has to be real
+    return parsed.subs({symbol: sympy.I for symbol in parsed.free_symbols if symbol.name == "i"})
 
 
 def _equal(gold: Any, prediction: Any) -> bool:
