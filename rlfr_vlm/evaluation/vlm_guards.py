@@ -146,15 +146,31 @@ def _number(node: ast.expr) -> Any:
 
 
 def guarded(builtin: Callable[..., Any], instead: Callable[[Any], Any]) -> Callable[..., Any]:
-    """`eval` or `exec`, with something else in its place for VLMEvalKit and sympy."""
+    """`eval` or `exec`, with something else in its place for VLMEvalKit; sympy may make numbers with it, which is how it reads their text."""
 
     def careful(source: Any, /, *scope: Any, **more: Any) -> Any:
         caller = sys._getframe(1)
-        if str(caller.f_globals.get("__name__")).partition(".")[0] in ("vlmeval", "sympy", "latex2sympy2", "latex2sympy2_extended"):
+        package = str(caller.f_globals.get("__name__")).partition(".")[0]
+        if package == "vlmeval":
             return instead(source)
+        if package in ("sympy", "latex2sympy2", "latex2sympy2_extended") and source != "from sympy import *":
+            check_numbers(source)
         return builtin(source, *(scope or (caller.f_globals, caller.f_locals)), **more)
 
     return careful
+
+
+def check_numbers(source: Any) -> None:
+    """Raises PermissionError where the text is more than arithmetic on `Integer(..)` and its like."""
+    for node in ast.walk(ast.parse(source.strip(), mode="eval")) if isinstance(source, str) else [None]:
+        number = isinstance(node, ast.Name) and node.id in ("Integer", "Float", "Rational")
+        call = isinstance(node, ast.Call) and isinstance(node.func, ast.Name)
+        if not (
+            number
+            or call
+            or isinstance(node, ast.Expression | ast.Constant | ast.BinOp | ast.UnaryOp | ast.operator | ast.unaryop | ast.Load)
+        ):
+            refuse(source)
 
 
 def refuse(source: Any) -> None:

@@ -2,7 +2,7 @@
 
 What is different here from VLMEvalKit as it is installed (`vlm_guards`):
 
-- no text is ever executed: `eval` called by it or by sympy reads literals and arithmetic, `exec` is refused;
+- no text is ever executed: its `eval` reads literals and arithmetic, sympy's only numbers, its `exec` is refused;
 - its judge is a stand-in that asks through our endpoint (retries, circuit breaker, the key in no log and no file, no proxy on loopback, none of
   its environment variables) and keeps every reply on disk. A row whose judge did not answer is taken out and reported as `failed`; it is
   never scored as wrong, and no random option is drawn for it. Without a judge, rows that need one are `unjudged`;

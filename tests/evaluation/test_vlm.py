@@ -5,12 +5,14 @@ import csv
 import importlib.util
 import io
 import json
+import os
 import re
 from pathlib import Path
 
 import pytest
 from PIL import Image, ImageDraw
 
+from rlfr_vlm.cli import main
 from rlfr_vlm.config import parse_config
 from rlfr_vlm.errors import StoppedError, UserError
 from rlfr_vlm.evaluation import suite, vlm
@@ -171,6 +173,12 @@ def test_only_literals_and_arithmetic_are_read(tmp_path):
         scope["run"](f"open({str(tmp_path / 'x')!r}, 'w')")
     with pytest.raises(PermissionError):
         scope["hurt"](f"open({str(tmp_path / 'x')!r}, 'w')")
+    scope["__name__"] = "sympy.parsing.sympy_parser"
+    scope |= {"Integer": int, "Float": float}
+    assert scope["run"]("Float('0.5') + Integer(2)") == 2.5
+    for text in ("Symbol('x')", "Integer.__subclasses__()", "(lambda: 1)()", "__import__('os')"):
+        with pytest.raises(PermissionError):
+            scope["run"](text)
     assert guarded(eval, arithmetic)("KEY + tmp_path.name") == KEY + tmp_path.name  # everybody else's
     assert not (tmp_path / "x").exists()
 
@@ -288,3 +296,151 @@ def test_a_dead_judge_makes_no_wrong_answers(tmp_path):
         server.faults = {}
         summary, model, folder = run(cfg, answers)
     assert verdicts(folder) == expected(right) and not model.asked and summary["verdicts"]["failed"] == 0
+
+
+def option_rows(name):
+    """Three rows of multiple choice: decided by rules, by the judge, and one whose judge names no option."""
+    more = {
+        "MMMU_DEV_VAL": {"category": "Math", "l2-category": "Science", "split": "validation"},
+        "WeMath": {"ID": "1", "key": "2steps_1", "split": "testmini", "knowledge concept": "Direction"},
+    }[name]
+    mark = "<image 1> " if name.startswith("MMMU") else ""
+    return [row(i, f"{mark}Which one, {i}?", "B", A="three", B="fourteen", C="eight", **more) for i in (1, 2, 3)]
+
+
+CASES = {  # rows, answers, verdicts with a judge that says what is boxed, without one
+    "MathVision_MINI": (
+        [row(i, f"{i}?", gold, choices=choices, category="counting") for i, gold, choices in
+         [(1, "6", "[]"), (2, "\\frac{1}{2}", "[]"), (3, "B", "['5', '6']"), (4, "3", "[]"), (5, "3", "[]")]],
+        ["6", "\\boxed{0.5}", "The answer is B", "HOSTILE", "\\boxed{HOSTILE}"],
+        ["correct", "correct", "correct", "wrong", "wrong"],
+        ["correct", "correct", "correct", "unjudged", "unjudged"],
+    ),
+    "MathVerse_MINI": (
+        [row(i, f"{i}?", "14", question_for_eval="?", problem_version="Vision Intensive", query_cot="?",
+             metadata="{'subject': 'Plane Geometry', 'subfield': 'Area'}") for i in (1, 2, 3)],
+        ["\\boxed{14}", "\\boxed{13}", "\\boxed{maybe}"],
+        ["correct", "wrong", "failed"],  # the judge of the third never says 0 or 1
+        ["unjudged"] * 3,
+    ),
+    "LogicVista": (
+        [row(i, f"{i}?", "A, C", skill="['inductive']") for i in (1, 2, 3)],
+        ["\\boxed{CA}", "\\boxed{B}", "\\boxed{i do not know}"],
+        ["correct", "wrong", "failed"],
+        ["unjudged"] * 3,
+    ),
+    "DynaMath": (
+        [row(i, f"{i}?", gold, answer_type=kind, subject="algebra", knowledge_level="high school", varid=1, qid=i)
+         for i, gold, kind in [(0, "2.5", "float"), (1, "B", "multiple choice"), (2, "a b", "text"), (3, "2.5", "float"), (4, "a b", "text")]],
+        ['{"short answer": "2.500"}', "So \\boxed{B}: A or C are not", "", "I think \\boxed{of nothing}", '{"short answer": 7}'],
+        ["correct", "correct", "wrong", "failed", "wrong"],
+        ["correct", "correct", "wrong", "unjudged", "wrong"],
+    ),
+    "MMMU_DEV_VAL": (
+        option_rows("MMMU_DEV_VAL"),
+        ["Answer: B", "Neither \\boxed{A} nor C", "\\boxed{of A and C both}"],
+        ["correct", "wrong", "failed"],
+        ["correct", "unjudged", "unjudged"],
+    ),
+    "WeMath": (
+        option_rows("WeMath"),
+        ["fourteen", "Not A nor C: \\boxed{B}", "\\boxed{of A and C both}"],
+        ["correct", "correct", "failed"],
+        ["correct", "unjudged", "unjudged"],
+    ),
+    "VisuLogic": (
+        [row(i, f"{i}?", "B", category="Other") for i in (1, 2, 3)],
+        ["\\boxed{B}", "Answer: A", "no idea"],
+        ["correct", "wrong", "wrong"],
+        ["correct", "wrong", "wrong"],
+    ),
+}  # fmt: skip
+
+
+def word(request):
+    """A judge that says what the model under test boxed; asked to compare, 1 where that is the gold answer."""
+    text = str(request["messages"][-1]["content"])
+    if compared := re.search(r"\[Standard Answer\]: (.*)\n\s*\[Model_answer\] : (.*)\n\s*Judgement:$", text):
+        return {"maybe": "perhaps"}.get(compared[2], str(int(compared[1] == compared[2])))
+    found = re.findall(r"\\boxed\{([^}]*)\}", text)
+    return found[-1] if found else "none"
+
+
+@needs_kit
+@pytest.mark.parametrize("name", [name if name == "MathVision_MINI" else pytest.param(name, marks=pytest.mark.slow) for name in CASES])
+def test_verdicts_of_every_set(tmp_path, name):
+    rows, answers, with_judge, without = CASES[name]
+    hostile = f"__import__('os').system('touch {tmp_path / 'hostile'}')"
+    said = {str(r["index"]): a.replace("HOSTILE", hostile) for r, a in zip(rows, answers, strict=True)}
+    write_tsv(tmp_path / f"{name}.tsv", rows)
+    with ScriptedServer(word, key=KEY) as server:
+        for out, judge, wanted in (("with", server, with_judge), ("without", None, without)):
+            cfg = config(tmp_path, f"vlmeval/{name}", judge, retries=0)
+            if {"unjudged", "failed"} & set(wanted):
+                with pytest.raises(StoppedError, match="no score"):
+                    run(cfg, said, out)
+            else:
+                assert run(cfg, said, out)[0]["accuracy"] == wanted.count("correct") / len(wanted)
+            assert list(verdicts(tmp_path / out / name).values()) == wanted
+    assert not (tmp_path / "hostile").exists()
+
+
+@needs_kit
+@pytest.mark.slow
+def test_headlines_are_the_tables_own(tmp_path):
+    """DynaMath's worst case: a question counts where all its variants are right."""
+    kind = {"answer_type": "float", "subject": "algebra", "knowledge_level": "high school"}
+    rows = [row(2 * v + q, f"{q}{v}?", "2.5", varid=v + 1, qid=q, **kind) for v in (0, 1) for q in (0, 1)]
+    write_tsv(tmp_path / "DynaMath.tsv", rows)
+    summary, _, folder = run(config(tmp_path, "dynamath"), {"0": "2.5", "1": "2.5", "2": "2.5", "3": "7"})
+    assert summary["accuracy"] == 0.75
+    [score] = summary["vlmeval"]
+    assert (score["metric"], score["value"], score["num_scored"]) == ("Setting=Worst Case|Overall", 0.5, 4)
+    assert list((folder / "vlmeval").glob("*_score.csv"))
+
+
+@needs_kit
+@pytest.mark.slow
+def test_a_small_model_from_the_command(tmp_path, capsys):
+    """The vision-language model of this repository on sixteen rows, asked with VLMEvalKit's prompts, stopped and started again."""
+    rows, _, _ = mathvista_rows()
+    write_tsv(tmp_path / "MathVista_MINI.tsv", rows)
+    with ScriptedServer(extract, faults=FAULTS, key=KEY) as server:
+        tree = json.loads(config(tmp_path, "mathvista_mini", server, retries=4, max_new_tokens=12).model_dump_json())
+        tree["model"] = {"path": str(ROOT / "data/tiny_vlm"), "dtype": "float32"}
+        (tmp_path / "eval.yaml").write_text(json.dumps(tree))
+        for _ in range(4):
+            with pytest.raises(SystemExit) as ended:
+                main(["eval", "--config", str(tmp_path / "eval.yaml")])
+            if ended.value.code == 0:
+                break
+    said = capsys.readouterr()
+    assert ended.value.code == 0, said.err
+    protocol, answers, found = read_ledger(tmp_path / "out/mathvista_mini")
+    assert len(answers) == 16 and {v.verdict for v in found.values()} <= {"correct", "wrong"}
+    assert protocol["grading"]["prompt"] == "vlmeval 0.0.20 MathVista_MINI"
+    lines = (tmp_path / "out/mathvista_mini/ledger.jsonl").read_text().splitlines()
+    assert sum('"kind": "response"' in line for line in lines) == 16
+    assert json.loads((tmp_path / "out/mathvista_mini/problems.jsonl").read_text().splitlines()[0])["question"].startswith(
+        "<image>Hint: look."
+    )
+    assert KEY not in said.out + said.err
+    assert not [p for p in tmp_path.rglob("*") if p.is_file() and KEY.encode() in p.read_bytes()]
+
+
+@needs_kit
+@pytest.mark.slow
+@pytest.mark.skipif("RLFR_BENCHMARKS" not in os.environ, reason="RLFR_BENCHMARKS is not set to a folder with benchmark files")
+def test_mathvision_mini_itself(tmp_path):
+    """All 304 problems: gold answers are right, others are wrong, pictures open."""
+    source = next(Path(os.environ["RLFR_BENCHMARKS"]).rglob("MathVision_MINI.tsv"))
+    with ScriptedServer(word, key=KEY) as server:
+        cfg = config(source.parent, "mathvision_mini", server).model_copy(update={"output_dir": str(tmp_path / "out")})
+        [planned] = suite.plan(cfg)
+        golds = {p.prompt.id: p.golds[0] for p in planned.problems}
+        said = {name: gold if i % 2 else "It must be \\boxed{qqq}." for i, (name, gold) in enumerate(golds.items())}
+        summary, _, folder = run(cfg, said)
+    assert len(golds) == 304 and {planned.problems[0].prompt.origin} == {"MathVision_MINI.tsv:4"}
+    assert summary["verdicts"]["correct"] == 152 and summary["accuracy"] == 0.5
+    assert summary["vlmeval"][0]["value"] == 50.0
+    assert len(list((folder / "images").glob("*.png"))) > 250
