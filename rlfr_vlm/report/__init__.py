@@ -1,4 +1,5 @@
-"""The HTML page of a run.
+"""The HTML pages of a run and of an evaluation.
 
-`run_files` reads a run folder, `rollout_data` packs its rollouts, `html` writes the page; the views are the .html, .css and .js files.
+`run_files` reads a run folder, `rollout_data` packs its rollouts, `html` writes the page; `evaluation` reads benchmark folders and
+`evaluation_page` writes theirs; `template` and `pictures` serve both. The views are the .html, .css and .js files.
 """

@@ -52,12 +52,6 @@ function groupCard(group, shown, tokens) {
   );
 }
 
-// The question with a sign for every picture in it; none for a single one before the text.
-function questionText({ question, images }) {
-  const pieces = (images.length > 1 ? question : question.replace(/^<image>\s*/, "")).split("<image>");
-  return pieces.map((piece, at) => [at > 0 && h("span", { class: "tag" }, images.length > 1 ? `picture ${at}` : "picture"), piece]);
-}
-
 function verdictClass(response) {
   return Object.hasOwn(VERDICTS, response.verdict) ? response.verdict : "error";
 }
@@ -68,34 +62,6 @@ function tallyMarks(group) {
     { class: "marks", "aria-hidden": "true" },
     group.responses.map((response) => h("i", { class: verdictClass(response) })),
   );
-}
-
-function picture({ key, path }) {
-  if (!key) return h("p", { class: "no-picture" }, "picture not found", h("code", {}, path));
-  const image = h("img", {
-    src: byId(`picture-${key}`).textContent,
-    alt: "picture of the question",
-    title: "click to enlarge",
-    onclick: enlarge,
-    onload: fit,
-  });
-  return image;
-}
-
-// Small pictures are enlarged by a whole factor, so that their pixels stay square.
-function fit(event) {
-  const image = event.target;
-  const times = Math.floor(200 / Math.max(image.naturalWidth, image.naturalHeight));
-  if (times < 2) return;
-  image.style.width = `${times * image.naturalWidth}px`;
-  image.classList.add("pixels");
-}
-
-function enlarge(event) {
-  const image = byId("lightbox").querySelector("img");
-  image.src = event.target.src;
-  image.classList.toggle("pixels", event.target.classList.contains("pixels"));
-  byId("lightbox").showModal();
 }
 
 function responseCard(response, trace) {

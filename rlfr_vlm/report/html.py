@@ -1,48 +1,48 @@
-"""`report.html` of a run: one file that opens from disk, without a server or a network."""
+"""`report.html` of a run or an evaluation: one file that opens from disk, without a server or a network."""
 
 from __future__ import annotations
 
-import base64
-import hashlib
-import html
-import json
 import math
-import os
-import re
 import time
 from dataclasses import asdict
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 from rlfr_vlm.errors import UserError
+from rlfr_vlm.report.evaluation import find_benchmarks, is_training_run
+from rlfr_vlm.report.evaluation_page import write_evaluation
 from rlfr_vlm.report.rollout_data import RolloutData, pack_rollouts
 from rlfr_vlm.report.run_files import Evaluation, Metrics, Problem, RunFiles, read_run
+from rlfr_vlm.report.template import asset, json_block, page, text_block, write_page
 
 ROLLOUT_BYTES = 9_000_000  # of rollouts and pictures; with plotly's 4.8 MB the page stays below 15 MB
 CURVE_POINTS = 3000  # longer curves are thinned
 MAX_PROBLEMS = 50  # shown one by one
-VIEWS = ("page.js", "overview.js", "curves.js", "shading.js", "group.js", "rollouts.js")  # in the order they are loaded
+EVALUATION_PAGE = "evaluation.html"  # of the benchmarks that a training run holds
+VIEWS = ("shared.js", "page.js", "overview.js", "curves.js", "shading.js", "group.js", "rollouts.js")  # in the order they are loaded
 
 
-def write_report(run_dir: Path) -> Path:
-    """Write `report.html` of a run, finished or not, into its folder. Raises UserError where there is no such folder."""
-    run_dir = Path(run_dir)
-    if not run_dir.is_dir():
-        raise UserError(f"report: there is no run folder {run_dir}")
-    run = read_run(run_dir)
+def write_report(folder: Path) -> Path:
+    """Write `report.html` of a run or an evaluation, finished or not, into its folder. Raises UserError where there is no such folder.
+
+    A training run that also holds benchmarks gets a second page, `evaluation.html`, and a table that leads to it.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise UserError(f"report: there is no run folder {folder}")
+    benchmarks = find_benchmarks(folder)
+    if benchmarks and not is_training_run(folder):
+        return write_evaluation(folder, benchmarks, folder / "report.html")[0]
+    run = read_run(folder)
     problems = list(run.problems)
-    rollouts = pack_rollouts(run_dir, run.rollout_files, ROLLOUT_BYTES, problems)
-    path = run_dir / "report.html"
-    unfinished = path.with_suffix(".html.tmp")
-    unfinished.write_text(_page(run, rollouts, problems), encoding="utf-8")
-    os.replace(unfinished, path)
-    return path
+    rollouts = pack_rollouts(folder, run.rollout_files, ROLLOUT_BYTES, problems)
+    evaluated = write_evaluation(folder, benchmarks, folder / EVALUATION_PAGE)[1] if benchmarks else []
+    return write_page(folder / "report.html", _page(run, rollouts, problems, evaluated))
 
 
-def _page(run: RunFiles, rollouts: RolloutData, problems: list[Problem]) -> str:
+def _page(run: RunFiles, rollouts: RolloutData, problems: list[Problem], evaluated: list[dict[str, Any]]) -> str:
     data = {
-        "overview": _overview(run, problems),
+        "overview": {**_overview(run, problems), "benchmarks": evaluated, "benchmarkPage": EVALUATION_PAGE},
         "curves": {"metrics": _columns(run.metrics), "flowFit": _columns(run.flow_fit), "evaluations": _evaluation_points(run)},
         "rollouts": {
             "steps": list(rollouts.steps),
@@ -53,20 +53,11 @@ def _page(run: RunFiles, rollouts: RolloutData, problems: list[Problem]) -> str:
             "numStepsLeftOut": rollouts.num_steps_left_out,
         },
     }
-    blocks = [f'<script type="application/json" id="run-data">{_script_json(data)}</script>']
-    blocks += [f'<script type="text/plain" id="rollout-index">{rollouts.index}</script>']
-    blocks += [f'<script type="text/plain" id="rollout-step-{step}">{packed}</script>' for step, packed in rollouts.steps.items()]
-    blocks += [f'<script type="text/plain" id="picture-{key}">{url}</script>' for key, url in rollouts.pictures.items()]
-    plotly, script = _plotly_script(), "\n".join(_asset(name) for name in VIEWS)
-    parts = {
-        "title": html.escape(run.name),
-        "policy": f"default-src 'none'; img-src data: blob:; style-src 'unsafe-inline'; script-src {_digest(plotly)} {_digest(script)}",
-        "style": _asset("page.css"),
-        "data": "\n".join(blocks),
-        "plotly": plotly,
-        "script": script,
-    }
-    return re.sub(r"\{\{(\w+)\}\}", lambda match: parts[match[1]], _asset("page.html"))  # one pass: data is never searched for placeholders
+    blocks = [json_block("run-data", data), text_block("rollout-index", rollouts.index)]
+    blocks += [text_block(f"rollout-step-{step}", packed) for step, packed in rollouts.steps.items()]
+    blocks += [text_block(f"picture-{key}", url) for key, url in rollouts.pictures.items()]
+    scripts = {"plotly": _plotly_script(), "script": "\n".join(map(asset, VIEWS))}
+    return page("page.html", run.name, asset("page.css"), blocks, scripts)
 
 
 def _overview(run: RunFiles, problems: list[Problem]) -> dict[str, Any]:
@@ -137,23 +128,9 @@ def _rounded(value: float | None) -> float | None:
     return None if value is None else float(f"{value:.6g}")
 
 
-def _script_json(tree: Any) -> str:
-    """JSON that can stand in a script element: with no `<` in it, nothing ends the element or opens a comment."""
-    return json.dumps(tree, separators=(",", ":"), allow_nan=False).replace("<", "\\u003c")
-
-
-def _digest(script: str) -> str:
-    """The script's name in the page's content security policy: the browser runs our two scripts and nothing else."""
-    return f"'sha256-{base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()}'"
-
-
 def _plotly_script() -> str:
     try:
         from plotly.offline import get_plotlyjs
     except ImportError:
         raise UserError("report: plotly, which draws the curves, is not installed: `pip install plotly`") from None
     return get_plotlyjs()
-
-
-def _asset(name: str) -> str:
-    return (files("rlfr_vlm.report") / name).read_text(encoding="utf-8")

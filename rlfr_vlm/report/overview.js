@@ -8,9 +8,10 @@ function showOverview() {
   const run = RUN.overview;
   byId("overview").append(
     ...[
-      problemPanel(run),
+      problemPanel(run, "Not in this run: "),
       tiles(run),
       h("div", { class: "columns" }, accuracyPanel(), evaluationPanel(run)),
+      benchmarkPanel(run),
       sourcePanel(run.evaluations),
       RUN.rollouts.numResponses > 0 && CAN_UNPACK && h("div", { id: "sample" }),
       h("div", { class: "columns even" }, configPanel(run), environmentPanel(run)),
@@ -20,31 +21,6 @@ function showOverview() {
   const chart = byId("overview-accuracy");
   if (chart) drawChart(chart, ACCURACY, 300);
   if (byId("sample")) showSample();
-}
-
-function problemPanel(run) {
-  const lines = (kind) => run.problems.filter((problem) => problem.kind === kind);
-  if (!run.problems.length) return null;
-  const missing = lines("missing");
-  return h(
-    "div",
-    { class: `notice ${lines("damaged").length ? "damaged" : ""}`, id: "problems" },
-    lines("damaged").map((problem) => h("p", {}, h("b", {}, "Damaged: "), h("code", {}, problem.file), `: ${problem.text}.`)),
-    lines("note").map((problem) => h("p", {}, h("b", {}, "Note: "), h("code", {}, problem.file), `: ${problem.text}.`)),
-    missing.length > 0 &&
-      h(
-        "p",
-        {},
-        h("b", {}, "Not in this run: "),
-        missing.map((problem, at) => [
-          at ? ", " : "",
-          h("code", {}, problem.file),
-          problem.text === "not there" ? "" : ` (${problem.text})`,
-        ]),
-        ".",
-      ),
-    run.numMoreProblems > 0 && h("p", {}, `… and ${plural(run.numMoreProblems, "more line")}.`),
-  );
 }
 
 function tiles(run) {
@@ -96,8 +72,6 @@ function change(from, to, unit = "") {
   const sign = points > 0 ? "+" : points < 0 ? "−" : "";
   return h("span", { class: `change ${points > 0 ? "up" : points < 0 ? "down" : ""}` }, `${sign}${Math.abs(points).toFixed(1)}${unit}`);
 }
-
-const bounds = ({ low, high }) => `${(100 * low).toFixed(1)} – ${(100 * high).toFixed(1)}`;
 
 function checkpointLine(run, best) {
   const latest = run.latestCheckpoint ? `latest: ${run.latestCheckpoint.replace(/^global_/, "").replace("_", " ")}` : "";
@@ -220,6 +194,27 @@ function sourcePanel(evaluations) {
           }),
         ),
       ),
+    ),
+  );
+}
+
+// What the benchmarks below this run say; their page lies beside this one.
+function benchmarkPanel({ benchmarks, benchmarkPage }) {
+  if (!benchmarks.length) return null;
+  return h(
+    "div",
+    { class: "card", id: "benchmarks" },
+    h(
+      "div",
+      { class: "bar" },
+      h("h2", {}, "Benchmarks"),
+      h("span", { class: "gap" }),
+      h("a", { href: benchmarkPage }, "problems and responses ›"),
+    ),
+    h(
+      "div",
+      { class: "scroll" },
+      benchmarkTable(benchmarks, ({ title }) => title),
     ),
   );
 }

@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import base64
-import gzip
-import hashlib
-import io
 import json
 from collections import deque
 from dataclasses import dataclass
@@ -13,13 +9,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-from PIL import Image
 
+from rlfr_vlm.report.pictures import load_picture
 from rlfr_vlm.report.run_files import QUANTITIES, Group, Problem, Response, RolloutFile, read_rollouts
+from rlfr_vlm.report.template import compress
 
 PICTURE_BYTES = 32_768  # pictures above are made smaller
 PICTURE_SIDE = 512  # pixels, of pictures made smaller
-SHOWN_AS_THEY_ARE = ("PNG", "JPEG", "GIF", "WEBP")
 MIN_STEPS = 32  # when there is too much, no step takes more than this share of the budget
 
 
@@ -73,7 +69,7 @@ def pack_rollouts(folder: Path, files: tuple[RolloutFile, ...], budget: int, pro
     ordered = [group for step in sorted(shown) for group in shown[step]]
     problems.extend(pictures.problems())
     return RolloutData(
-        index=_compress([json.dumps(_head(group, pictures), separators=(",", ":")) for group in ordered]),
+        index=compress([json.dumps(_head(group, pictures), separators=(",", ":")) for group in ordered]),
         steps=dict(sorted(steps.items())),
         pictures=pictures.urls,
         scales={name: scale for name, values in ranges.items() if (scale := values.scale(name)) is not None},
@@ -87,7 +83,7 @@ def pack_rollouts(folder: Path, files: tuple[RolloutFile, ...], budget: int, pro
 def _pack_step(groups: tuple[Group, ...], pictures: _Pictures, room: int) -> tuple[tuple[Group, ...], str]:
     """The tokens of a step's first groups, as many of them (at least one) as take up no more than `room` bytes with their pictures."""
     texts = [json.dumps(_tokens(group), separators=(",", ":")) for group in groups]
-    packed = _compress(texts)
+    packed = compress(texts)
     bytes_per_letter = len(packed) / max(1, sum(map(len, texts)))
     used = 0.0
     seen: set[str] = set()
@@ -96,7 +92,7 @@ def _pack_step(groups: tuple[Group, ...], pictures: _Pictures, room: int) -> tup
         used += bytes_per_letter * len(text) + sum(pictures.cost(image) for image in new)
         seen.update(new)
         if used > room + 1 and number > 0:  # + 1: rounding
-            return groups[:number], _compress(texts[:number])
+            return groups[:number], compress(texts[:number])
     return groups, packed
 
 
@@ -142,11 +138,6 @@ def _response_head(response: Response) -> dict[str, Any]:
 def _short(value: float | None) -> float | None:
     """Four significant digits, as many as the page shows."""
     return None if value is None else float(f"{value:.4g}")
-
-
-def _compress(texts: list[str]) -> str:
-    """A JSON list of JSON texts, gzipped (mtime 0: same input, same page), as base64: nothing in it can be mistaken for HTML."""
-    return base64.b64encode(gzip.compress(f"[{','.join(texts)}]".encode(), 6, mtime=0)).decode()
 
 
 def _spread(count: int) -> list[int]:
@@ -227,29 +218,5 @@ class _Pictures:
 
     def _load(self, image: str) -> tuple[str, str] | None:
         if image not in self._loaded:
-            self._loaded[image] = self._read(image)
+            self._loaded[image] = load_picture(self.root / "rollouts" / image, self.root, PICTURE_BYTES, PICTURE_SIDE)
         return self._loaded[image]
-
-    def _read(self, image: str) -> tuple[str, str] | None:
-        try:
-            path = (self.root / "rollouts" / image).resolve()
-            if not path.is_relative_to(self.root) or not path.is_file():
-                return None
-            content = path.read_bytes()
-            with Image.open(io.BytesIO(content)) as picture:
-                kind = picture.format or ""
-                picture.load()
-                if len(content) > PICTURE_BYTES or kind not in SHOWN_AS_THEY_ARE:
-                    content, kind = _smaller(picture), "WEBP"
-        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):  # what Pillow raises for files that are no pictures
-            return None
-        key = hashlib.sha256(content).hexdigest()[:16]
-        return key, f"data:image/{kind.lower()};base64,{base64.b64encode(content).decode()}"
-
-
-def _smaller(picture: Image.Image) -> bytes:
-    picture = picture.convert("RGBA" if "transparency" in picture.info or picture.mode in ("RGBA", "LA", "PA") else "RGB")
-    picture.thumbnail((PICTURE_SIDE, PICTURE_SIDE))
-    out = io.BytesIO()
-    picture.save(out, "WEBP", quality=80)
-    return out.getvalue()

@@ -15,7 +15,6 @@ const GROUP_FILTERS = {
   right: ["all right", (right, total) => right === total],
   wrong: ["none right", (right) => right === 0],
 };
-const CAN_UNPACK = "DecompressionStream" in window;
 
 const browser = {
   groups: null, // a promise of all groups
@@ -32,13 +31,6 @@ const browser = {
     shade: DEFAULT_SHADE,
   },
 };
-
-async function unpack(id) {
-  const letters = atob(byId(id).textContent);
-  const bytes = new Uint8Array(letters.length);
-  for (let at = 0; at < letters.length; at++) bytes[at] = letters.charCodeAt(at);
-  return new Response(new Blob([bytes]).stream().pipeThrough(new DecompressionStream("gzip"))).json();
-}
 
 function stepTokens(step) {
   if (!browser.steps.has(step)) browser.steps.set(step, unpack(`rollout-step-${step}`));

@@ -117,7 +117,7 @@ class RunFiles:
     def planned_steps(self) -> int | None:
         """`train.steps` of the config."""
         train = self.config.get("train")
-        return _whole(train.get("steps")) if isinstance(train, dict) else None
+        return as_whole(train.get("steps")) if isinstance(train, dict) else None
 
 
 def read_run(folder: Path) -> RunFiles:
@@ -149,10 +149,10 @@ def read_rollouts(file: RolloutFile, problems: list[Problem]) -> tuple[Group, ..
     groups: list[tuple[dict[str, Any], list[Response]]] = []
     open_groups: dict[str, int] = {}
     misfits = 0
-    for row in _json_lines(file.path, problems):
+    for row in json_lines(file.path, problems):
         response, fits = _response(row)
         misfits += not fits
-        prompt_id = _text(row.get("prompt_id"))
+        prompt_id = as_text(row.get("prompt_id"))
         at = open_groups.get(prompt_id)
         if at is None or any(sibling.sample_index == response.sample_index for sibling in groups[at][1]):  # a prompt drawn twice in a step
             at = open_groups[prompt_id] = len(groups)
@@ -167,11 +167,11 @@ def _group(step: int, row: dict[str, Any], responses: list[Response]) -> Group:
     images = row.get("images")
     return Group(
         step=step,
-        prompt_id=_text(row.get("prompt_id")),
-        question=_text(row.get("question")),
-        answer=_text(row.get("answer")),
-        data_source=_text(row.get("data_source")),
-        images=tuple(_text(image) for image in images) if isinstance(images, list) else (),
+        prompt_id=as_text(row.get("prompt_id")),
+        question=as_text(row.get("question")),
+        answer=as_text(row.get("answer")),
+        data_source=as_text(row.get("data_source")),
+        images=tuple(as_text(image) for image in images) if isinstance(images, list) else (),
         responses=tuple(sorted(responses, key=lambda response: response.sample_index or 0)),
     )
 
@@ -179,20 +179,20 @@ def _group(step: int, row: dict[str, Any], responses: list[Response]) -> Group:
 def _response(row: dict[str, Any]) -> tuple[Response, bool]:
     """The response, and whether all its arrays fit its tokens."""
     tokens = row.get("tokens")
-    tokens = tuple(_text(token) for token in tokens) if isinstance(tokens, list) else ()
-    traces = {name: tuple(_number(value) for value in row[name]) for name in QUANTITIES if isinstance(row.get(name), list)}
+    tokens = tuple(as_text(token) for token in tokens) if isinstance(tokens, list) else ()
+    traces = {name: tuple(as_number(value) for value in row[name]) for name in QUANTITIES if isinstance(row.get(name), list)}
     fitting = {name: values for name, values in traces.items() if len(values) == len(tokens)}
     parts = row.get("parts")
     return Response(
-        sample_index=_whole(row.get("sample_index")),
-        text=_text(row.get("response")),
-        prediction=_text(row.get("prediction")),
-        verdict=_text(row.get("verdict")),
-        reason=_text(row.get("reason")),
-        reward=_number(row.get("reward")),
-        parts={name: _number(value) for name, value in parts.items()} if isinstance(parts, dict) else {},
-        finish_reason=_text(row.get("finish_reason")),
-        policy_version=_whole(row.get("policy_version")),
+        sample_index=as_whole(row.get("sample_index")),
+        text=as_text(row.get("response")),
+        prediction=as_text(row.get("prediction")),
+        verdict=as_text(row.get("verdict")),
+        reason=as_text(row.get("reason")),
+        reward=as_number(row.get("reward")),
+        parts={name: as_number(value) for name, value in parts.items()} if isinstance(parts, dict) else {},
+        finish_reason=as_text(row.get("finish_reason")),
+        policy_version=as_whole(row.get("policy_version")),
         tokens=tokens,
         traces=fitting,
     ), len(fitting) == len(traces)
@@ -209,7 +209,7 @@ def _config(path: Path, problems: list[Problem]) -> tuple[str, dict[str, Any]]:
 
 
 def _environment(path: Path, problems: list[Problem]) -> dict[str, str]:
-    tree = _json_object(path, problems)
+    tree = json_object(path, problems)
     flat: dict[str, str] = {}
     stack = [("", tree)]
     while stack:
@@ -225,8 +225,8 @@ def _environment(path: Path, problems: list[Problem]) -> dict[str, str]:
 def _metrics(path: Path, problems: list[Problem]) -> Metrics:
     rows: dict[int, dict[str, Any]] = {}
     repeated = set()
-    for row in _json_lines(path, problems):
-        step = _whole(row.pop("step", None))
+    for row in json_lines(path, problems):
+        step = as_whole(row.pop("step", None))
         if step is not None:
             known = rows.setdefault(step, {})  # training and evaluation write a line each
             if known.keys() & row.keys():
@@ -236,9 +236,9 @@ def _metrics(path: Path, problems: list[Problem]) -> Metrics:
         problems.append(Problem("note", _relative(path), f"{len(repeated)} steps were written twice (a resumed run?); later values count"))
     steps = tuple(sorted(rows))
     names = dict.fromkeys(name for step in steps for name, value in rows[step].items() if _is_number(value))
-    series = {name: tuple(_number(rows[step].get(name)) for step in steps) for name in names}
+    series = {name: tuple(as_number(rows[step].get(name)) for step in steps) for name in names}
     for name in names:
-        bad = [step for step in steps if _is_number(rows[step].get(name)) and _number(rows[step][name]) is None]
+        bad = [step for step in steps if _is_number(rows[step].get(name)) and as_number(rows[step][name]) is None]
         if bad:
             problems.append(Problem("note", _relative(path), f"{name} is not a finite number at {len(bad)} steps, first at step {bad[0]}"))
     return Metrics(steps, series, path.stat().st_mtime if path.is_file() else None)
@@ -247,20 +247,20 @@ def _metrics(path: Path, problems: list[Problem]) -> Metrics:
 def _evaluations(folder: Path, problems: list[Problem]) -> tuple[Evaluation, ...]:
     found: dict[int, Evaluation] = {}
     for step, path in _step_files(folder, ".json", problems):
-        row = _json_object(path, problems)
+        row = json_object(path, problems)
         if not row:
             continue
         interval = row.get("accuracy_ci")
-        low, high = (_number(bound) for bound in interval) if isinstance(interval, list) and len(interval) == 2 else (None, None)
+        low, high = (as_number(bound) for bound in interval) if isinstance(interval, list) and len(interval) == 2 else (None, None)
         sources = row.get("by_source")
         found[step] = Evaluation(
             step=step,
-            accuracy=_number(row.get("accuracy")),
+            accuracy=as_number(row.get("accuracy")),
             low=low,
             high=high,
-            greedy=_number(row.get("greedy")),
-            num_problems=_whole(row.get("num_problems")),
-            num_samples=_whole(row.get("num_samples")),
+            greedy=as_number(row.get("greedy")),
+            num_problems=as_whole(row.get("num_problems")),
+            num_samples=as_whole(row.get("num_samples")),
             by_source=tuple(_source(name, values) for name, values in sorted(sources.items())) if isinstance(sources, dict) else (),
         )
     return tuple(found[step] for step in sorted(found))
@@ -268,8 +268,8 @@ def _evaluations(folder: Path, problems: list[Problem]) -> tuple[Evaluation, ...
 
 def _source(name: str, values: Any) -> SourceAccuracy:
     if not isinstance(values, dict):
-        return SourceAccuracy(name, _number(values), None, None)
-    return SourceAccuracy(name, _number(values.get("accuracy")), _number(values.get("greedy")), _whole(values.get("num_problems")))
+        return SourceAccuracy(name, as_number(values), None, None)
+    return SourceAccuracy(name, as_number(values.get("accuracy")), as_number(values.get("greedy")), as_whole(values.get("num_problems")))
 
 
 def _checkpoints(folder: Path, problems: list[Problem]) -> tuple[tuple[int, ...], str]:
@@ -310,7 +310,7 @@ def _step_files(folder: Path, suffix: str, problems: list[Problem]) -> list[tupl
     return found
 
 
-def _json_lines(path: Path, problems: list[Problem]) -> Iterator[dict[str, Any]]:
+def json_lines(path: Path, problems: list[Problem]) -> Iterator[dict[str, Any]]:
     """The objects of a JSONL file. A last line without a line break is still being written: ignored when it does not parse."""
     bad: list[int] = []
     try:
@@ -330,7 +330,8 @@ def _json_lines(path: Path, problems: list[Problem]) -> Iterator[dict[str, Any]]
         problems.append(Problem("damaged", _relative(path), f"{len(bad)} lines are not JSON objects, first line {bad[0]}; left out"))
 
 
-def _json_object(path: Path, problems: list[Problem]) -> dict[str, Any]:
+def json_object(path: Path, problems: list[Problem]) -> dict[str, Any]:
+    """The object of a JSON file; empty where there is none."""
     text = _read(path, problems)
     if not text:
         return {}
@@ -373,7 +374,7 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
-def _number(value: Any) -> float | None:
+def as_number(value: Any) -> float | None:
     """A finite float, or None."""
     if type(value) is not float and not _is_number(value):  # the first test alone spares most of the time
         return None
@@ -384,12 +385,13 @@ def _number(value: Any) -> float | None:
     return value if math.isfinite(value) else None
 
 
-def _whole(value: Any) -> int | None:
-    number = _number(value)
+def as_whole(value: Any) -> int | None:
+    """A finite number without its fraction, or None."""
+    number = as_number(value)
     return None if number is None else int(number)
 
 
-def _text(value: Any) -> str:
+def as_text(value: Any) -> str:
     """Text as it is; nothing for null; other JSON values as JSON (a gold answer may be a number)."""
     if isinstance(value, str):
         return value

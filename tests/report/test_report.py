@@ -9,7 +9,6 @@ import random
 import re
 import shutil
 import sys
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -20,9 +19,8 @@ from rlfr_vlm.errors import UserError
 from rlfr_vlm.report import html
 from rlfr_vlm.report.html import write_report
 from rlfr_vlm.report.run_files import RolloutFile, read_rollouts, read_run
+from tests.report.browser import needs_browser
 
-CHROMIUM = shutil.which("chromium")
-needs_browser = pytest.mark.skipif(CHROMIUM is None, reason="chromium is not installed: `apt-get install chromium`")
 MALICE = "</script><script>window.hacked=1</script><img src=x onerror='window.hacked=2'><!-- \u202e\u0007 {{plotly}} &lt;b&gt;"
 
 
@@ -169,82 +167,6 @@ def make_run(
         folder / "flow/flow_fit.jsonl", [{"step": s, "loss": 1 + 1 / s, "eval_loss": 1.1 + 1 / s, "lr": 1e-4} for s in range(1, 60)]
     )
     return folder
-
-
-# The browser.
-
-
-@dataclass
-class Opened:
-    """A report open in the browser, and everything it complained about or asked the network for."""
-
-    page: object
-    complaints: list[str] = field(default_factory=list)
-    requests: list[str] = field(default_factory=list)
-
-    def evaluate(self, script: str, argument=None):
-        return self.page.evaluate(script, argument)
-
-    def show(self, view: str) -> None:
-        self.page.click(f"#tab-{view}")
-        done = {
-            "overview": "#overview .foot",
-            "curves": "#curves[data-drawn], #curves .empty",
-            "rollouts": "#groups[data-drawing], #rollouts .empty",
-        }
-        self.page.wait_for_selector(done[view])
-
-    def change(self, script: str, argument=None) -> float:
-        """Run a script that changes the page of rollouts; milliseconds until the new one is on the screen."""
-        return self.evaluate(
-            """async ([script, argument]) => {
-                const groups = document.getElementById("groups"), before = groups.dataset.drawing, start = performance.now();
-                CHANGES[script](argument);
-                while (groups.dataset.drawing === before) await new Promise(requestAnimationFrame);
-                groups.getBoundingClientRect();
-                await new Promise(requestAnimationFrame);
-                return performance.now() - start;
-            }""".replace("CHANGES", CHANGES),
-            [script, argument],
-        )
-
-
-CHANGES = """({
-    click: (selector) => document.querySelector(selector).click(),
-    choose: ([id, value]) => { const node = document.getElementById(id); node.value = value; node.dispatchEvent(new Event("change")); },
-    type: (text) => { const node = document.getElementById("choose-search"); node.value = text; node.dispatchEvent(new Event("input")); },
-    slide: (at) => { const node = document.getElementById("slide-step"); node.value = at; node.dispatchEvent(new Event("input")); },
-})"""
-
-
-@pytest.fixture(scope="module")
-def chromium():
-    from playwright.sync_api import sync_playwright
-
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage"])
-        yield browser
-        browser.close()
-
-
-@pytest.fixture
-def open_report(chromium):
-    contexts = []
-
-    def open_it(path: Path, address: str = "", **options) -> Opened:
-        context = chromium.new_context(**{"offline": True, "viewport": {"width": 1400, "height": 900}, **options})
-        contexts.append(context)
-        opened = Opened(context.new_page())
-        opened.page.set_default_timeout(15_000)
-        opened.page.on("console", lambda message: opened.complaints.append(message.text) if message.type in ("error", "warning") else None)
-        opened.page.on("pageerror", lambda error: opened.complaints.append(str(error)))
-        opened.page.on("request", lambda request: opened.requests.append(request.url[:80]))
-        opened.page.goto(path.as_uri() + address)
-        return opened
-
-    yield open_it
-    for context in contexts:
-        context.close()
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,61 @@
+"""A page as one file that opens from disk: data that no HTML parser can mistake for markup, and a policy that lets only our scripts run."""
+
+from __future__ import annotations
+
+import base64
+import gzip
+import hashlib
+import html
+import json
+import os
+import re
+from collections.abc import Mapping, Sequence
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+
+def page(template: str, title: str, style: str, data: Sequence[str], scripts: Mapping[str, str]) -> str:
+    """The template with its parts. `scripts`: by placeholder; the browser runs these and nothing else."""
+    policy = f"default-src 'none'; img-src data: blob:; style-src 'unsafe-inline'; script-src {' '.join(map(_digest, scripts.values()))}"
+    parts = {"title": html.escape(shown(title)), "policy": policy, "style": style, "data": "\n".join(data), **scripts}
+    return re.sub(r"\{\{(\w+)\}\}", lambda match: parts[match[1]], asset(template))  # one pass: data is never searched for placeholders
+
+
+def write_page(path: Path, text: str) -> Path:
+    """Write it whole or not at all."""
+    unfinished = path.with_suffix(".html.tmp")
+    unfinished.write_text(text, encoding="utf-8")
+    os.replace(unfinished, path)
+    return path
+
+
+def json_block(name: str, tree: Any) -> str:
+    """JSON in a script element: with no `<` in it, nothing ends the element or opens a comment."""
+    text = json.dumps(tree, separators=(",", ":"), allow_nan=False).replace("<", "\\u003c")
+    return f'<script type="application/json" id="{name}">{text}</script>'
+
+
+def text_block(name: str, text: str) -> str:
+    """Base64 or a data URL, in which no `<` occurs, in a script element."""
+    return f'<script type="text/plain" id="{name}">{text}</script>'
+
+
+def compress(texts: Sequence[str]) -> str:
+    """A JSON list of JSON texts, gzipped (mtime 0: same input, same page), as base64: nothing in it can be mistaken for HTML."""
+    return base64.b64encode(gzip.compress(f"[{','.join(texts)}]".encode(), 6, mtime=0)).decode()
+
+
+def shown(name: str) -> str:
+    """A name that can be written as UTF-8, whatever bytes or lone surrogates it holds."""
+    return name.encode("utf-8", "replace").decode()
+
+
+def asset(name: str) -> str:
+    """A file of this package."""
+    return (files("rlfr_vlm.report") / name).read_text(encoding="utf-8")
+
+
+def _digest(script: str) -> str:
+    """The script's name in the page's content security policy."""
+    return f"'sha256-{base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()}'"
