@@ -190,7 +190,8 @@ def test_settings_are_found_in_configs_beside_the_file(tmp_path):
         assert (field.spec.sides, field.spec.layers) == ((("token_post", 2),), (14,))
         assert origins == {"context": "config.json", "shift": "config.json", "layers": "config.json", "times": "default 0.8"}
     (folder / "fit.yaml").write_text("hook_layers_percentile: 0.5\nflow_context_mode: token_pre\nrewarding_timesteps: 0.5+0.8\n")
-    assert "context is ['token_post'] in config.json, but ['token_pre'] in fit.yaml; name the right one with --context" in refused(folder, {})
+    differ = "context is ['token_post'] in config.json, but ['token_pre'] in fit.yaml; name the right one with --context"
+    assert differ in refused(folder, {})
     field, origins = import_field(folder, BACKBONE, {"context": "token_pre"}, "m")
     assert (field.spec.context, field.spec.times, origins["context"]) == (("token_pre",), (0.5, 0.8), "--context")
 
