@@ -79,7 +79,9 @@ def add_eval_options(verb: argparse.ArgumentParser) -> None:
     verb.add_argument("--engine", choices=("hf", "vllm"), help="rollout.engine")
     verb.add_argument("--server", metavar="URL", help="evaluate this OpenAI-compatible server instead (eval.endpoint.api_base)")
     verb.add_argument("--judge", metavar="NAME", help="local, api, or another of eval/judges, or a YAML file (eval.judge)")
-    verb.add_argument("--judge-model", metavar="PATH", help="model of the judge: a folder that `local` serves, or a name that the API knows")
+    verb.add_argument(
+        "--judge-model", metavar="PATH", help="model of the judge: a folder that `local` serves, or a name that the API knows"
+    )
 
 
 def eval_overrides(arguments: argparse.Namespace) -> tuple[str, ...]:

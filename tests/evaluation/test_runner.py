@@ -58,7 +58,7 @@ def model(request):
 def judge(request):
     """Right where the response asks judges to tell."""
     text = request["messages"][-1]["content"]
-    found = re.search(r"The code is (.+?)\.$", text.strip())
+    found = re.search(r"\[(\w+) question\]", text)
     if found is None:
         return "Hello."
     code = found.group(1)
@@ -149,7 +149,7 @@ def test_what_the_judge_failed_to_say_is_no_wrong_answer(tmp_path):
         with ScriptedServer(answer=judge) as judges:
             said = {"api_base": judges.api_base, "model": "scripted", "retries": 0}
             ill = config(tmp_path / "ill", benchmark, server, grading="rule_then_judge", judge=said)
-            judges.faults = lambda prompt, before: "500" if "The code is" in prompt and zlib.crc32(prompt.encode()) % 2 else None
+            judges.faults = lambda prompt, before: "500" if "final answer" in prompt and zlib.crc32(prompt.encode()) % 2 else None
             with pytest.raises(StoppedError, match=r"of 24 responses 0 are missing, \d+ verdicts failed.*run the same command again"):
                 evaluate_benchmarks(ill)
             summary = json.loads((tmp_path / "ill/out/sums/summary.json").read_text())
