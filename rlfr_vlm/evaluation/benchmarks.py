@@ -89,17 +89,15 @@ def resolve(cfg: Config, benchmark: Benchmark) -> Benchmark:
     return benchmark.model_copy(update={key: value for key, value in given.items() if value is not None})
 
 
-def load_problems(cfg: Config, benchmark: Benchmark, folder: Path) -> list[Problem]:
-    """Its problems, the first `eval.limit` of them. Raises UserError for a missing file, a bad row, or another number than defined."""
-    source = find_source(cfg, benchmark, folder)
+def load_problems(benchmark: Benchmark, source: str) -> list[Problem]:
+    """All its problems. Raises UserError for a missing file or a bad row."""
     data = DataConfig(system=benchmark.system, suffix=benchmark.suffix)
-    if benchmark.vlmeval is not None:
-        from rlfr_vlm.evaluation import vlm
+    prompts = read_tsv(source, data) if source.endswith(".tsv") else load_prompts(source, data, BadRows(data))
+    return [Problem(replace(p, data_source=p.data_source or benchmark.name), gold_answers(p)) for p in prompts]
 
-        problems = vlm.load(benchmark, source)
-    else:
-        prompts = read_tsv(source, data) if source.endswith(".tsv") else load_prompts(source, data, BadRows(data))
-        problems = [Problem(replace(p, data_source=p.data_source or benchmark.name), gold_answers(p)) for p in prompts]
+
+def chosen(cfg: Config, benchmark: Benchmark, source: str, problems: list[Problem]) -> list[Problem]:
+    """The first `eval.limit` of them, with the pictures that `eval.pictures` asks for. Raises UserError for another number than defined."""
     if benchmark.num_problems is not None and len(problems) != benchmark.num_problems:
         raise UserError(f"benchmark {benchmark.name}: {source} has {len(problems)} problems, the definition says {benchmark.num_problems}")
     problems = problems[: cfg.eval.limit]
@@ -123,10 +121,6 @@ def swap_pictures(problems: list[Problem], name: str) -> list[Problem]:
 
 def find_source(cfg: Config, benchmark: Benchmark, folder: Path) -> str:
     """The benchmark's file under `eval.data_dir` or beside its definition, else its hub name."""
-    if benchmark.vlmeval is not None:
-        from rlfr_vlm.evaluation import vlm
-
-        return vlm.find_tsv(cfg, benchmark, folder)
     assert benchmark.file is not None
     for place in ([Path(cfg.eval.data_dir)] if cfg.eval.data_dir else []) + [folder]:
         if (place / benchmark.file).is_file():

@@ -13,13 +13,13 @@ from typing import Any
 from rlfr_vlm.config import Config, EndpointConfig
 from rlfr_vlm.data.render import Renderer
 from rlfr_vlm.errors import UserError
-from rlfr_vlm.evaluation.benchmarks import Benchmark, Problem, find_benchmark, find_source, load_problems, resolve
+from rlfr_vlm.evaluation import vlm
+from rlfr_vlm.evaluation.benchmarks import Benchmark, Problem, chosen, find_benchmark, find_source, load_problems, resolve
 from rlfr_vlm.evaluation.endpoint import Endpoint
 from rlfr_vlm.evaluation.judge import Judge
 from rlfr_vlm.evaluation.responders import EndpointResponder, EngineResponder, Responder
 from rlfr_vlm.evaluation.runner import BenchmarkRun, check_grading, run_benchmark
 from rlfr_vlm.evaluation.serve import serve
-from rlfr_vlm.evaluation.vlm import run_vlm
 from rlfr_vlm.models.policy import Policy
 from rlfr_vlm.rewards.grader import Grader
 from rlfr_vlm.rollout.engine import RolloutEngine
@@ -46,7 +46,13 @@ def plan(cfg: Config) -> list[Planned]:
     for name in cfg.eval.benchmarks:
         definition, folder = find_benchmark(name)
         benchmark = resolve(cfg, definition)
-        planned.append(Planned(benchmark, tuple(load_problems(cfg, benchmark, folder)), find_source(cfg, benchmark, folder)))
+        if benchmark.vlmeval is not None:
+            source = vlm.find_tsv(cfg, benchmark, folder)
+            problems = vlm.load(benchmark, source)
+        else:
+            source = find_source(cfg, benchmark, folder)
+            problems = load_problems(benchmark, source)
+        planned.append(Planned(benchmark, tuple(chosen(cfg, benchmark, source, problems)), source))
     names = [p.benchmark.name for p in planned]
     if len(set(names)) < len(names):
         raise UserError(f"eval.benchmarks: {', '.join(names)}: one of them twice")
@@ -123,7 +129,7 @@ def run_planned(
             run = BenchmarkRun(
                 cfg, each.benchmark, each.problems, responder(each), grader, judge, folder / each.benchmark.name, (each.root,), say
             )
-            summaries[each.benchmark.name] = (run_vlm if each.benchmark.vlmeval is not None else run_benchmark)(run)
+            summaries[each.benchmark.name] = (vlm.run_vlm if each.benchmark.vlmeval is not None else run_benchmark)(run)
         say(line(summaries[each.benchmark.name]))
     return summaries
 

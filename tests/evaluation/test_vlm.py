@@ -16,7 +16,7 @@ from rlfr_vlm.cli import main
 from rlfr_vlm.config import parse_config
 from rlfr_vlm.errors import StoppedError, UserError
 from rlfr_vlm.evaluation import suite, vlm
-from rlfr_vlm.evaluation.benchmarks import find_benchmark, load_problems
+from rlfr_vlm.evaluation.benchmarks import find_benchmark, find_source, load_problems
 from rlfr_vlm.evaluation.ledger import Answer, read_ledger
 from rlfr_vlm.evaluation.vlm_guards import UNREADABLE, Judging, arithmetic, bounded_equal, guarded, refuse
 from tests.evaluation.scripted_server import ScriptedServer
@@ -24,6 +24,11 @@ from tests.evaluation.scripted_server import ScriptedServer
 ROOT = Path(__file__).parents[2]
 KEY = "sk-sentinel-5e1f0c"
 FAULTS = {"429": 0.08, "500": 0.08, "slow": 0.06, "garbage": 0.09, "half": 0.09}  # 40 % of the calls
+
+
+def problems_of(cfg, name):
+    benchmark, folder = find_benchmark(name)
+    return load_problems(benchmark, find_source(cfg, benchmark, folder))
 
 
 def picture(text):
@@ -230,7 +235,7 @@ def test_own_image_set_without_code(tmp_path):
     write_tsv(tmp_path / "mine.tsv", rows)
     (tmp_path / "mine.yaml").write_text("name: mine\nfile: mine.tsv\n")
     cfg = config(tmp_path, str(tmp_path / "mine.yaml"))
-    problems = load_problems(cfg, *find_benchmark(str(tmp_path / "mine.yaml")))
+    problems = problems_of(cfg, str(tmp_path / "mine.yaml"))
     assert [p.golds for p in problems] == [("14",), ("B", "14"), ("3",)]
     assert problems[0].prompt.images == problems[1].prompt.images and problems[2].prompt.images == ("a.png",)
     assert problems[1].prompt.messages[0]["content"][-1]["text"] == "Which?\nA. 13\nB. 14"
@@ -238,7 +243,7 @@ def test_own_image_set_without_code(tmp_path):
     assert summary["verdicts"]["correct"] == 2 and verdicts(folder)["3"] == "wrong"
     write_tsv(tmp_path / "mine.tsv", [*rows, {**row(1, "again", "1"), **base}])
     with pytest.raises(UserError, match=r"mine\.tsv:5: index 1 again"):
-        load_problems(cfg, *find_benchmark(str(tmp_path / "mine.yaml")))
+        problems_of(cfg, str(tmp_path / "mine.yaml"))
 
 
 needs_kit = pytest.mark.skipif(importlib.util.find_spec("vlmeval") is None, reason="needs the extra `eval`")
