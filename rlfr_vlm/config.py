@@ -21,6 +21,16 @@ class _Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
 
 
+class LoraConfig(_Section):
+    """Low-rank adapters (arXiv:2106.09685), by peft, without dropout; engines and exported models get them merged into the weights."""
+
+    rank: int = Field(16, ge=1, description="of each adapter")
+    alpha: float = Field(32.0, gt=0, description="the adapters' product is scaled by alpha / rank")
+    targets: tuple[str, ...] = Field(
+        ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"), description="linear layers of the language tower"
+    )
+
+
 class ModelConfig(_Section):
     """The policy."""
 
@@ -32,6 +42,7 @@ class ModelConfig(_Section):
     )
     gradient_checkpointing: Literal["off", "reentrant", "nonreentrant"] = Field("off", description="recompute layers in the backward")
     freeze_vision: bool = Field(True, description="keep the vision tower as it is (RLFR's VLM recipes do)")
+    lora: LoraConfig | None = Field(None, description="train low-rank adapters of the language tower instead of its weights")
     trust_remote_code: bool = Field(False, description="run Python code found in the model folder")
     device: str = Field("auto", description="auto, cpu, cuda, cuda:1, ...")
 
@@ -64,6 +75,8 @@ class VllmConfig(_Section):
     max_model_len: int | None = Field(None, description="tokens; default: longest prompt plus max_new_tokens")
     enforce_eager: bool = Field(True, description="no CUDA graphs or compilation: starts faster, decodes slower")
     dtype: Literal["auto", "float32", "bfloat16"] = Field("auto", description="auto: the policy's")
+    tensor_parallel: int = Field(1, ge=1, description="GPUs that one engine is split over; needs ray.engines")
+    sleep: bool = Field(True, description="GPU, beside a trainer: give the engine's memory back while the policy trains")
     probe_tolerance: float | None = Field(
         None, description="largest mean log-prob gap after a sync; default 1e-3 in float32, 0.1 in bfloat16"
     )
@@ -83,6 +96,10 @@ class RolloutConfig(_Section):
         1, ge=1, description="sample anew in place of groups whose rewards are all equal, up to so many rounds (DAPO); 1: never"
     )
     hf_batch_size: int = Field(256, ge=1, description="HF engine: requests decoded together")
+    sync_bucket_mib: int = Field(512, ge=1, description="weights gathered and sent to an engine at a time; one layer is the least")
+    staleness: Literal[0, 1] = Field(
+        0, description="1: sample the next step's responses while this one trains, from weights one step old; needs ray.engines"
+    )
     vllm: VllmConfig = VllmConfig()
 
 
@@ -330,8 +347,9 @@ class ShapingConfig(_Section):
 
 
 class OptimConfig(_Section):
-    """The policy's optimiser: AdamW."""
+    """The policy's optimiser."""
 
+    name: Literal["adamw", "sgd"] = Field("adamw", description="sgd has no momentum and no state")
     lr: float = Field(1e-6, gt=0, description="peak learning rate (arXiv:2510.10201: 1e-6)")
     betas: tuple[float, float] = Field((0.9, 0.95), description="AdamW")
     weight_decay: float = Field(0.0, ge=0, description="AdamW")
@@ -350,6 +368,30 @@ class TrainConfig(_Section):
     save_steps: int = Field(50, ge=1, description="checkpoint every so many steps, and at the end")
     keep_checkpoints: int = Field(2, ge=2, description="newest ones kept")
     log_rollouts: int = Field(4, ge=0, description="groups per step written to rollouts/; 0: none")
+    timeout_s: float = Field(1800.0, gt=0, description="longest wait for another rank or an engine before the run stops and says which")
+
+
+class DeepSpeedConfig(_Section):
+    """Training over several processes (ranks), by DeepSpeed: what each of them holds."""
+
+    ranks: int | None = Field(None, ge=1, description="training processes; launcher=ray starts so many (default 1), torchrun must have")
+    zero_stage: Literal[0, 1, 2, 3] = Field(
+        2, description="0: each rank holds everything; 1: its share of the optimiser, 2: and of the gradients, 3: and of the weights"
+    )
+    offload: Literal["none", "optimizer", "all"] = Field(
+        "none", description="keep the optimiser, or with stage 3 the weights too, in host memory and step there"
+    )
+
+
+class RayConfig(_Section):
+    """launcher=ray: actors on a cluster."""
+
+    address: str = Field("local", description="local: a cluster of the run's own on this machine; auto or HOST:PORT: one that is running")
+    engines: int = Field(0, ge=0, description="rollout actors with devices of their own; 0: every training rank samples for itself")
+    bind: str = Field(
+        "127.0.0.1", description="address that actors listen on; another than loopback is for several nodes, and is warned of"
+    )
+    max_restarts: int = Field(3, ge=0, description="deaths of actors that a run survives; after them it stops with exit code 3")
 
 
 class EndpointConfig(_Section):
@@ -419,6 +461,9 @@ class Config(_Section):
     shaping: ShapingConfig = ShapingConfig()
     optim: OptimConfig = OptimConfig()
     train: TrainConfig = TrainConfig()
+    deepspeed: DeepSpeedConfig | None = Field(None, description="shard training over ranks; none: one process")
+    launcher: Literal["process", "ray"] = Field("process", description="process: this one, or the ranks of torchrun or deepspeed; or Ray")
+    ray: RayConfig = RayConfig()
     eval: EvalConfig = EvalConfig()
 
     @model_validator(mode="before")
@@ -458,9 +503,35 @@ class Config(_Section):
             raise ValueError(f"data.min_pixels={self.data.min_pixels} must be above 0 and at most data.max_pixels={self.data.max_pixels}")
         if not all(0 <= beta < 1 for beta in self.optim.betas):
             raise ValueError(f"optim.betas={list(self.optim.betas)} must be in [0, 1)")
+        if self.deepspeed is not None:
+            self._check_deepspeed(self.deepspeed)
+        if self.ray.engines and self.launcher != "ray":
+            raise ValueError(f"ray.engines={self.ray.engines} needs launcher=ray")
+        if self.rollout.vllm.tensor_parallel > 1 and not self.ray.engines:
+            raise ValueError(
+                f"rollout.vllm.tensor_parallel={self.rollout.vllm.tensor_parallel} needs engines of their own: set ray.engines"
+            )
+        if self.rollout.staleness and not self.ray.engines:
+            raise ValueError(f"rollout.staleness={self.rollout.staleness} needs engines of their own: set ray.engines")
+        if self.rollout.staleness and self.algorithm.importance_cap is None and self.algorithm.loss != "flowrl":
+            raise ValueError(
+                f"rollout.staleness={self.rollout.staleness} samples from older weights: set algorithm.importance_cap to correct for it"
+            )
         if "" in self.rollout.stop:
             raise ValueError("rollout.stop: an empty string would end every response at once")
         return self
+
+    def _check_deepspeed(self, settings: DeepSpeedConfig) -> None:
+        if settings.offload == "all" and settings.zero_stage != 3:
+            raise ValueError(f"deepspeed.offload=all needs deepspeed.zero_stage=3, not {settings.zero_stage}: others keep whole weights")
+        if settings.offload == "optimizer" and settings.zero_stage == 0:
+            raise ValueError("deepspeed.offload=optimizer needs deepspeed.zero_stage of at least 1: stage 0 shards no optimiser")
+        if settings.offload != "none" and self.optim.name != "adamw":
+            raise ValueError(f"deepspeed.offload={settings.offload} steps with DeepSpeed's Adam: optim.name must be adamw")
+        if self.model.dtype == "bfloat16" and not self.model.master_weights:
+            raise ValueError(
+                "model.master_weights=false: DeepSpeed keeps float32 master weights; leave deepspeed out, or master_weights on"
+            )
 
 
 def _known_keys(model: type[BaseModel], prefix: str = "") -> list[str]:
@@ -571,9 +642,16 @@ RESOURCES: dict[str, Any] = {
     "resume": True,
     "eval": True,
     "model": {"device"},
-    "rollout": {"hf_batch_size": True, "vllm": {"gpu_memory_utilization", "kv_cache_gib", "max_num_seqs", "enforce_eager"}},
+    "rollout": {
+        "hf_batch_size": True,
+        "sync_bucket_mib": True,
+        "vllm": {"gpu_memory_utilization", "kv_cache_gib", "max_num_seqs", "enforce_eager", "tensor_parallel", "sleep"},
+    },
     "reward": {"grader": {"workers"}},
-    "train": {"keep_checkpoints", "save_steps", "log_rollouts", "tokens_per_microbatch"},
+    "train": {"keep_checkpoints", "save_steps", "log_rollouts", "tokens_per_microbatch", "timeout_s"},
+    "deepspeed": True,
+    "launcher": True,
+    "ray": True,
 }
 
 
