@@ -25,7 +25,7 @@ class LoraConfig(_Section):
     """Low-rank adapters (arXiv:2106.09685), by peft, without dropout; engines and exported models get them merged into the weights."""
 
     rank: int = Field(16, ge=1, description="of each adapter")
-    alpha: float = Field(32.0, gt=0, description="the adapters' product is scaled by alpha / rank")
+    alpha: int = Field(32, gt=0, description="the adapters' product is scaled by alpha / rank")
     targets: tuple[str, ...] = Field(
         ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"), description="linear layers of the language tower"
     )

