@@ -132,10 +132,13 @@ class Policy:
                 self.model.disable_input_require_grads()  # set above; trained embeddings need none, a frozen tower would get one
             self.model.train()  # transformers recomputes in training mode only; packed attention has no dropout
         self.module = PackedModel(self.model, self.layers, self.family.position_axes, self._banned)
+        self.has_weights = weights
         self.weights_as_stored = cfg.lora is None  # whole, and without adapters
+        self.sharded = False  # whether each rank holds a part of every weight only, which a forward gathers
         # Places where a backend that shards puts itself in between.
         self.run: Callable[..., Any] = self.module
         self.whole: Callable[[Sequence[nn.Parameter]], AbstractContextManager[Any]] = lambda _: nullcontext()
+        self.whole_for_writing: Callable[[Sequence[nn.Parameter]], AbstractContextManager[Any]] = lambda _: nullcontext()
         self.shape_of: Callable[[Any], torch.Size] = lambda tensor: tensor.shape
 
     @property

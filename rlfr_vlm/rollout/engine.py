@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from rlfr_vlm.types import EncodedPrompt, RolloutGroup
 
 
@@ -35,7 +37,29 @@ class RolloutEngine(Protocol):
     name: str
 
     def load_weights(self, policy: Any) -> None:
-        """Sample from exactly these weights from now on. Raises StoppedError when that cannot be proven."""
+        """Sample from exactly these weights from now on. Raises StoppedError when that cannot be proven.
+
+        Where the policy's weights are sharded, all ranks must call it together.
+        """
+        ...
+
+    def load_bucket(self, bucket: Mapping[str, Tensor]) -> None:
+        """Copy a part of the weights, by their names in Policy.weight_specs, and prove that it arrived; `finish_load` ends the load.
+
+        Weights that an engine stacks (q, k and v; gate and up) must come in one bucket. Raises StoppedError naming the tensor that is
+        unknown, of another shape, or differs afterwards.
+        """
+        ...
+
+    def finish_load(self, version: int) -> None:
+        """All buckets were given: forget what was computed with older weights; rollouts are of this version of the policy from now on.
+
+        Raises StoppedError naming a tensor that has not come since the last load was finished.
+        """
+        ...
+
+    def rest(self) -> None:
+        """Give back what memory it can until the next load; nothing is sampled meanwhile."""
         ...
 
     def sample(self, prompts: Sequence[EncodedPrompt], sampling: SamplingConfig) -> list[RolloutGroup]:

@@ -1,20 +1,23 @@
-"""Sampling with the policy's own transformers model: packed prefill with each prompt once, then decoding with a preallocated cache.
+"""Sampling with a transformers model: packed prefill with each prompt once, then decoding with a preallocated cache.
 
-It shares the policy's weights, so there is nothing to synchronise.
+The model is the policy's own, adapters and all, so there is nothing to synchronise; where the policy's weights are sharded, or in another
+process, it is a copy with the adapters merged.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 
-from rlfr_vlm.config import RolloutConfig
+from rlfr_vlm.config import ModelConfig, RolloutConfig
+from rlfr_vlm.errors import StoppedError
 from rlfr_vlm.models.attention import PackedLayout, Segment, grouped_sdpa
 from rlfr_vlm.models.pack import concatenate_vision
 from rlfr_vlm.models.policy import Policy
 from rlfr_vlm.rollout.engine import SamplingConfig, sample_indices
+from rlfr_vlm.rollout.weights import Arrivals
 from rlfr_vlm.types import EncodedPrompt, FinishReason, Rollout, RolloutGroup, request_seed
 
 PREFILL_TOKENS = 32768  # prompt tokens, pictures included, of one forward
@@ -122,36 +125,88 @@ def nucleus(probabilities: Tensor, top_p: float) -> Tensor:
 
 
 class HFEngine:
-    """Rollouts by the policy's own model."""
+    """Rollouts by the policy's own model, or by a copy of it."""
 
     name = "hf"
 
-    def __init__(self, cfg: RolloutConfig, policy: Policy) -> None:
-        self.batch_size = cfg.hf_batch_size
+    def __init__(self, cfg: RolloutConfig, policy: Policy, copy: ModelConfig | None = None) -> None:
+        """copy: sample with a model of its own, made from this config, which waits for `load_weights` or `load_bucket`."""
+        self.batch_size, self.bucket_bytes = cfg.hf_batch_size, cfg.sync_bucket_mib * 2**20
         self.policy = policy
+        self.sampler = policy
+        self._arrivals: Arrivals | None = None
+        self._version: int | None = None  # of the copy's weights; none: the policy's are not there yet
+        if copy is not None:
+            self.sampler = Policy(copy.model_copy(update={"lora": None, "gradient_checkpointing": "off"}))
+            self._arrivals = Arrivals(self.sampler.weight_specs())
 
     def load_weights(self, policy: Policy) -> None:
-        """The engine samples from the policy's own tensors: nothing to copy."""
-        if policy is not self.policy:
-            raise ValueError("the HF engine samples from the policy that it was made with")
+        """Nothing where the engine samples from the policy's own tensors. Else see RolloutEngine."""
+        if self._arrivals is None:
+            if policy is not self.policy:
+                raise ValueError("the HF engine samples from the policy that it was made with")
+            return
+        self._arrivals.forget()
+        for bucket in policy.weight_buckets(self.bucket_bytes):
+            self.load_bucket(bucket)
+        self.finish_load(policy.version)
+
+    @torch.no_grad()
+    def load_bucket(self, bucket: Mapping[str, Tensor]) -> None:
+        """See RolloutEngine. Raises ValueError for an engine without a copy."""
+        self._own().check(bucket)
+        self.sampler.model.to(self.sampler.device)  # back from `rest`
+        tensors = self.sampler.model.state_dict(keep_vars=True)
+        for name, tensor in bucket.items():
+            tensors[name].copy_(tensor)
+            if not torch.equal(tensors[name], tensor.to(tensors[name].device, tensors[name].dtype)):
+                raise StoppedError(f"weight sync: the engine's copy of `{name}` differs from the trainer's, or holds what is no number")
+        self._own().note(bucket)
+
+    def finish_load(self, version: int) -> None:
+        """See RolloutEngine. Raises ValueError for an engine without a copy."""
+        self._own().finish()
+        self._version = version
+
+    def rest(self) -> None:
+        """A copy on a GPU waits in host memory."""
+        if self._arrivals is not None and self.sampler.device.type == "cuda":
+            self.sampler.model.to("cpu")
+            torch.cuda.empty_cache()
 
     def close(self) -> None:
         """Nothing to shut down."""
 
+    def _own(self) -> Arrivals:
+        if self._arrivals is None:
+            raise ValueError(
+                "the HF engine has no copy to load: it samples from the tensors of its policy; one made without weights gives it one"
+            )
+        return self._arrivals
+
+    def _check_loaded(self) -> None:
+        if self._arrivals is not None and (self._version is None or self._arrivals.begun):
+            part = "only some of" if self._arrivals.begun else "none of"
+            raise StoppedError(f"the HF engine has {part} the policy's weights: finish a load first")
+
     @torch.no_grad()
     def sample(self, prompts: Sequence[EncodedPrompt], sampling: SamplingConfig) -> list[RolloutGroup]:
-        """`group_size` responses to each prompt, in order. Seeds depend on (seed key, prompt id, sample index) alone."""
-        training = self.policy.model.training
-        self.policy.model.eval()  # no recomputation of layers while sampling
+        """`group_size` responses to each prompt, in order. Seeds depend on (seed key, prompt id, sample index) alone.
+
+        Raises StoppedError where a copy lacks weights.
+        """
+        self._check_loaded()
+        training = self.sampler.model.training
+        self.sampler.model.eval()  # no recomputation of layers while sampling
         try:
             parts = batches(prompts, max(1, self.batch_size // sampling.group_size), PREFILL_TOKENS)
             return [group for part in parts for group in self._sample_batch(part, sampling)]
         finally:
-            self.policy.model.train(training)
+            self.sampler.model.train(training)
 
     def _sample_batch(self, prompts: Sequence[EncodedPrompt], sampling: SamplingConfig) -> list[RolloutGroup]:
         requests = [_Request(p, i, owner, sampling) for owner, p in enumerate(prompts) for i in sample_indices(sampling)]
-        prefill = _Prefill(prompts, self.policy.device)
+        prefill = _Prefill(prompts, self.sampler.device)
         states = self._forward(
             torch.tensor([t for p in prompts for t in p.token_ids]),
             torch.cat([p.position_ids for p in prompts], dim=1),
@@ -174,17 +229,17 @@ class HFEngine:
                 active, tokens, positions = [active[i] for i in going], tokens[rows], positions[rows]
             decode.advance()
             positions = positions + 1
-            hidden = self._forward(tokens, positions.expand(self.policy.family.position_axes, -1), decode, {})
+            hidden = self._forward(tokens, positions.expand(self.sampler.family.position_axes, -1), decode, {})
         groups = [requests[i : i + sampling.group_size] for i in range(0, len(requests), sampling.group_size)]
         return [RolloutGroup(group[0].prompt, tuple(self._finish(r) for r in group)) for group in groups]
 
     def _forward(self, tokens: Tensor, positions: Tensor, layout: _Prefill | _Decode, vision: dict[str, Tensor]) -> Tensor:
         """One pass of the backbone over tokens [S] at positions [A, S]. Returns states [S, D]."""
-        device = self.policy.device
+        device = self.sampler.device
         positions = positions.to(device)
-        return self.policy.model.model(
+        return self.sampler.model.model(
             input_ids=tokens.to(device)[None],
-            position_ids=positions[:, None] if self.policy.family.position_axes > 1 else positions,
+            position_ids=positions[:, None] if self.sampler.family.position_axes > 1 else positions,
             use_cache=False,
             layout=layout,
             **{k: v.to(device) for k, v in vision.items()},
@@ -192,8 +247,8 @@ class HFEngine:
 
     def _sample_tokens(self, hidden: Tensor, active: Sequence[_Request], sampling: SamplingConfig) -> Tensor:
         """Append one token to every unfinished request. Returns the tokens [n]; those of finished requests are arbitrary."""
-        logits = self.policy.model.get_output_embeddings()(hidden).float()
-        logits[:, list(self.policy.banned_token_ids)] = float("-inf")
+        logits = self.sampler.model.get_output_embeddings()(hidden).float()
+        logits[:, list(self.sampler.banned_token_ids)] = float("-inf")
         if sampling.temperature > 0:
             logprobs = (logits / sampling.temperature).log_softmax(-1)
             cumulative = nucleus(logprobs.double().exp_(), sampling.top_p).cumsum(-1)
@@ -212,10 +267,10 @@ class HFEngine:
         return tokens.cpu()
 
     def _finished(self, request: _Request, token: int, sampling: SamplingConfig) -> FinishReason | None:
-        if token in self.policy.eos_token_ids and not sampling.ignore_eos:
+        if token in self.sampler.eos_token_ids and not sampling.ignore_eos:
             return "stop"
         if sampling.stop:
-            text = self.policy.decode(request.tokens)
+            text = self.sampler.decode(request.tokens)
             if any(stop in text for stop in sampling.stop):
                 return "stop"
         return "length" if len(request.tokens) >= sampling.max_new_tokens else None
@@ -227,7 +282,7 @@ class HFEngine:
             sample_index=request.sample_index,
             token_ids=tuple(request.tokens),
             logprobs=tuple(request.logprobs),
-            text=self.policy.decode(request.tokens),
+            text=self.sampler.decode(request.tokens),
             finish_reason=request.finish_reason,
-            policy_version=self.policy.version,
+            policy_version=self.sampler.version if self._version is None else self._version,
         )

@@ -10,26 +10,23 @@ import socket
 import tempfile
 import threading
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
+from torch import Tensor
 
 from rlfr_vlm.config import Config
-from rlfr_vlm.data.render import Renderer
 from rlfr_vlm.errors import StoppedError, UserError
 from rlfr_vlm.models.policy import Policy
 from rlfr_vlm.rollout.engine import SamplingConfig, sample_indices
-from rlfr_vlm.rollout.weights import Layout, compare_weights, engine_model, logprob_gap, sync_weights, trainer_tensors
-from rlfr_vlm.types import EncodedPrompt, Prompt, Rollout, RolloutGroup, request_seed
+from rlfr_vlm.rollout.probe import PROBE, check_gap, probe_prompts, tolerance
+from rlfr_vlm.rollout.weights import WeightSync, engine_model
+from rlfr_vlm.types import EncodedPrompt, Rollout, RolloutGroup, request_seed
 
-TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.1}  # mean log-prob gap; measured: right 5e-6 and 0.03 to 0.06, stale head 0.38 and 0.42
 TEMPERATURES = (0.01, 2.0)  # beyond these vLLM clamps (with a warning) or refuses
-PROBE = SamplingConfig(group_size=4, temperature=1.0, max_new_tokens=8, ignore_eos=True, seed_key=("probe",))
-PROBE_QUESTIONS = ("3 + 4 =", "The capital of France is", "What do you see?")
 MIN_MODEL_LEN = 64  # room for the probe, whatever the config's limits
 
 
@@ -42,32 +39,51 @@ class VllmEngine:
     name = "vllm"
 
     def __init__(self, cfg: Config, policy: Policy) -> None:
-        """Start vLLM and give it the policy's weights. Raises UserError for limits that do not fit, StoppedError as `load_weights` does."""
+        """Start vLLM and give it the policy's weights, or wait for `load_bucket` where the policy has none.
+
+        Raises UserError for limits that do not fit, StoppedError as `load_weights` does.
+        """
         self.cfg, self.policy = cfg, policy
         self.max_model_len = max_model_len(cfg, policy.max_length)
-        self._layout: Layout | None = None
-        self._syncs = 0
+        self.version: int | None = None  # of the weights; none: there are none yet
         with tempfile.TemporaryDirectory(prefix="rlfr-vllm-") as folder, undisturbed():
-            if cfg.model.gguf_file:  # vLLM reads no such folder
-                policy.save(folder)
+            if cfg.model.gguf_file:  # vLLM reads no such file: it starts with random weights, which the first load replaces
+                policy.model.config.save_pretrained(folder)
+                policy.tokenizer.save_pretrained(folder)
             self.llm = start(cfg, policy, folder if cfg.model.gguf_file else policy.path, self.max_model_len)
         ban_tokens(engine_model(self.llm), policy.banned_token_ids)
         if engine_device(self.llm) == "cpu":
             hold_generators_of_partial_prompts(self.llm.collective_rpc(lambda worker: worker.model_runner)[0])
-        self.load_weights(policy)
+        self._sync = WeightSync(self.llm, policy.weight_specs())
+        if policy.has_weights:
+            self.load_weights(policy)
 
     def load_weights(self, policy: Policy) -> None:
         """Copy the policy's weights and prove that they arrived; the first time also that the engine computes what the policy does.
 
-        Raises StoppedError naming the tensor that differs, or the gap between the log-probs.
+        Where the weights are sharded, all ranks must call it together. Raises StoppedError naming the tensor that differs, or the gap
+        between the log-probs.
         """
         self.policy = policy
-        tensors = trainer_tensors(policy)
-        first = self._layout is None
-        self._layout = sync_weights(self.llm, self._layout, tensors, seed=self._syncs)
-        self._syncs += 1
+        first = self.version is None
+        self._sync.arrivals.forget()
+        for bucket in policy.weight_buckets(self.cfg.rollout.sync_bucket_mib * 2**20):
+            self.load_bucket(bucket)
+        self.finish_load(policy.version)
         if first:
             self.probe()
+
+    def load_bucket(self, bucket: Mapping[str, Tensor]) -> None:
+        """See RolloutEngine."""
+        self._sync.load(bucket)
+
+    def finish_load(self, version: int) -> None:
+        """See RolloutEngine."""
+        self._sync.finish()
+        self.version = version
+
+    def rest(self) -> None:
+        """See RolloutEngine."""
 
     def probe(self) -> float:
         """Sample from a few fixed prompts and score the tokens with the policy. Returns the mean log-prob gap.
@@ -76,26 +92,28 @@ class VllmEngine:
         """
         prompts = probe_prompts(self.cfg, self.policy)
         rollouts = [rollout for group in self.sample(prompts, PROBE) for rollout in group.rollouts]
-        gap = logprob_gap(rollouts, self.policy, PROBE.temperature)
-        dtypes = {self.policy.dtype, self.llm.llm_engine.model_config.dtype}
-        tolerance = self.cfg.rollout.vllm.probe_tolerance or max(TOLERANCE.get(dtype, 0.1) for dtype in dtypes)
-        if not gap <= tolerance:
-            assert self._layout is not None
-            bad = compare_weights(engine_model(self.llm), self._layout, trainer_tensors(self.policy), exhaustive=True)
-            cause = str(bad[0]) if bad else "all weights are equal, so vLLM computes something else with them; set rollout.engine=hf"
-            raise StoppedError(
-                f"weight sync: vLLM's log-probs are {gap:.4g} away from the policy's on average (limit {tolerance:.4g}): {cause}"
-            )
-        return gap
+        limit = tolerance(self.cfg, {self.policy.dtype, self.llm.llm_engine.model_config.dtype})
+
+        def cause() -> str | None:
+            if self.policy.sharded:  # the others would have to gather the weights as well
+                return None
+            bad = self._sync.differences(self.policy.weight_buckets(self.cfg.rollout.sync_bucket_mib * 2**20))
+            return str(bad[0]) if bad else None
+
+        return check_gap(rollouts, self.policy, limit, cause)
 
     def sample(self, prompts: Sequence[EncodedPrompt], sampling: SamplingConfig) -> list[RolloutGroup]:
         """See RolloutEngine. Tokens depend on the weights and each request's seed, not on order or batch.
 
         Raises UserError naming a prompt that leaves no room for `max_new_tokens`, or a temperature out of vLLM's range, and StoppedError
-        naming a prompt that vLLM reads as other tokens than the trainer.
+        naming a prompt that vLLM reads as other tokens than the trainer, or where weights are missing.
         """
         from vllm import SamplingParams
 
+        if self.version is None or self._sync.arrivals.begun:
+            raise StoppedError(
+                f"vLLM has {'only some of' * self._sync.arrivals.begun or 'none of'} the policy's weights: finish a load first"
+            )
         for prompt in prompts:
             length = len(prompt.token_ids)
             if length + sampling.max_new_tokens > self.max_model_len:  # vLLM would shorten the response without a word
@@ -113,11 +131,11 @@ class VllmEngine:
             outputs = self.llm.generate(inputs, parameters, use_tqdm=False) if inputs else []
         rollouts = iter(outputs)
         return [
-            RolloutGroup(prompt, tuple(self._rollout(prompt, index, next(rollouts)) for index in sample_indices(sampling)))
+            RolloutGroup(prompt, tuple(self._rollout(prompt, index, next(rollouts), self.version) for index in sample_indices(sampling)))
             for prompt in prompts
         ]
 
-    def _rollout(self, prompt: EncodedPrompt, index: int, output: Any) -> Rollout:
+    def _rollout(self, prompt: EncodedPrompt, index: int, output: Any, version: int) -> Rollout:
         read = tuple(output.prompt_token_ids)
         if read != prompt.token_ids:
             raise StoppedError(
@@ -136,7 +154,7 @@ class VllmEngine:
             logprobs=tuple(completion.logprobs.logprobs[: len(tokens)]),  # flat: one per token, that of the sampled one
             text=self.policy.decode(tokens),
             finish_reason=completion.finish_reason,
-            policy_version=self.policy.version,
+            policy_version=version,
         )
 
     def close(self) -> None:
@@ -236,6 +254,7 @@ def start(cfg: Config, policy: Policy, path: str, length: int) -> Any:
             generation_config="vllm",  # vLLM's neutral defaults, not the model's
             logprobs_mode="processed_logprobs",  # at the temperature and without the banned tokens
             use_tqdm_on_load=False,
+            load_format="dummy" if cfg.model.gguf_file else "auto",
             **options,
         )
     except ValueError as error:
@@ -283,21 +302,6 @@ def hold_generators_of_partial_prompts(runner: Any) -> None:
             batch.generators.update(held)
 
     runner.sample_tokens = sample_whole_prompts
-
-
-def probe_prompts(cfg: Config, policy: Policy) -> list[EncodedPrompt]:
-    """A few short questions, the last with a picture of noise where the policy sees."""
-    renderer = Renderer(policy, cfg.data.model_copy(update={"max_prompt_tokens": 10**6}), "")
-    prompts = []
-    for number, question in enumerate(PROBE_QUESTIONS):
-        parts: list[dict[str, Any]] = [{"type": "text", "text": question}]
-        images: tuple[Image.Image, ...] = ()
-        if policy.processor is not None and number == len(PROBE_QUESTIONS) - 1:
-            noise = np.random.default_rng(0).integers(0, 256, (56, 84, 3), dtype=np.uint8)
-            parts, images = [{"type": "image"}, *parts], (Image.fromarray(noise),)
-        message = {"role": "user", "content": parts}
-        prompts.append(renderer.encode(Prompt(f"probe-{number}", (message,), images, "")))
-    return prompts
 
 
 @contextmanager

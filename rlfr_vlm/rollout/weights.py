@@ -1,19 +1,20 @@
-"""Weight sync into a vLLM engine in this process, and the proof that the engine holds the trainer's weights.
+"""Weight sync into a vLLM engine, a bucket of whole weights at a time, and the proof that the engine holds the trainer's weights.
 
 On CPU, vLLM packs every linear weight after loading and drops the original, so its own `load_weights` cannot run a second time; a tied
 head keeps a packed copy of its own beside the embedding it shares. Here each packed weight is rebuilt from the trainer's, heads included.
 On other devices weights stay as they are and vLLM's `load_weights` does the copy.
 
-The proof is exact, and part of every sync: plain parameters are compared whole; of a packed weight, columns are read back through the layer
+The proof is exact, and part of every bucket: plain parameters are compared whole; of a packed weight, columns are read back through the layer
 itself (a one-hot input returns a column, bit for bit), and one row of random signs covers the columns that were not drawn.
-What it cannot see, a model that computes something else with the right weights, `logprob_gap` shows.
+What it cannot see, a model that computes something else with the right weights, the probe shows.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,10 +22,9 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from rlfr_vlm.errors import StoppedError
-from rlfr_vlm.types import Rollout
+from rlfr_vlm.models.policy import WeightSpec
 
 NUM_COLUMNS = 8  # columns of every packed weight that one check reads back
-MIN_PROBE_TOKENS = 64
 _SHARDS = {"q": 0, "k": 1, "v": 2}  # the order in which vLLM stacks attention weights; others are numbered
 
 
@@ -44,6 +44,26 @@ class Layout:
     slots: dict[str, tuple[Slot, ...]]  # by the engine's parameter name
     tied: dict[str, str] = field(default_factory=dict)  # trainer's tensors that share another one's storage
 
+    def filled_by(self, bucket: Mapping[str, Tensor]) -> dict[str, tuple[Slot, ...]]:
+        """The engine's tensors that this bucket fills.
+
+        Raises StoppedError naming a tensor that is stacked with one that the bucket lacks, or has no place.
+        """
+        found, placed = {}, set()
+        for target, slots in self.slots.items():
+            here = [slot.source for slot in slots if slot.source in bucket]
+            if here:
+                absent = [slot.source for slot in slots if slot.source not in bucket]
+                if absent:
+                    raise StoppedError(
+                        f"weight sync: `{here[0]}` came without `{absent[0]}`, with which the engine stacks it in `{target}`"
+                    )
+                found[target] = slots
+                placed |= set(here)
+        if unknown := sorted(bucket.keys() - placed):
+            raise StoppedError(f"weight sync: `{unknown[0]}` has no place in the engine")
+        return found
+
 
 @dataclass(frozen=True)
 class Mismatch:
@@ -59,27 +79,59 @@ class Mismatch:
         return f"{what}engine tensor `{self.target}` differs from the trainer's `{self.source}` by up to {self.difference:.3g}"
 
 
-def trainer_tensors(policy: Any) -> dict[str, Tensor]:
-    """The policy's weights by name, tied ones under each of their names."""
-    return policy.model.state_dict()
+class Arrivals:
+    """Which of the trainer's weights have come since the last load was finished."""
+
+    def __init__(self, specs: Mapping[str, WeightSpec]) -> None:
+        self._shapes = {name: spec.shape for name, spec in specs.items() if spec.tied is None}
+        self._arrived: set[str] = set()
+
+    @property
+    def begun(self) -> bool:
+        """Whether a load is under way."""
+        return bool(self._arrived)
+
+    def check(self, bucket: Mapping[str, Tensor]) -> None:
+        """Raises StoppedError naming a tensor of this bucket that is unknown, or of another shape or kind."""
+        for name, tensor in bucket.items():
+            if name not in self._shapes:
+                raise StoppedError(f"weight sync: the trainer sends `{name}`, which is none of the model's weights")
+            if tensor.shape != self._shapes[name] or not tensor.is_floating_point():
+                raise StoppedError(
+                    f"weight sync: `{name}` comes as {tensor.dtype} of shape {tuple(tensor.shape)}; "
+                    f"the engine's has the shape {tuple(self._shapes[name])}"
+                )
+
+    def note(self, bucket: Mapping[str, Tensor]) -> None:
+        """This bucket is where it belongs."""
+        self._arrived |= bucket.keys()
+
+    def forget(self) -> None:
+        """A new load begins, whatever became of the last."""
+        self._arrived.clear()
+
+    def finish(self) -> None:
+        """Raises StoppedError naming a tensor that has not come."""
+        missing = sorted(self._shapes.keys() - self._arrived)
+        self.forget()
+        if missing:
+            raise StoppedError(f"weight sync: {len(missing)} of {len(self._shapes)} tensors did not come, the first is `{missing[0]}`")
 
 
-def map_weights(model: Any, tensors: Mapping[str, Tensor]) -> Layout:
+def map_weights(model: Any, specs: Mapping[str, WeightSpec]) -> Layout:
     """Ask vLLM's own loader (its name mapper, its stacking rules) where each tensor goes: run it with loaders that note instead of copying.
 
-    Raises StoppedError naming a tensor that vLLM does not know, reshapes, or would be left without.
+    It is given stand-ins of the right shapes that take no memory. Raises StoppedError naming a tensor that vLLM does not know, reshapes,
+    or would be left without.
     """
-    sources: dict[int, str] = {}
-    tied: dict[str, str] = {}
-    for name, tensor in tensors.items():
-        first = sources.setdefault(tensor.data_ptr(), name)
-        if first != name:
-            tied[name] = first
+    tied = {name: spec.tied for name, spec in specs.items() if spec.tied is not None}
+    tensors = {name: torch.empty((), dtype=spec.dtype).expand(spec.shape) for name, spec in specs.items() if name not in tied}
+    sources = {tensor.data_ptr(): name for name, tensor in tensors.items()}
     notes: dict[str, list[tuple[Any, Tensor]]] = {}
     with _recording_loaders(model, notes):
         try:
-            model.load_weights((name, tensor) for name, tensor in tensors.items() if name not in tied)
-        except (ValueError, KeyError) as error:
+            model.load_weights(iter(tensors.items()))
+        except (ValueError, KeyError, RuntimeError) as error:
             raise StoppedError(f"weight sync: vLLM's loader refuses the trainer's tensors: {' '.join(str(error).split())}") from error
     slots = {}
     for target, noted in notes.items():
@@ -91,7 +143,7 @@ def map_weights(model: Any, tensors: Mapping[str, Tensor]) -> Layout:
             found.append(Slot(source, rows, rows + len(tensor)))
             rows += len(tensor)
         slots[target] = tuple(found)
-    _check_complete(model, slots, set(sources.values()))
+    _check_complete(model, slots, set(tensors))
     return Layout(slots, tied)
 
 
@@ -133,20 +185,15 @@ def _check_complete(model: Any, slots: Mapping[str, Sequence[Slot]], sources: se
 
 
 @torch.no_grad()
-def copy_weights(model: Any, layout: Layout, tensors: Mapping[str, Tensor]) -> None:
-    """Put the trainer's tensors into the engine, cast to its dtype. Raises StoppedError naming a tensor of the wrong shape."""
-    for slot in (slot for slots in layout.slots.values() for slot in slots):
-        tensor = tensors[slot.source]
-        if len(tensor) != slot.end - slot.start or not tensor.is_floating_point():
-            raise StoppedError(
-                f"weight sync: `{slot.source}` is now {tensor.dtype} of shape {tuple(tensor.shape)}, unlike at the first sync"
-            )
+def copy_weights(model: Any, layout: Layout, bucket: Mapping[str, Tensor]) -> None:
+    """Put a bucket of the trainer's tensors into the engine, cast to its dtype. Raises StoppedError as Layout.filled_by does."""
+    filled = layout.filled_by(bucket)
     if next(model.parameters()).device.type != "cpu":
-        model.load_weights((name, tensor) for name, tensor in tensors.items() if name not in layout.tied)
+        model.load_weights(iter(bucket.items()))
         return
     staging = torch.empty(0)  # one buffer for all layers: fresh memory for each would cost as much as the packing
-    for target, slots in layout.slots.items():
-        parameter, parts = model.get_parameter(target), [tensors[slot.source] for slot in slots]
+    for target, slots in filled.items():
+        parameter, parts = model.get_parameter(target), [bucket[slot.source] for slot in slots]
         if parameter.numel():
             for slot, part in zip(slots, parts, strict=True):
                 parameter[slot.start : slot.end].copy_(part)
@@ -162,8 +209,9 @@ def copy_weights(model: Any, layout: Layout, tensors: Mapping[str, Tensor]) -> N
         _pack(module)
         if module.weight.numel():  # nothing packed it: it computes with this very tensor
             module.weight = nn.Parameter(weight.clone(), requires_grad=False)
-    for module in _unpacked_linears(model):
-        _pack(module)
+    for module, owner in _heads(model, layout).items():
+        if owner in filled:
+            _pack(module)
 
 
 def _pack(module: Any) -> None:
@@ -171,8 +219,8 @@ def _pack(module: Any) -> None:
     module.quant_method.process_weights_after_loading(module)
 
 
-def _unpacked_linears(model: Any) -> list[Any]:
-    """Layers that keep their weight beside a packed copy of it: the head, tied or not.
+def _heads(model: Any, layout: Layout) -> dict[Any, str]:
+    """Layers that keep their weight beside a packed copy of it (the head, tied or not), and which of the engine's tensors that weight is.
 
     vLLM packs the embedding as well, which nobody multiplies by where a head stands of its own: that copy is dropped on the way.
     """
@@ -181,30 +229,32 @@ def _unpacked_linears(model: Any) -> list[Any]:
     for module in packed:
         if heads and module not in heads and hasattr(module, "org_vocab_size"):
             module.cpu_linear = linear
-    return [m for m in packed if m.cpu_linear is not linear]
+    owners = {parameter.data_ptr(): target for target in layout.slots if (parameter := model.get_parameter(target)).numel()}
+    return {m: owners[m.weight.data_ptr()] for m in packed if m.cpu_linear is not linear}
 
 
 @torch.no_grad()
-def compare_weights(model: Any, layout: Layout, tensors: Mapping[str, Tensor], seed: int = 0, exhaustive: bool = False) -> list[Mismatch]:
-    """The tensors that differ, the worst first. seed: which columns of packed weights are read back; exhaustive: all of them."""
+def compare_weights(model: Any, layout: Layout, bucket: Mapping[str, Tensor], seed: int = 0, exhaustive: bool = False) -> list[Mismatch]:
+    """The tensors of this bucket that differ, the worst first. seed: which columns of packed weights are read back; exhaustive: all."""
     generator = torch.Generator().manual_seed(seed)
     found: list[Mismatch] = []
-    for target, slots in layout.slots.items():
+    filled = layout.filled_by(bucket)
+    for target, slots in filled.items():
         parameter = model.get_parameter(target)
         if parameter.numel():
             for slot in slots:
-                difference = _difference(parameter[slot.start : slot.end], tensors[slot.source].to(parameter.device, parameter.dtype))
+                difference = _difference(parameter[slot.start : slot.end], bucket[slot.source].to(parameter.device, parameter.dtype))
                 if difference:
                     found.append(Mismatch(slot.source, target, difference))
         else:
             module = model.get_submodule(target.rpartition(".")[0])
-            found += _compare_packed(module, target, slots, tensors, parameter.dtype, generator, exhaustive)
-    owners = {model.get_parameter(target).data_ptr(): target for target in layout.slots if model.get_parameter(target).numel()}
+            found += _compare_packed(module, target, slots, bucket, parameter.dtype, generator, exhaustive)
     names = {module: name for name, module in model.named_modules()}
-    for module in _unpacked_linears(model):
-        target, owner = f"{names[module]}.weight", owners[module.weight.data_ptr()]
-        bad = _compare_packed(module, target, layout.slots[owner], tensors, module.weight.dtype, generator, exhaustive)
-        found += [Mismatch(m.source, m.target, m.difference, stale_head=target != owner) for m in bad]
+    for module, owner in _heads(model, layout).items():
+        if owner in filled:
+            target = f"{names[module]}.weight"
+            bad = _compare_packed(module, target, filled[owner], bucket, module.weight.dtype, generator, exhaustive)
+            found += [Mismatch(m.source, m.target, m.difference, stale_head=target != owner) for m in bad]
     return sorted(found, key=lambda mismatch: -mismatch.difference)
 
 
@@ -252,16 +302,41 @@ def _largest(error: Tensor) -> float:
     return float(error.nan_to_num(nan=float("inf")).max())
 
 
-def sync_weights(llm: Any, layout: Layout | None, tensors: Mapping[str, Tensor], seed: int = 0) -> Layout:
-    """Copy, empty the caches, compare. Returns the layout, to be passed to the next call. Raises StoppedError naming the worst tensor."""
-    model = engine_model(llm)
-    layout = layout or map_weights(model, tensors)
-    copy_weights(model, layout, tensors)
-    after_sync(llm)
-    bad = compare_weights(model, layout, tensors, seed)
-    if bad:
-        raise StoppedError(f"weight sync: {bad[0]} ({len(bad)} of {sum(map(len, layout.slots.values()))} tensors differ)")
-    return layout
+class WeightSync:
+    """The way of the trainer's weights into one vLLM."""
+
+    def __init__(self, llm: Any, specs: Mapping[str, WeightSpec]) -> None:
+        """Raises StoppedError as map_weights does."""
+        self._llm = llm
+        self.layout = map_weights(engine_model(llm), specs)
+        self.arrivals = Arrivals(specs)
+        self._buckets = 0  # another seed for each
+
+    def load(self, bucket: Mapping[str, Tensor]) -> None:
+        """Copy this part and prove that it arrived. Raises StoppedError naming the tensor that does not fit or differs."""
+        self.arrivals.check(bucket)
+        (bad,) = self._llm.apply_model(partial(_put, layout=self.layout, bucket=bucket, seed=self._buckets))
+        if bad:
+            raise StoppedError(f"weight sync: {bad[0]} ({len(bad)} of the {len(bucket)} tensors of this part differ)")
+        self.arrivals.note(bucket)
+        self._buckets += 1
+
+    def finish(self) -> None:
+        """Every tensor has come: empty the caches. Raises StoppedError naming one that has not."""
+        self.arrivals.finish()
+        after_sync(self._llm)
+
+    def differences(self, buckets: Iterable[Mapping[str, Tensor]]) -> list[Mismatch]:
+        """All the tensors that differ, the worst first, every column of every weight read."""
+        model = engine_model(self._llm)
+        found = [bad for bucket in buckets for bad in compare_weights(model, self.layout, bucket, exhaustive=True)]
+        return sorted(found, key=lambda mismatch: -mismatch.difference)
+
+
+def _put(model: Any, layout: Layout, bucket: Mapping[str, Tensor], seed: int) -> list[Mismatch]:
+    """Runs where the engine's model is."""
+    copy_weights(model, layout, bucket)
+    return compare_weights(model, layout, bucket, seed)
 
 
 def engine_model(llm: Any) -> Any:
@@ -275,11 +350,3 @@ def after_sync(llm: Any) -> None:
         raise StoppedError("weight sync: requests are still running in the engine: its prefix cache cannot be emptied")
     llm.llm_engine.reset_mm_cache()
     llm.llm_engine.reset_encoder_cache()
-
-
-def logprob_gap(rollouts: Sequence[Rollout], policy: Any, temperature: float) -> float:
-    """Mean |engine's log-prob - policy's| over the tokens of rollouts sampled at this temperature, of which there must be 64."""
-    engine = torch.tensor([value for rollout in rollouts for value in rollout.logprobs])
-    if len(engine) < MIN_PROBE_TOKENS:
-        raise ValueError(f"a log-prob probe of {len(engine)} tokens; it needs {MIN_PROBE_TOKENS}")
-    return float((engine - torch.cat(policy.score(rollouts, temperature))).abs().mean())

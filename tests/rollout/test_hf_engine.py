@@ -6,8 +6,10 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from rlfr_vlm.config import ModelConfig, RolloutConfig
+from rlfr_vlm.config import ModelConfig, RolloutConfig, parse_config
+from rlfr_vlm.errors import StoppedError
 from rlfr_vlm.models.policy import Policy
+from rlfr_vlm.rollout import make_engine
 from rlfr_vlm.rollout.engine import SamplingConfig
 from rlfr_vlm.rollout.hf_engine import HFEngine, nucleus
 from tests.models.test_policy import rollouts_of
@@ -104,3 +106,78 @@ def test_later_samples_of_a_problem_can_be_asked_for_alone(model_folder):
     part = engine.sample(prompts, replace(SAMPLING, group_size=2, first_sample=2))
     assert [[r.sample_index for r in group.rollouts] for group in part] == [[2, 3]] * len(prompts)
     assert [[r.token_ids for r in group.rollouts] for group in part] == [[r.token_ids for r in group.rollouts[2:]] for group in whole]
+
+
+def moved(policy, seed):
+    """Every weight moved by a tenth of its size."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in policy.model.parameters():
+            parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator) * parameter.square().mean().sqrt())
+    policy.version += 1
+    return policy
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2_5_vl"])
+@pytest.mark.parametrize("max_bytes", [1, 2**40])
+def test_a_copy_in_a_process_of_its_own_samples_what_the_policy_would(model_folder, family, max_bytes):
+    settings = ModelConfig(path=model_folder(family), dtype="float32")
+    own, trainer = engine_of(model_folder(family))
+    cfg = parse_config({"output_dir": "unused", "model": settings.model_dump(), "rollout": {"engine": "hf"}})
+    engine = make_engine(cfg, Policy(settings, weights=False))
+    prompts = prompts_of(trainer, (0, 1) if family == "qwen2_5_vl" else (0, 0))
+    with pytest.raises(StoppedError, match="none of the policy's weights"):
+        engine.sample(prompts, SAMPLING)
+    before = tokens(own.sample(prompts, SAMPLING))
+    for seed in range(2):
+        moved(trainer, seed)
+        for bucket in trainer.weight_buckets(max_bytes):
+            engine.load_bucket({name: tensor.clone() for name, tensor in bucket.items()})
+        engine.finish_load(trainer.version)
+        engine.rest()
+        groups = engine.sample(prompts, SAMPLING)
+        assert tokens(groups) == tokens(own.sample(prompts, SAMPLING)) != before
+        assert {r.policy_version for group in groups for r in group.rollouts} == {trainer.version}
+    engine.close()
+
+
+def test_a_copy_beside_sharded_weights_keeps_its_own(model_folder):
+    policy = Policy(ModelConfig(path=model_folder("llama"), dtype="float32"))
+    policy.sharded = True
+    cfg = parse_config({"output_dir": "unused", "model": {"path": policy.path, "dtype": "float32"}, "rollout": {"engine": "hf"}})
+    engine = make_engine(cfg, policy)
+    engine.load_weights(policy)
+    before = tokens(engine.sample(prompts_of(policy), SAMPLING))
+    moved(policy, 0)
+    assert tokens(engine.sample(prompts_of(policy), SAMPLING)) == before
+    engine.load_weights(policy)
+    groups = engine.sample(prompts_of(policy), SAMPLING)
+    assert tokens(groups) != before and groups[0].rollouts[0].policy_version == policy.version == 1
+
+
+def test_what_a_copy_lacks_is_named(model_folder):
+    settings = ModelConfig(path=model_folder("llama"), dtype="float32")
+    trainer = Policy(settings)
+    engine = HFEngine(RolloutConfig(), Policy(settings, weights=False), settings)
+    with pytest.raises(StoppedError, match=r"sends `value_head\.weight`, which is none"):
+        engine.load_bucket({"value_head.weight": torch.ones(1, 64)})
+    with pytest.raises(StoppedError, match=r"`model\.norm\.weight` comes as torch\.float32 of shape \(63,\)"):
+        engine.load_bucket({"model.norm.weight": torch.ones(63)})
+    with pytest.raises(StoppedError, match=r"`model\.norm\.weight` differs"):
+        engine.load_bucket({"model.norm.weight": torch.full((64,), float("nan"))})
+    for bucket in trainer.weight_buckets(1):
+        if "model.norm.weight" not in bucket:
+            engine.load_bucket(bucket)
+    with pytest.raises(StoppedError, match="only some of the policy's weights"):
+        engine.sample(prompts_of(trainer), SAMPLING)
+    with pytest.raises(StoppedError, match=r"1 of \d+ tensors did not come, the first is `model\.norm\.weight`"):
+        engine.finish_load(1)
+
+
+def test_an_engine_without_a_copy_has_nothing_to_load(model_folder):
+    engine, policy = engine_of(model_folder("llama"))
+    engine.load_weights(policy)
+    with pytest.raises(ValueError, match="no copy to load"):
+        engine.load_bucket({})
+    with pytest.raises(ValueError, match="the policy that it was made with"):
+        engine.load_weights(Policy(ModelConfig(path=policy.path, dtype="float32")))

@@ -7,12 +7,13 @@ import importlib.util
 import pytest
 import torch
 
-from rlfr_vlm.config import parse_config
+from rlfr_vlm.config import ModelConfig, parse_config
 from rlfr_vlm.errors import StoppedError
-from rlfr_vlm.models.policy import Policy
+from rlfr_vlm.models.policy import Policy, WeightSpec
 from rlfr_vlm.rollout import weights
-from rlfr_vlm.rollout.vllm_engine import PROBE, VllmEngine, probe_prompts
-from rlfr_vlm.rollout.weights import compare_weights, copy_weights, engine_model, logprob_gap, map_weights, sync_weights, trainer_tensors
+from rlfr_vlm.rollout.probe import PROBE, logprob_gap, probe_prompts
+from rlfr_vlm.rollout.vllm_engine import VllmEngine
+from rlfr_vlm.rollout.weights import compare_weights, copy_weights, engine_model, map_weights
 
 pytest.importorskip("vllm")
 
@@ -28,7 +29,13 @@ FAMILIES = [
 ]
 
 
-def make_engine(path: str, dtype: str, gguf_file: str | None = None) -> VllmEngine:
+def trainer_tensors(policy: Policy) -> dict[str, torch.Tensor]:
+    """The policy's weights in one bucket."""
+    (bucket,) = policy.weight_buckets(2**40)
+    return bucket
+
+
+def make_engine(path: str, dtype: str, gguf_file: str | None = None, weights: bool = True) -> VllmEngine:
     cfg = parse_config(
         {
             "output_dir": "unused",
@@ -37,7 +44,7 @@ def make_engine(path: str, dtype: str, gguf_file: str | None = None) -> VllmEngi
             "rollout": {"engine": "vllm", "max_new_tokens": 32},
         }
     )
-    return VllmEngine(cfg, Policy(cfg.model))
+    return VllmEngine(cfg, Policy(cfg.model, weights=weights))
 
 
 @torch.no_grad()
@@ -76,9 +83,10 @@ def test_the_engine_follows_the_policy(model_folder, family, tied, dtype):
         engine.load_weights(engine.policy)
         assert gap(engine) <= right
     tensors = trainer_tensors(engine.policy)
-    layout = engine._layout
+    layout = engine._sync.layout
     placed = [slot.source for slots in layout.slots.values() for slot in slots]
-    assert len(placed) == len(set(placed)) and set(placed) | set(layout.tied) == set(tensors)
+    assert len(placed) == len(set(placed)) and set(placed) == set(tensors)
+    assert set(placed) | set(layout.tied) == set(engine.policy.weight_specs())
     assert len(layout.tied) == int(tied)
     assert compare_weights(engine_model(engine.llm), layout, tensors, exhaustive=True) == []
     engine.close()
@@ -95,6 +103,40 @@ def test_caches_of_pictures_are_cold_after_a_sync(model_folder):
     assert not runner.encoder_cache and not core.scheduler.encoder_cache_manager.cached
     assert renderer.mm_processor_cache._cache.currsize == 0
     engine.sample(probe_prompts(engine.cfg, engine.policy), PROBE)  # no "Encoder cache miss"
+    engine.close()
+
+
+def test_buckets_of_every_size_give_the_same_engine(model_folder):
+    engine = make_engine(model_folder("llama"), "float32")
+    numbers = []
+    for seed, max_bytes in enumerate((1, 300_000, 2**40)):
+        disturb(engine.policy, seed)
+        buckets = list(engine.policy.weight_buckets(max_bytes))
+        numbers.append(len(buckets))
+        for bucket in buckets:
+            engine.load_bucket(bucket)
+        with pytest.raises(StoppedError, match="only some of the policy's weights"):
+            engine.sample(probe_prompts(engine.cfg, engine.policy), PROBE)
+        engine.finish_load(40 + seed)
+        assert gap(engine) <= 1e-5
+        groups = engine.sample(probe_prompts(engine.cfg, engine.policy), PROBE)
+        assert {r.policy_version for group in groups for r in group.rollouts} == {40 + seed}
+    assert numbers[0] == 6 and numbers[1] < 6 and numbers[2] == 1  # embedding with head, four layers, the norm
+    engine.close()
+
+
+def test_an_engine_without_a_trainer_waits_for_weights(model_folder):
+    trainer = Policy(ModelConfig(path=model_folder("qwen2_5_vl"), dtype="float32"))
+    engine = make_engine(model_folder("qwen2_5_vl"), "float32", weights=False)
+    prompts = probe_prompts(engine.cfg, engine.policy)
+    with pytest.raises(StoppedError, match="none of the policy's weights"):
+        engine.sample(prompts, PROBE)
+    disturb(trainer, 3)
+    for bucket in trainer.weight_buckets(300_000):
+        engine.load_bucket(bucket)
+    engine.finish_load(trainer.version)
+    rollouts = [r for group in engine.sample(prompts, PROBE) for r in group.rollouts]
+    assert logprob_gap(rollouts, trainer, PROBE.temperature) <= 1e-5
     engine.close()
 
 
@@ -135,7 +177,7 @@ def tampered(engine: VllmEngine, name: str, change) -> dict[str, torch.Tensor]:
 )
 @pytest.mark.parametrize("change", [lambda t: t.mul_(1.001), lambda t: t.view(-1)[-1].add_(3), lambda t: t.fill_(float("nan"))])
 def test_a_corrupted_tensor_is_named(engine, name, change):
-    model, layout = engine_model(engine.llm), engine._layout
+    model, layout = engine_model(engine.llm), engine._sync.layout
     tensors = trainer_tensors(engine.policy)
     assert compare_weights(model, layout, tensors) == []
     copy_weights(model, layout, tampered(engine, name, change))
@@ -156,12 +198,12 @@ def test_a_sync_that_goes_wrong_stops_the_run(engine, monkeypatch):
 
 
 def test_a_stale_tied_head_is_named(engine, monkeypatch):
-    model, layout = engine_model(engine.llm), engine._layout
+    model, layout = engine_model(engine.llm), engine._sync.layout
     new = tampered(engine, EMBEDDING, lambda t: t.mul_(0.5))
     model.get_parameter(EMBEDDING)[: len(new[EMBEDDING])].copy_(new[EMBEDDING])  # what a plain copy does, and vLLM's own reload
     bad = compare_weights(model, layout, new)
     assert [(m.source, m.target, m.stale_head) for m in bad] == [(EMBEDDING, HEAD, True)]
-    monkeypatch.setattr(engine.policy.model, "state_dict", lambda: new)
+    monkeypatch.setattr(engine.policy, "weight_buckets", lambda max_bytes: iter([new]))
     engine.policy.model.get_input_embeddings().weight.data.mul_(0.5)
     with pytest.raises(StoppedError, match=r"log-probs are .* away .*: the tied head is stale: engine tensor `lm_head\.weight`"):
         engine.probe()
@@ -182,10 +224,10 @@ def test_the_engine_keeps_its_own_copy(engine):
     before = gap(engine)
     kept = {name: tensor.clone() for name, tensor in trainer_tensors(engine.policy).items()}
     disturb(engine.policy, 7)
-    bad = compare_weights(engine_model(engine.llm), engine._layout, trainer_tensors(engine.policy))
-    assert {m.source for m in bad} == set(kept) - set(engine._layout.tied)
-    assert compare_weights(engine_model(engine.llm), engine._layout, kept, exhaustive=True) == []
-    engine.policy.model.load_state_dict(kept)
+    bad = compare_weights(engine_model(engine.llm), engine._sync.layout, trainer_tensors(engine.policy))
+    assert {m.source for m in bad} == set(kept)
+    assert compare_weights(engine_model(engine.llm), engine._sync.layout, kept, exhaustive=True) == []
+    engine.policy.model.load_state_dict(kept, strict=False)  # the tied head is not among them
     assert gap(engine) == before
 
 
@@ -199,17 +241,31 @@ def test_caches_are_cold_after_a_sync(engine):
 
 
 def test_tensors_without_a_place_are_named(engine):
-    model, tensors = engine_model(engine.llm), trainer_tensors(engine.policy)
+    model, specs = engine_model(engine.llm), engine.policy.weight_specs()
     with pytest.raises(StoppedError, match=r"refuses the trainer's tensors: .*value_head"):
-        map_weights(model, {**tensors, "value_head.weight": torch.zeros(1, 64)})
-    fewer = {name: tensor for name, tensor in tensors.items() if name != "model.layers.1.self_attn.k_proj.weight"}
+        map_weights(model, {**specs, "value_head.weight": WeightSpec(torch.Size([1, 64]), torch.float32, None)})
+    key = "model.layers.1.self_attn.k_proj.weight"
     with pytest.raises(
         StoppedError, match=r"`model\.layers\.1\.self_attn\.qkv_proj\.weight` has 128 rows, of which the trainer's tensors fill 96"
     ):
-        map_weights(model, fewer)
-    assert map_weights(model, tensors) == engine._layout  # and vLLM's own loaders are back in place
-    with pytest.raises(StoppedError, match=r"`model\.norm\.weight` is now torch\.float32 of shape \(63,\)"):
-        sync_weights(engine.llm, engine._layout, {**tensors, "model.norm.weight": torch.ones(63)})
+        map_weights(model, {name: spec for name, spec in specs.items() if name != key})
+    assert map_weights(model, specs) == engine._sync.layout  # and vLLM's own loaders are back in place
+
+
+def test_what_a_load_lacks_is_named(engine):
+    layer, *others = [b for b in engine.policy.weight_buckets(1) if "model.layers.2.self_attn.q_proj.weight" in b]
+    assert not others
+    with pytest.raises(StoppedError, match=r"`model\.layers\.2\..*` came without `model\.layers\.2\.self_attn\.k_proj\.weight`"):
+        engine.load_bucket({name: tensor for name, tensor in layer.items() if not name.endswith("k_proj.weight")})
+    with pytest.raises(StoppedError, match=r"`model\.norm\.weight` comes as torch\.float32 of shape \(63,\)"):
+        engine.load_bucket({"model.norm.weight": torch.ones(63)})
+    with pytest.raises(StoppedError, match=r"sends `value_head\.weight`, which is none"):
+        engine.load_bucket({"value_head.weight": torch.ones(1, 64)})
+    for bucket in engine.policy.weight_buckets(1):
+        if "model.norm.weight" not in bucket:
+            engine.load_bucket(bucket)
+    with pytest.raises(StoppedError, match=r"1 of \d+ tensors did not come, the first is `model\.norm\.weight`"):
+        engine.finish_load(1)
 
 
 def test_a_probe_needs_enough_tokens(engine):
