@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable, Sequence
+
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
@@ -81,8 +84,14 @@ def gae(token_rewards: Tensor, values: Tensor, lengths: Tensor, gamma: float = 1
     return advantages, advantages + values
 
 
-def whiten(values: Tensor) -> Tensor:
-    """Shifted and scaled to mean 0 and population std 1 over the whole batch, in float64; zeros where all are equal. [N] -> [N]."""
+def whiten(values: Tensor, total: Callable[[Sequence[float]], Sequence[float]] = tuple) -> Tensor:
+    """Shifted and scaled to mean 0 and population std 1 over the whole batch, in float64; zeros where all are equal. [N] -> [N].
+
+    total: sums over the parts of a batch that is spread over processes, of which `values` is one.
+    """
     precise = values.double()
-    std = precise.std(correction=0) if len(values) else precise.new_zeros(())
-    return ((precise - precise.mean()) / std).to(values.dtype) if bool(std > MIN_STD) else torch.zeros_like(values)
+    count, sum_ = total((float(len(values)), precise.sum().item()))
+    mean = sum_ / max(1.0, count)
+    (squares,) = total(((precise - mean).square().sum().item(),))
+    std = math.sqrt(squares / max(1.0, count))
+    return ((precise - mean) / std).to(values.dtype) if std > MIN_STD else torch.zeros_like(values)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import errno
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from rich.console import Console
+from torch import Tensor
 from transformers import AutoConfig
 
 from rlfr_vlm.config import Config, FlowConfig
@@ -37,13 +38,14 @@ from rlfr_vlm.flow.official import export_field, import_field
 from rlfr_vlm.models.families import find_family
 from rlfr_vlm.models.heads import LogPartitionHead, ValueHead
 from rlfr_vlm.models.policy import Policy, resolve_path
+from rlfr_vlm.ranks import ALONE, Ranks, join
 from rlfr_vlm.rewards.grader import Grader
 from rlfr_vlm.rewards.outcome import load_reward_function
 from rlfr_vlm.rollout import make_engine
 from rlfr_vlm.rollout.engine import RolloutEngine
 from rlfr_vlm.training.fit_flow import fit_flow
 from rlfr_vlm.training.loop import train as train_loop
-from rlfr_vlm.training.optim import Optimizer
+from rlfr_vlm.training.optim import Optimizer, OptimizerSettings, PolicyOptimizer
 from rlfr_vlm.training.run import Run
 from rlfr_vlm.training.schedule import check_field, new_field_folder
 from rlfr_vlm.training.update import Learner
@@ -65,6 +67,7 @@ class Workbench:
     policy: Policy
     grader: Grader
     engine: RolloutEngine
+    learner: Learner | None = None  # none: made when training starts
 
 
 @contextmanager
@@ -161,12 +164,34 @@ def _writing(out: str) -> Iterator[None]:
 
 
 def train(cfg: Config) -> Path:
-    """RL; returns the run's folder."""
-    _forget_bad_rows(cfg)
+    """RL, in this process, as one of the ranks that torchrun or deepspeed started, or by Ray; returns the run's folder."""
+    if cfg.launcher == "ray":
+        from rlfr_vlm.training.ray_launch import launch
+
+        return launch(cfg, train_rank)
+    ranks = join(cfg)
+    try:
+        return train_rank(cfg, ranks)
+    finally:
+        ranks.leave()
+
+
+def train_rank(cfg: Config, ranks: Ranks, make: Callable[[Policy, Ranks], RolloutEngine] | None = None) -> Path:
+    """What each training process does. make: the rollout engine; default: one of its own, as the config says."""
+    if ranks.first:
+        _forget_bad_rows(cfg)
     prompts, heldout, bad = rl_prompts(cfg)
-    planned = plan(in_training(cfg)) if cfg.eval.every else []
-    with workbench(cfg) as bench:
-        return run_training(bench, prompts, heldout, bad, planned)
+    if not ranks.first:
+        bad.record = None  # written once
+    planned = plan(in_training(cfg)) if cfg.eval.every and ranks.first else []
+    policy = Policy(cfg.model)
+    learner = make_learner(cfg, policy, ranks)
+    with Grader(cfg.reward.grader, cfg.reward.answer) as grader:
+        engine = make_engine(cfg, policy) if make is None else make(policy, ranks)
+        try:
+            return run_training(Workbench(cfg, policy, grader, engine, learner), prompts, heldout if ranks.first else [], bad, planned)
+        finally:
+            engine.close()
 
 
 def run_training(
@@ -174,6 +199,8 @@ def run_training(
 ) -> Path:
     """RL with parts that are already up; `planned` benchmarks are run every `eval.every` steps."""
     cfg, policy = bench.cfg, bench.policy
+    learner = bench.learner or make_learner(cfg, policy)
+    ranks = learner.ranks
     assert cfg.data.train is not None
     kept = checked(cfg, prompts, bench.grader, bad)
     if len(kept) < cfg.rollout.num_prompts:
@@ -183,9 +210,10 @@ def run_training(
         Renderer(policy, cfg.data, cfg.data.train),
         PromptStream(len(kept), cfg.seed, cfg.data.shuffle),
         bad,
+        ranks=ranks,
     )
     encoded = encode_heldout(bench, heldout) if heldout else []
-    run = Run(cfg, bench.grader, encoded)
+    run = Run(cfg, bench.grader, encoded, ranks=ranks)
     run.tokenizer = policy.tokenizer
     if planned:
         during = in_training(cfg)
@@ -193,11 +221,11 @@ def run_training(
             during, planned, lambda each: engine_responder(during, policy, engine, each), None, folder, run.say
         )
     try:
-        train_loop(cfg, make_learner(cfg, policy), bench.engine, source, bench.grader, run)
-        export(policy, run.folder / "hf" / f"global_step_{cfg.train.steps}")
+        train_loop(cfg, learner, bench.engine, source, bench.grader, run)
+        export(policy, run.folder / "hf" / f"global_step_{cfg.train.steps}", ranks)
     finally:
         run.close()
-    if bad.rows:
+    if bad.rows and ranks.first:
         say(f"{len(bad.rows)} bad rows were left out: {Path(cfg.output_dir) / 'bad_rows.jsonl'}")
     return run.folder
 
@@ -310,43 +338,66 @@ def encode_heldout(bench: Workbench, heldout: Sequence[Prompt]) -> list[EncodedP
 # -- parts -----------------------------------------------------------------------------------------------------------
 
 
-def make_learner(cfg: Config, policy: Policy) -> Learner:
-    """Everything that learns, with its optimisers; the reference policy where the objective has one."""
-    optim = cfg.optim
+def make_learner(cfg: Config, policy: Policy, ranks: Ranks = ALONE) -> Learner:
+    """Everything that learns, with its optimisers, sharded where the config says so; the reference policy where the objective has one."""
     warmup_steps = cfg.flow.online.warmup_steps if cfg.flow is not None else 0
     updates = (cfg.train.steps - warmup_steps) * cfg.algorithm.updates_per_rollout
-    schedule = (updates, optim.warmup_frac, optim.min_lr_ratio)
-    master = cfg.model.master_weights and policy.dtype != torch.float32
-    optimizer = Optimizer(
-        dict(policy.model.named_parameters()), optim.lr, optim.betas, optim.weight_decay, optim.max_grad_norm, *schedule, master
-    )
-    learner = Learner(policy, optimizer, reference=make_reference(cfg, policy))
-    head = make_head(cfg, policy)
+    settings = OptimizerSettings.of(cfg, updates)
+    reference, head = make_reference(cfg, policy), make_head(cfg, policy)
+    field = make_field(cfg.flow, policy, cfg.seed) if cfg.flow is not None else None
+    learner = Learner(policy, make_optimizer(cfg, policy, settings, ranks), reference=reference, ranks=ranks)
     if head is not None:
         value, flowrl = cfg.algorithm.value, cfg.algorithm.flowrl
         lr, decay, name = (value.lr, 0.0, "value") if isinstance(head, ValueHead) else (flowrl.lr, flowrl.weight_decay, "flowrl")
-        own = (lr, optim.betas, decay, optim.max_grad_norm)
-        head_optimizer = Optimizer(dict(head.named_parameters()), *own, *schedule, setting=f"algorithm.{name}.lr")
+        own = replace(settings, lr=lr, weight_decay=decay, name="adamw", setting=f"algorithm.{name}.lr")
+        head_optimizer = Optimizer(dict(head.named_parameters()), own, add_up=adder(cfg, ranks, mean=sharded(cfg)))
         learner = replace(learner, head=head, head_optimizer=head_optimizer)
-    if cfg.flow is None:
+    if cfg.flow is None or field is None:
         return learner
-    field = make_field(cfg.flow, policy, cfg.seed)
     if not cfg.flow.online.enabled:
         field.network.requires_grad_(False)
         return replace(learner, field=field)
-    all_updates = cfg.train.steps * cfg.algorithm.updates_per_rollout
-    flow_optimizer = Optimizer(
-        dict(field.network.named_parameters()),
-        cfg.flow.online.lr,
-        (0.9, 0.95),
-        0.0,
-        1.0,
-        all_updates,
-        optim.warmup_frac,
-        optim.min_lr_ratio,
-        setting="flow.online.lr",
-    )
-    return replace(learner, field=field, flow_optimizer=flow_optimizer)
+    every = cfg.train.steps * cfg.algorithm.updates_per_rollout
+    schedule = (every, cfg.optim.warmup_frac, cfg.optim.min_lr_ratio)
+    flow_settings = OptimizerSettings(cfg.flow.online.lr, (0.9, 0.95), 0.0, 1.0, *schedule, setting="flow.online.lr")
+    return replace(learner, field=field, flow_optimizer=make_flow_optimizer(cfg, field, flow_settings, ranks))
+
+
+def sharded(cfg: Config) -> bool:
+    """Whether DeepSpeed shards the policy's optimiser; at stage 0 every rank has all of it, and nothing is to be sharded."""
+    return cfg.deepspeed is not None and cfg.deepspeed.zero_stage > 0
+
+
+def adder(cfg: Config, ranks: Ranks, mean: bool = False) -> Callable[[Sequence[Tensor]], None] | None:
+    """Sums gradients over ranks; `mean`: of losses that were multiplied by the number of ranks."""
+    if ranks.size == 1:
+        return None
+
+    def add_up(gradients: Sequence[Tensor]) -> None:
+        ranks.add_up(gradients, "summing gradients")
+        if mean:
+            torch._foreach_div_(list(gradients), float(ranks.size))
+
+    return add_up
+
+
+def make_optimizer(cfg: Config, policy: Policy, settings: OptimizerSettings, ranks: Ranks) -> PolicyOptimizer:
+    """The policy's."""
+    if cfg.deepspeed is not None and sharded(cfg):
+        from rlfr_vlm.training.deepspeed_backend import shard_policy
+
+        return shard_policy(policy, settings, cfg.deepspeed, ranks)
+    master = cfg.model.master_weights and policy.dtype != torch.float32
+    return Optimizer(policy.trained(), settings, master, adder(cfg, ranks))
+
+
+def make_flow_optimizer(cfg: Config, field: FlowField, settings: OptimizerSettings, ranks: Ranks) -> PolicyOptimizer:
+    """The field's: where the policy is sharded, its moments are too."""
+    if cfg.deepspeed is not None and sharded(cfg):
+        from rlfr_vlm.training.deepspeed_backend import shard_field
+
+        return shard_field(field, settings, cfg.deepspeed, ranks)
+    return Optimizer(dict(field.network.named_parameters()), settings, add_up=adder(cfg, ranks))
 
 
 def make_field(cfg: FlowConfig, policy: Policy, seed: int) -> FlowField:
@@ -384,10 +435,12 @@ def make_head(cfg: Config, policy: Policy) -> ValueHead | LogPartitionHead | Non
         return kind(policy.hidden_size).to(policy.device)
 
 
-def export(policy: Policy, folder: Path) -> None:
+def export(policy: Policy, folder: Path, ranks: Ranks = ALONE) -> None:
     """Write the trained model as a plain Hugging Face folder, whole or not at all."""
     temporary = folder.with_name(f".tmp-{folder.name}")
-    policy.save(temporary)
-    if folder.exists():
-        shutil.rmtree(folder)
-    temporary.rename(folder)
+    policy.save(temporary, write=ranks.first)
+    if ranks.first:
+        if folder.exists():
+            shutil.rmtree(folder)
+        temporary.rename(folder)
+    ranks.gather(None, f"writing {folder}")

@@ -10,6 +10,7 @@ from pathlib import Path
 import yaml
 from PIL import Image, ImageDraw
 
+POLICY = "rank_0000/policy-0000.safetensors"  # of a checkpoint by one process
 ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -62,4 +63,4 @@ def cli(*arguments: str, fault: str | None = None, timeout: float = 300, **envir
 def digest(run: Path, step: int) -> dict[str, str]:
     """sha256 of the final weights, policy and field."""
     folder = run / "checkpoints" / f"global_step_{step}"
-    return {name: hashlib.sha256((folder / name).read_bytes()).hexdigest() for name in ("policy.safetensors", "flow/flow.safetensors")}
+    return {name: hashlib.sha256((folder / name).read_bytes()).hexdigest() for name in (POLICY, "flow/flow.safetensors")}

@@ -11,6 +11,7 @@ ROOT = Path(rlfr_vlm.__file__).parent
 LEVELS = [
     {"errors", "faults", "methods"},
     {"config", "types"},
+    {"ranks"},
     {"losses", "advantages", "shaping", "flow"},
     {"models", "rewards"},
     {"data"},

@@ -266,7 +266,7 @@ def test_the_schedule_of_the_first_recipe_by_hand(tmp_path, capsys):
         (["flow.online.warmup_steps=10", "train.steps=20"], "in the first 10 steps only the field learns"),
         (["flow.online.warmup_steps=10", "train.steps=20"], "8 per step of 128 samples each, 80 in total"),
         (["flow.online.enabled=false", "flow.checkpoint=null"], "a new one (flow.checkpoint is unset), frozen"),
-        (["algorithm.method=ppo", "flow=null"], "manifest.json, head.safetensors, head_optimizer.pt"),
+        (["algorithm.method=ppo", "flow=null"], "manifest.json, head.safetensors"),
         (["train.save_steps=10"], "33, after steps 10, 20, 30, 40, 50, ..., 320, 330;"),
         (["optim.min_lr_ratio=1"], "warm-up, constant after that"),
         (["data.on_bad_row=skip"], "bad_rows.jsonl"),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from rlfr_vlm.data.images import ImageError, open_image
 from rlfr_vlm.data.prompts import BadRows, PromptStream, RowError
 from rlfr_vlm.errors import UserError
 from rlfr_vlm.models.policy import Policy
+from rlfr_vlm.ranks import ALONE, Ranks
 from rlfr_vlm.types import EncodedPrompt, Prompt
 
 
@@ -123,32 +124,51 @@ class PromptSource:
         stream: PromptStream,
         bad: BadRows,
         check: Callable[[EncodedPrompt], None] | None = None,
+        ranks: Ranks = ALONE,
     ) -> None:
-        """check: raises RowError for an encoded prompt that cannot be used after all."""
+        """check: raises RowError for an encoded prompt that cannot be used after all. ranks: who share the encoding of each batch."""
         self.prompts, self.renderer, self.stream, self.bad, self.check = prompts, renderer, stream, bad, check
+        self.ranks = ranks
         self._known_bad: set[int] = set()
 
     def next(self, count: int) -> list[EncodedPrompt]:
-        """The next `count` prompts, none of them twice: equal requests have equal seeds.
+        """The next `count` prompts, none of them twice: equal requests have equal seeds. With several ranks, those at `ranks.places(count)`.
 
-        Raises UserError as `data.on_bad_row` says, or when fewer rows than that can be used.
+        A row that turns out bad is replaced, in its place, by the next one. Raises UserError as `data.on_bad_row` says, or when fewer rows
+        than that can be used.
         """
-        drawn: dict[int, EncodedPrompt] = {}
+        drawn: dict[int, int] = {}  # place -> row
+        encoded: dict[int, EncodedPrompt] = {}
         while len(drawn) < count:
-            if count > (usable := len(self.prompts) - len(self._known_bad)):
-                raise UserError(f"{count} different rows are needed per step, but the data set has {usable} that can be used")
-            index = self.stream.draw()
-            if index in self._known_bad or index in drawn:
-                continue
-            try:
-                encoded = self.renderer.encode(self.prompts[index])
-                if self.check is not None:
-                    self.check(encoded)
-                drawn[index] = encoded
-            except RowError as error:
-                self.bad.add(self.prompts[index].id, error, len(self.prompts))
-                self._known_bad.add(index)
-        return list(drawn.values())
+            for place in range(count):
+                if place not in drawn:
+                    drawn[place] = self._draw(count, drawn.values())
+            problems = []
+            for place in self.ranks.places(count):
+                if place not in encoded:
+                    try:
+                        encoded[place] = self._encode(self.prompts[drawn[place]])
+                    except RowError as error:
+                        problems.append((place, error.kind, str(error)))
+            for place, kind, message in sorted(self.ranks.merge(problems, "encoding prompts")):
+                row = drawn.pop(place)
+                self.bad.add(self.prompts[row].id, RowError(kind, message), len(self.prompts))
+                self._known_bad.add(row)
+        return [encoded[place] for place in self.ranks.places(count)]
+
+    def _draw(self, count: int, taken: Iterable[int]) -> int:
+        """The next row of the stream that is neither bad nor taken."""
+        if count > (usable := len(self.prompts) - len(self._known_bad)):
+            raise UserError(f"{count} different rows are needed per step, but the data set has {usable} that can be used")
+        while (row := self.stream.draw()) in self._known_bad or row in taken:
+            continue
+        return row
+
+    def _encode(self, prompt: Prompt) -> EncodedPrompt:
+        encoded = self.renderer.encode(prompt)
+        if self.check is not None:
+            self.check(encoded)
+        return encoded
 
 
 def encode_all(

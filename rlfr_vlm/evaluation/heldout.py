@@ -14,7 +14,7 @@ from rlfr_vlm.errors import UserError
 from rlfr_vlm.evaluation.statistics import mean_interval
 from rlfr_vlm.rewards.grader import Grader
 from rlfr_vlm.rewards.outcome import grade
-from rlfr_vlm.rollout.engine import RolloutEngine, SamplingConfig
+from rlfr_vlm.rollout.engine import Sampler, SamplingConfig
 from rlfr_vlm.types import EncodedPrompt, Outcome, RolloutGroup
 
 
@@ -37,7 +37,7 @@ class HeldoutResult:
 
 
 def evaluate_heldout(
-    cfg: Config, engine: RolloutEngine, prompts: Sequence[EncodedPrompt], grader: Grader, step: int, folder: Path | None = None
+    cfg: Config, engine: Sampler, prompts: Sequence[EncodedPrompt], grader: Grader, step: int, folder: Path | None = None
 ) -> HeldoutResult:
     """Sample, grade and count; with a folder, write step_N.json and every response to step_N.jsonl there."""
     if not prompts:

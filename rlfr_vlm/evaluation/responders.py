@@ -17,7 +17,7 @@ from rlfr_vlm.errors import UserError
 from rlfr_vlm.evaluation.benchmarks import Benchmark, Problem
 from rlfr_vlm.evaluation.endpoint import ChatRequest, Endpoint, Failure, data_url
 from rlfr_vlm.evaluation.ledger import Answer, Sample
-from rlfr_vlm.rollout.engine import RolloutEngine, SamplingConfig
+from rlfr_vlm.rollout.engine import Sampler, SamplingConfig
 from rlfr_vlm.types import EncodedPrompt, FinishReason, request_seed
 
 CHUNK = 64  # responses between two writes of the ledger
@@ -45,7 +45,7 @@ class Responder(Protocol):
 class EngineResponder:
     """The policy through a rollout engine: exactly the tokens and pictures of training."""
 
-    def __init__(self, engine: RolloutEngine, renderer: Renderer, seed: int, identity: dict[str, Any]) -> None:
+    def __init__(self, engine: Sampler, renderer: Renderer, seed: int, identity: dict[str, Any]) -> None:
         self.engine, self.renderer, self.seed, self.identity = engine, renderer, seed, identity
 
     def respond(self, samples: Sequence[Sample], problems: dict[str, Problem], benchmark: Benchmark) -> Iterator[list[Answer | Unanswered]]:

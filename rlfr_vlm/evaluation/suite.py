@@ -22,7 +22,7 @@ from rlfr_vlm.evaluation.runner import BenchmarkRun, check_grading, run_benchmar
 from rlfr_vlm.evaluation.serve import serve
 from rlfr_vlm.models.policy import Policy
 from rlfr_vlm.rewards.grader import Grader
-from rlfr_vlm.rollout.engine import RolloutEngine
+from rlfr_vlm.rollout.engine import Sampler
 
 
 @dataclass(frozen=True)
@@ -75,14 +75,14 @@ def in_training(cfg: Config) -> Config:
     return cfg.model_copy(update={"eval": cfg.eval.model_copy(update={"max_new_tokens": budget})})
 
 
-def engine_identity(cfg: Config, policy: Policy, engine: RolloutEngine) -> dict[str, Any]:
+def engine_identity(cfg: Config, policy: Policy, engine: Sampler) -> dict[str, Any]:
     """What of a loaded model decides its numbers: architecture, a digest of its weights, chat template, dtype, engine."""
     template = str(getattr(policy.tokenizer, "chat_template", None) or "")
     digest = hashlib.sha256(template.encode()).hexdigest()[:16]
     return {**policy.identity, "chat_template": digest, "dtype": cfg.model.dtype, "engine": engine.name}
 
 
-def engine_responder(cfg: Config, policy: Policy, engine: RolloutEngine, planned: Planned) -> Responder:
+def engine_responder(cfg: Config, policy: Policy, engine: Sampler, planned: Planned) -> Responder:
     """The policy, asked through a rollout engine."""
     pictures = "blank" if cfg.eval.pictures == "blank" else "as_is"
     renderer = Renderer(policy, cfg.data, planned.source, pictures)

@@ -33,8 +33,11 @@ class PackedBatch:
         return self.response_rows[self.lengths.cumsum(0) - self.lengths]
 
 
-def pack(rollouts: Sequence[Rollout], device: torch.device | str = "cpu") -> PackedBatch:
-    """Lay rollouts end to end. Neighbours that share one EncodedPrompt object share its tokens; their responses start at its next position."""
+def pack(rollouts: Sequence[Rollout], device: torch.device | str = "cpu", unanswered: EncodedPrompt | None = None) -> PackedBatch:
+    """Lay rollouts end to end. Neighbours that share one EncodedPrompt object share its tokens; their responses start at its next position.
+
+    unanswered: a prompt that stands at the end by itself and changes nothing: its pictures take the batch through the vision tower.
+    """
     device = torch.device(device)
     tokens: list[int] = []
     positions: list[Tensor] = []
@@ -55,6 +58,11 @@ def pack(rollouts: Sequence[Rollout], device: torch.device | str = "cpu") -> Pac
         positions.append(response_positions(prompt, len(rollout.token_ids)))
         segments.append(Segment(start, len(tokens), prompt_start, prompt_end))
         spans.append((prompt_start, prompt_end, start))
+    if unanswered is not None:
+        prompts.append(unanswered)
+        segments.append(Segment(len(tokens), len(tokens) + len(unanswered.token_ids)))
+        tokens += unanswered.token_ids
+        positions.append(unanswered.position_ids)
     lengths = torch.tensor([len(r.token_ids) for r in rollouts])
     prompt_starts, prompt_ends, starts = torch.tensor(spans).t()
     response_rows = torch.cat([torch.arange(s, s + n) for s, n in zip(starts.tolist(), lengths.tolist(), strict=True)])

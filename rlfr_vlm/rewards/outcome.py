@@ -43,7 +43,7 @@ def grade(groups: Sequence[RolloutGroup], cfg: RewardConfig, grader: Grader, max
         scores = load_reward_function(cfg.function)(rollouts)
         settled = [_settle(result, score) for result, score in zip(graded, scores, strict=True)]
         outcomes = [_outcome(*triple, cfg, max_new_tokens) for triple in zip(rollouts, settled, scores, strict=True)]
-    stop_on_errors(outcomes, rollouts, cfg.max_error_frac)
+    stop_on_errors(reasons(groups, outcomes), len(outcomes), cfg.max_error_frac)
     return outcomes
 
 
@@ -85,15 +85,19 @@ def overlong_penalty(num_tokens: int, max_new_tokens: int, buffer: int) -> float
     return -min(max(excess / buffer, 0.0), 1.0)
 
 
-def stop_on_errors(outcomes: Sequence[Outcome], rollouts: Sequence[Rollout], max_error_frac: float) -> None:
+def reasons(groups: Sequence[RolloutGroup], outcomes: Sequence[Outcome]) -> list[str]:
+    """Why responses could not be graded, one line for each of them."""
+    rollouts = [rollout for group in groups for rollout in group.rollouts]
+    return [f"row {r.prompt.prompt.id}: {o.reason}" for r, o in zip(rollouts, outcomes, strict=True) if not o.graded]
+
+
+def stop_on_errors(failed: Sequence[str], num_responses: int, max_error_frac: float) -> None:
     """Raises StoppedError naming rows and reasons when more than this share could not be graded."""
-    failed = [(rollout, outcome) for rollout, outcome in zip(rollouts, outcomes, strict=True) if not outcome.graded]
-    if len(failed) <= max_error_frac * len(outcomes):
+    if len(failed) <= max_error_frac * num_responses:
         return
-    reasons = {f"row {rollout.prompt.prompt.id}: {outcome.reason}": None for rollout, outcome in failed}  # in order, once each
     raise StoppedError(
-        f"{len(failed)} of {len(outcomes)} responses could not be graded (reward.max_error_frac={max_error_frac:g}): "
-        + "; ".join(list(reasons)[:REASONS_SHOWN])
+        f"{len(failed)} of {num_responses} responses could not be graded (reward.max_error_frac={max_error_frac:g}): "
+        + "; ".join(list(dict.fromkeys(failed))[:REASONS_SHOWN])
         + "; no reward was given. Check the gold answers of these rows, or the limits under reward.grader"
     )
 

@@ -31,10 +31,18 @@ def sample_indices(sampling: SamplingConfig) -> range:
     return range(sampling.first_sample, sampling.first_sample + sampling.group_size)
 
 
-class RolloutEngine(Protocol):
-    """Samples responses of the policy."""
+class Sampler(Protocol):
+    """What evaluation needs of an engine."""
 
     name: str
+
+    def sample(self, prompts: Sequence[EncodedPrompt], sampling: SamplingConfig) -> list[RolloutGroup]:
+        """`group_size` responses to each prompt, in the order of the prompts."""
+        ...
+
+
+class RolloutEngine(Sampler, Protocol):
+    """Samples responses of the policy."""
 
     def load_weights(self, policy: Any) -> None:
         """Sample from exactly these weights from now on. Raises StoppedError when that cannot be proven.
@@ -60,10 +68,6 @@ class RolloutEngine(Protocol):
 
     def rest(self) -> None:
         """Give back what memory it can until the next load; nothing is sampled meanwhile."""
-        ...
-
-    def sample(self, prompts: Sequence[EncodedPrompt], sampling: SamplingConfig) -> list[RolloutGroup]:
-        """`group_size` responses to each prompt, in the order of the prompts."""
         ...
 
     def close(self) -> None:

@@ -14,34 +14,67 @@ import shutil
 import uuid
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from rlfr_vlm.errors import CheckpointError, DiskFullError
 from rlfr_vlm.faults import faultpoint
 
+if TYPE_CHECKING:
+    from rlfr_vlm.ranks import Ranks  # needs torch, which the lists of checkpoints below must not
+
 MANIFEST = "manifest.json"
 PREFIX = "global_step_"
+RANK = "rank_"  # and its number: a folder inside a checkpoint
 
 
-def commit_checkpoint(root: Path, step: int, write: Callable[[Path], None], keep: int) -> Path:
+def commit_checkpoint(root: Path, step: int, write: Callable[[Path], None], keep: int, ranks: Ranks | None = None) -> Path:
     """Let `write` fill a folder and make it `root/global_step_N`, atomically. Keeps the newest `keep` checkpoints, and the best one.
 
-    Raises DiskFullError, with every older checkpoint intact and nothing half-written left, when the disk is full.
+    Every rank writes, flushes and hashes its own files; the first one commits them when all are done. Raises DiskFullError on every rank,
+    with every older checkpoint intact and nothing half-written left, when the disk is full.
     """
-    root.mkdir(parents=True, exist_ok=True)
-    _clear_temporary(root)
+    from rlfr_vlm.ranks import ALONE
+
+    ranks = ranks or ALONE
     final = root / f"{PREFIX}{step}"
-    temporary = root / f".tmp-{final.name}-{uuid.uuid4().hex[:8]}"
-    temporary.mkdir()
+    name = ""
+    if ranks.first:
+        root.mkdir(parents=True, exist_ok=True)
+        _clear_temporary(root)
+        name = f".tmp-{final.name}-{uuid.uuid4().hex[:8]}"
+        (root / name).mkdir()
+    temporary = root / ranks.broadcast(name, f"checkpoint of step {step}")
+    problem: Exception | None = None
+    entries: dict[str, dict[str, Any]] = {}
     try:
+        rank_folder(temporary, ranks.rank).mkdir(parents=True, exist_ok=True)
         write(temporary)
         faultpoint("checkpoint_files")
-        _seal(temporary, step)
+        entries = _flushed(temporary, ranks)
     except Exception as error:
         full = disk_is_full(error, root)
-        shutil.rmtree(temporary, ignore_errors=True)
-        if full:
-            raise DiskFullError(f"no space left for {final}: free some, the older checkpoints are intact") from error
+        message = f"no space left for {final}: free some, the older checkpoints are intact"
+        problem = DiskFullError(message) if full else error
+        problem.__cause__ = error if full else None
+    try:
+        ranks.agree(problem, f"checkpoint of step {step}")
+        parts = ranks.gather(entries, f"checkpoint of step {step}")
+        if ranks.first:
+            _seal(temporary, step, {name: entry for part in parts for name, entry in part.items()})
+    except Exception as error:
+        if ranks.first:
+            full = disk_is_full(error, root)
+            shutil.rmtree(temporary, ignore_errors=True)
+            if full and not isinstance(error, DiskFullError):
+                raise DiskFullError(f"no space left for {final}: free some, the older checkpoints are intact") from error
         raise
+    if ranks.first:
+        _commit(root, temporary, final, keep)
+    ranks.gather(None, f"commit of step {step}")
+    return final
+
+
+def _commit(root: Path, temporary: Path, final: Path, keep: int) -> None:
     faultpoint("checkpoint_manifest")
     if final.exists():  # of the same step: replaced, but never before the new one is complete
         final.rename(root / f".tmp-replaced-{final.name}-{uuid.uuid4().hex[:8]}")
@@ -58,7 +91,6 @@ def commit_checkpoint(root: Path, step: int, write: Callable[[Path], None], keep
     for old in others[: -(keep - 1)]:
         if old.name not in spared:
             shutil.rmtree(old)
-    return final
 
 
 def read_best(root: Path) -> dict[str, float] | None:
@@ -87,12 +119,25 @@ def disk_is_full(error: BaseException, folder: Path) -> bool:
     return getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or shutil.disk_usage(folder).free < 2**20
 
 
-def _seal(folder: Path, step: int) -> None:
-    files = sorted(p for p in folder.rglob("*") if p.is_file())
-    for path in files:
-        with path.open("rb+") as file:
-            os.fsync(file.fileno())
-    entries = {str(p.relative_to(folder)): {"size": p.stat().st_size, "sha256": sha256(p)} for p in files}
+def rank_folder(folder: Path, rank: int) -> Path:
+    """Where a rank writes its share of a checkpoint; the first rank also writes beside these folders."""
+    return folder / f"{RANK}{rank:04d}"
+
+
+def _flushed(folder: Path, ranks: Ranks) -> dict[str, dict[str, Any]]:
+    """This rank's files, flushed to disk: size and hash by name."""
+    entries = {}
+    for path in sorted(p for p in folder.rglob("*") if p.is_file()):
+        name = path.relative_to(folder)
+        if name.parts[0] == rank_folder(folder, ranks.rank).name or (ranks.first and not name.parts[0].startswith(RANK)):
+            with path.open("rb+") as file:
+                os.fsync(file.fileno())
+            _sync_folder(path.parent)
+            entries[str(name)] = {"size": path.stat().st_size, "sha256": sha256(path)}
+    return entries
+
+
+def _seal(folder: Path, step: int, entries: dict[str, dict[str, Any]]) -> None:
     _write_durably(folder / MANIFEST, json.dumps({"step": step, "files": entries}, indent=1))
     _sync_folder(folder)
 

@@ -9,9 +9,11 @@ from dataclasses import dataclass
 from rlfr_vlm.advantages import MIN_STD
 from rlfr_vlm.config import Config
 from rlfr_vlm.data.render import PromptSource
+from rlfr_vlm.errors import UserError
 from rlfr_vlm.faults import faultpoint
+from rlfr_vlm.ranks import ALONE, Ranks
 from rlfr_vlm.rewards.grader import Grader
-from rlfr_vlm.rewards.outcome import grade, stop_on_errors
+from rlfr_vlm.rewards.outcome import grade, reasons, stop_on_errors
 from rlfr_vlm.rollout.engine import RolloutEngine, SamplingConfig
 from rlfr_vlm.training.timing import timed
 from rlfr_vlm.types import Outcome, RolloutGroup
@@ -23,6 +25,7 @@ class GradedGroup:
 
     group: RolloutGroup
     outcomes: tuple[Outcome, ...]
+    position: int = 0  # among all groups of the step, whichever rank has them
 
     @property
     def informative(self) -> bool:
@@ -33,7 +36,7 @@ class GradedGroup:
 
 @dataclass(frozen=True)
 class Collected:
-    """A step's groups."""
+    """A step's groups: this rank's share of them."""
 
     kept: tuple[GradedGroup, ...]  # what the update learns from
     sampled: tuple[GradedGroup, ...]  # everything, for unbiased figures
@@ -49,38 +52,76 @@ class Collected:
         """Outcomes of the update's responses, in order."""
         return [o for g in self.kept for o in g.outcomes]
 
+    @property
+    def positions(self) -> list[int]:
+        """Places of these groups in the whole step."""
+        return [g.position for g in self.kept]
+
 
 def collect(
-    cfg: Config, engine: RolloutEngine, prompts: PromptSource, grader: Grader, step: int, clock: dict[str, float] | None = None
+    cfg: Config,
+    engine: RolloutEngine,
+    prompts: PromptSource,
+    grader: Grader,
+    step: int,
+    clock: dict[str, float] | None = None,
+    ranks: Ranks = ALONE,
 ) -> Collected:
-    """Sample G responses to each of `num_prompts` prompts and verify them.
+    """Sample G responses to each of `num_prompts` prompts and verify them; each rank does its share.
 
     With `rollout.max_rounds` above 1 (dynamic sampling, DAPO, arXiv:2503.14476), groups whose rewards are all equal are replaced by
     groups of further prompts; where the last round still leaves too few, the flat ones fill up. A run never stops for want of difficulty.
     """
     wanted, rounds = cfg.rollout.num_prompts, cfg.rollout.max_rounds
-    lenient = cfg.reward.model_copy(update={"max_error_frac": 1.0})  # a round may be small: errors are counted over the step
     sampled: list[GradedGroup] = []
+    informative: list[bool] = []  # of all groups so far, by position
+    failed: list[str] = []
     missing, done = wanted, 0
     while missing and done < rounds:
-        with timed("rollout", clock):
-            groups = engine.sample(prompts.next(missing), sampling(cfg, step, done))
-        faultpoint("rollout")
-        with timed("reward", clock):
-            outcomes = grade(groups, lenient, grader, cfg.rollout.max_new_tokens)
-        sampled += _graded(groups, outcomes)
-        missing = wanted - sum(g.informative for g in sampled)
+        positions = [len(informative) + place for place in ranks.places(missing)]
+        found, problem = _round(cfg, engine, prompts, grader, step, done, missing, positions, clock)
+        ranks.agree(problem, f"rollouts of step {step}")
+        sampled += found
+        own = ([(g.position, g.informative) for g in found], reasons([g.group for g in found], [o for g in found for o in g.outcomes]))
+        for _, errors in (parts := ranks.gather(own, f"rewards of step {step}")):
+            failed += errors
+        informative += [flag for _, flag in sorted(pair for flags, _ in parts for pair in flags)]
+        missing = wanted - sum(informative)
         done += 1
-    rollouts = [rollout for g in sampled for rollout in g.group.rollouts]
-    stop_on_errors([o for g in sampled for o in g.outcomes], rollouts, cfg.reward.max_error_frac)
-    flat = [g for g in sampled if not g.informative][: max(0, missing)]
-    kept = tuple(sampled) if rounds == 1 else tuple(g for g in sampled if g.informative or any(g is f for f in flat))
+    stop_on_errors(failed, len(informative) * cfg.rollout.group_size, cfg.reward.max_error_frac)
+    flat = {position for position, flag in enumerate(informative) if not flag}
+    fillers = set(sorted(flat)[: max(0, missing)])
+    kept = tuple(sampled) if rounds == 1 else tuple(g for g in sampled if g.informative or g.position in fillers)
     return Collected(kept, tuple(sampled), done)
 
 
-def _graded(groups: Sequence[RolloutGroup], outcomes: Sequence[Outcome]) -> list[GradedGroup]:
+def _round(
+    cfg: Config,
+    engine: RolloutEngine,
+    prompts: PromptSource,
+    grader: Grader,
+    step: int,
+    done: int,
+    count: int,
+    positions: Sequence[int],
+    clock: dict[str, float] | None,
+) -> tuple[list[GradedGroup], UserError | None]:
+    """One round of sampling and grading of this rank's share, or what went wrong: the other ranks must hear of it."""
+    lenient = cfg.reward.model_copy(update={"max_error_frac": 1.0})  # a round may be small: errors are counted over the step
+    drawn = prompts.next(count)
+    try:
+        with timed("rollout", clock):
+            groups = engine.sample(drawn, sampling(cfg, step, done))
+        faultpoint("rollout")
+        with timed("reward", clock):
+            outcomes = grade(groups, lenient, grader, cfg.rollout.max_new_tokens)
+    except UserError as error:
+        return [], error
     remaining = iter(outcomes)
-    return [GradedGroup(group, tuple(next(remaining) for _ in group.rollouts)) for group in groups]
+    return [
+        GradedGroup(group, tuple(next(remaining) for _ in group.rollouts), position)
+        for group, position in zip(groups, positions, strict=True)
+    ], None
 
 
 def sampling(cfg: Config, step: int, further_round: int = 0) -> SamplingConfig:

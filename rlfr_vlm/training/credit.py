@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
@@ -13,6 +14,7 @@ from rlfr_vlm.advantages import gae, group_advantages, leave_one_out, rewards_to
 from rlfr_vlm.config import AlgorithmConfig, Config, TokenRewardConfig
 from rlfr_vlm.flow.reward import flow_reward
 from rlfr_vlm.losses import kl_estimate
+from rlfr_vlm.ranks import ALONE, Ranks
 from rlfr_vlm.shaping import likelihood_scores
 from rlfr_vlm.types import Outcome, Rollout, RolloutGroup, request_seed
 
@@ -62,6 +64,7 @@ class Sample:
     outcome: Outcome
     advantage: float  # of the outcome: relative to its group, or the reward itself where advantages are taken over the batch
     seed: int  # of its flow noise
+    position: int = 0  # of its group among all groups of the step, whichever rank has them
     scores: Scores | None = None  # None: taken from the update's own forward, which for one on-policy step is the same
     credit: Credit | None = None
 
@@ -72,16 +75,24 @@ class Sample:
 
 
 def make_samples(
-    groups: Sequence[RolloutGroup], outcomes: Sequence[Outcome], seed: int, step: int, algorithm: AlgorithmConfig | None = None
+    groups: Sequence[RolloutGroup],
+    outcomes: Sequence[Outcome],
+    seed: int,
+    step: int,
+    algorithm: AlgorithmConfig | None = None,
+    positions: Sequence[int] | None = None,
 ) -> list[Sample]:
-    """Outcome advantages (default: GRPO's); responses that could not be graded are left out."""
+    """Outcome advantages (default: GRPO's); responses that could not be graded are left out. positions: of the groups in the whole step."""
+    if not groups:
+        return []
     rollouts = [rollout for group in groups for rollout in group.rollouts]
     index = torch.tensor([g for g, group in enumerate(groups) for _ in group.rollouts])
     reward = torch.tensor([o.reward for o in outcomes], dtype=torch.float64)
     advantages = outcome_advantages(reward, torch.tensor([o.graded for o in outcomes]), index, algorithm or AlgorithmConfig())
+    places = range(len(groups)) if positions is None else positions
     return [
-        Sample(rollout, outcome, advantage, request_seed("flow", seed, step, rollout.prompt.prompt.id, rollout.sample_index))
-        for rollout, outcome, advantage in zip(rollouts, outcomes, advantages.tolist(), strict=True)
+        Sample(rollout, outcome, advantage, request_seed("flow", seed, step, rollout.prompt.prompt.id, rollout.sample_index), places[group])
+        for rollout, outcome, advantage, group in zip(rollouts, outcomes, advantages.tolist(), index.tolist(), strict=True)
         if outcome.graded
     ]
 
@@ -100,11 +111,13 @@ def needs_scoring(algorithm: AlgorithmConfig) -> bool:
     return algorithm.updates_per_rollout > 1 or algorithm.advantage in ("whitened", "gae")
 
 
-def assign_credit(cfg: Config, samples: Sequence[Sample], scores: Scores) -> Credit:
+def assign_credit(cfg: Config, samples: Sequence[Sample], scores: Scores, ranks: Ranks = ALONE) -> Credit:
     """Token rewards r_t = 1[last] * outcome - kl_coef * KL_t + r_flow, and from them advantages (arXiv:2510.10201; PPO for the others).
 
-    For advantages within a group `samples` may be any of its responses; whitened ones and GAE need the whole batch.
+    For advantages within a group `samples` may be any of its responses; whitened ones and GAE need the whole batch, or each rank's share
+    of it: then all ranks must call this.
     """
+    whole_batch = partial(whiten, total=partial(ranks.total, place="whitening advantages"))
     algorithm = cfg.algorithm
     lengths = torch.tensor([s.length for s in samples], device=scores.logprobs.device)
     extra = token_rewards(cfg, scores, lengths)
@@ -116,9 +129,15 @@ def assign_credit(cfg: Config, samples: Sequence[Sample], scores: Scores) -> Cre
     if algorithm.advantage == "gae":
         assert scores.values is not None
         advantages, returns = gae(rewards, scores.values, lengths, algorithm.gamma, algorithm.gae_lambda)
-        return Credit(whiten(advantages), extra, returns)
+        return Credit(whole_batch(advantages), extra, returns)
     advantages = rewards_to_go(rewards, lengths, algorithm.gamma)
-    return Credit(whiten(advantages) if algorithm.advantage == "whitened" else advantages, extra)
+    return Credit(whole_batch(advantages) if algorithm.advantage == "whitened" else advantages, extra)
+
+
+def keep_step(cfg: Config, ranks: Ranks) -> None:
+    """What a rank without a single sample does while the others assign credit."""
+    if cfg.algorithm.advantage in ("whitened", "gae"):
+        whiten(torch.zeros(0), total=partial(ranks.total, place="whitening advantages"))
 
 
 def token_rewards(cfg: Config, scores: Scores, lengths: Tensor) -> Tensor:

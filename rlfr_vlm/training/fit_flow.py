@@ -17,7 +17,7 @@ from rlfr_vlm.flow.field import FlowField
 from rlfr_vlm.flow.objective import logit_normal_times
 from rlfr_vlm.models.pack import micro_batches, pack
 from rlfr_vlm.models.policy import Policy, expert_rollout
-from rlfr_vlm.training.optim import Optimizer
+from rlfr_vlm.training.optim import Optimizer, OptimizerSettings
 from rlfr_vlm.training.schedule import FIT_WARMUP_FRAC, fit_steps, num_heldout
 from rlfr_vlm.types import EncodedPrompt, Prompt, Rollout, request_seed
 
@@ -42,10 +42,9 @@ def fit_flow(
     held = num_heldout(len(order))
     batch_size, steps = fit_steps(cfg, len(order))
     train = [prompts[i] for i in order[held:]]
-    optimizer = Optimizer(
-        dict(field.network.named_parameters()), fit.lr, (0.9, 0.999), fit.weight_decay, 1.0, steps, FIT_WARMUP_FRAC, min_lr_ratio=0.0,
-        setting="flow.fit.lr",
-    )  # fmt: skip
+    schedule = (steps, FIT_WARMUP_FRAC, 0.0)
+    settings = OptimizerSettings(fit.lr, (0.9, 0.999), fit.weight_decay, 1.0, *schedule, setting="flow.fit.lr")
+    optimizer = Optimizer(dict(field.network.named_parameters()), settings)
     experts = Experts(policy, fit.max_tokens)
     source = PromptSource(train, renderer, PromptStream(len(train), cfg.seed, shuffle=True), bad, experts.check)
     heldout = [experts.rollout(p) for p in encode_all([prompts[i] for i in order[:held]], renderer, bad, experts.check, len(prompts))]

@@ -7,6 +7,7 @@ from itertools import pairwise
 from rlfr_vlm.config import Config
 from rlfr_vlm.data.render import PromptSource
 from rlfr_vlm.faults import faultpoint
+from rlfr_vlm.ranks import ALONE, Ranks
 from rlfr_vlm.rewards.grader import Grader
 from rlfr_vlm.rollout.engine import RolloutEngine
 from rlfr_vlm.training.collect import collect
@@ -17,7 +18,11 @@ from rlfr_vlm.training.update import Learner, score_samples, update
 
 
 def train(cfg: Config, learner: Learner, engine: RolloutEngine, prompts: PromptSource, grader: Grader, run: Run) -> None:
-    """Group-relative policy optimisation with flow rewards; resumes from the run's newest good checkpoint."""
+    """Group-relative policy optimisation with flow rewards; resumes from the run's newest good checkpoint.
+
+    Every rank runs this on its share of each batch; sums go over all of them, so that the numbers are those of one process.
+    """
+    ranks = learner.ranks
     done = run.restore(learner, prompts)
     if run.owes_evaluation(done):
         evaluate(learner, engine, prompts, run, done)
@@ -26,10 +31,11 @@ def train(cfg: Config, learner: Learner, engine: RolloutEngine, prompts: PromptS
             # 1. Sample G responses to each prompt from the current policy, and verify the answers: one outcome per response.
             with timed("sync", clock):
                 engine.load_weights(learner.policy)
-            batch = collect(cfg, engine, prompts, grader, step, clock)
+            batch = collect(cfg, engine, prompts, grader, step, clock, ranks)
+            engine.rest()
 
             # 2. What each outcome is worth: relative to its group, or as it is.
-            samples = make_samples(batch.groups, batch.outcomes, cfg.seed, step, cfg.algorithm)
+            samples = make_samples(batch.groups, batch.outcomes, cfg.seed, step, cfg.algorithm, batch.positions)
             faultpoint("reward")
 
             # 3. Old log-probs, deviations from the flow, and credit; with one on-policy update, its own forward gives them.
@@ -39,7 +45,7 @@ def train(cfg: Config, learner: Learner, engine: RolloutEngine, prompts: PromptS
 
             # 4. Policy updates; the flow follows the latents of selected responses, by default the correct ones.
             with timed("update", clock):
-                parts = split_evenly(samples, cfg.algorithm.updates_per_rollout)
+                parts = split_evenly(samples, cfg.algorithm.updates_per_rollout, ranks)
                 results = [update(cfg, learner, part, trains_policy(cfg, step), clock) for part in parts]
 
         run.log(step, batch, samples, results, clock)
@@ -54,6 +60,7 @@ def evaluate(learner: Learner, engine: RolloutEngine, prompts: PromptSource, run
     """Evaluate the policy as it is; the best checkpoint is kept."""
     engine.load_weights(learner.policy)
     run.keep_if_best(step, run.evaluate(step, engine), learner, prompts)
+    engine.rest()
 
 
 def trains_policy(cfg: Config, step: int) -> bool:
@@ -61,7 +68,10 @@ def trains_policy(cfg: Config, step: int) -> bool:
     return cfg.flow is None or step > cfg.flow.online.warmup_steps
 
 
-def split_evenly(samples: list[Sample], parts: int) -> list[list[Sample]]:
-    """Contiguous shares of nearly equal size, none of them empty."""
-    bounds = [len(samples) * i // parts for i in range(parts + 1)]
-    return [samples[a:b] for a, b in pairwise(bounds) if b > a]
+def split_evenly(samples: list[Sample], parts: int, ranks: Ranks = ALONE) -> list[list[Sample]]:
+    """Contiguous shares of the whole step's samples, of nearly equal size and none of them empty; of each share, those of this rank."""
+    own = [(sample.position, sample.rollout.sample_index) for sample in samples]
+    order = {key: i for i, key in enumerate(sorted(ranks.merge(own, "sharing out updates")))}
+    bounds = [len(order) * i // parts for i in range(parts + 1)]
+    shares = [range(a, b) for a, b in pairwise(bounds) if b > a]
+    return [[sample for sample, key in zip(samples, own, strict=True) if order[key] in share] for share in shares]

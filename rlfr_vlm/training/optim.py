@@ -1,15 +1,19 @@
-"""AdamW with gradient clipping, a schedule, and float32 master weights where the model is in bfloat16."""
+"""AdamW or SGD with gradient clipping, a schedule, and float32 master weights where the model is in bfloat16."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
+from rlfr_vlm.config import Config
 from rlfr_vlm.errors import StoppedError
+
+MOMENTS = ("exp_avg", "exp_avg_sq")  # of AdamW
 
 
 def cosine_schedule(step: int, total: int, warmup_frac: float, min_ratio: float) -> float:
@@ -21,37 +25,101 @@ def cosine_schedule(step: int, total: int, warmup_frac: float, min_ratio: float)
     return min_ratio + (1 - min_ratio) * 0.5 * (1 + math.cos(math.pi * progress))
 
 
-class Optimizer:
-    """One AdamW over named parameters; its state is everything that a resumed run needs of it."""
+@dataclass(frozen=True)
+class OptimizerSettings:
+    """What decides an optimiser's numbers."""
 
-    def __init__(
-        self,
-        parameters: Mapping[str, nn.Parameter],
-        lr: float,
-        betas: tuple[float, float],
-        weight_decay: float,
-        max_grad_norm: float,
-        total_steps: int,
-        warmup_frac: float,
-        min_lr_ratio: float,
-        master_weights: bool = False,
-        setting: str = "optim.lr",
-    ) -> None:
-        """setting: of the config, that holds this learning rate, for messages."""
-        self.parameters = {name: p for name, p in parameters.items() if p.requires_grad}
-        self.lr, self.max_grad_norm, self.setting = lr, max_grad_norm, setting
-        self.schedule = (total_steps, warmup_frac, min_lr_ratio)
-        self.steps = 0
-        self.master: dict[str, Tensor] = {}
-        if master_weights:
-            self.master = {name: p.detach().float() for name, p in self.parameters.items() if p.dtype != torch.float32}
-        trained = [self.master.get(name, p) for name, p in self.parameters.items()]
-        self.adamw = torch.optim.AdamW(trained, lr=lr, betas=betas, weight_decay=weight_decay, fused=True)
+    lr: float
+    betas: tuple[float, float]
+    weight_decay: float
+    max_grad_norm: float
+    total_steps: int
+    warmup_frac: float
+    min_lr_ratio: float
+    name: str = "adamw"
+    setting: str = "optim.lr"  # of the config, that holds the learning rate, for messages
+
+    @classmethod
+    def of(cls, cfg: Config, updates: int) -> OptimizerSettings:
+        """The policy's."""
+        optim = cfg.optim
+        schedule = (updates, optim.warmup_frac, optim.min_lr_ratio)
+        return cls(optim.lr, optim.betas, optim.weight_decay, optim.max_grad_norm, *schedule, name=optim.name)
+
+    def lr_at(self, step: int) -> float:
+        """Learning rate of the step-th update, from 0."""
+        return self.lr * cosine_schedule(step, self.total_steps, self.warmup_frac, self.min_lr_ratio)
+
+    def make(self, parameters: Sequence[Tensor]) -> torch.optim.Optimizer:
+        """torch's optimiser over these tensors."""
+        if self.name == "sgd":
+            return torch.optim.SGD(parameters, lr=self.lr, weight_decay=self.weight_decay)
+        return torch.optim.AdamW(parameters, lr=self.lr, betas=self.betas, weight_decay=self.weight_decay, fused=True)
+
+
+class PolicyOptimizer(Protocol):
+    """What trains the policy, in one process or sharded over ranks."""
+
+    steps: int  # updates so far
 
     @property
     def current_lr(self) -> float:
         """Learning rate of the next update."""
-        return self.lr * cosine_schedule(self.steps, *self.schedule)
+        ...
+
+    def backward(self, loss: Tensor) -> None:
+        """Add the gradient of this rank's share of the loss; shares of all ranks and micro-batches add up."""
+        ...
+
+    def step(self) -> float:
+        """Clip, update, clear the gradients. Returns the norm before clipping. Raises StoppedError when it is not finite."""
+        ...
+
+    def skip(self) -> float:
+        """Let an update pass in which there was nothing to learn: the weights stay, the schedule goes on. Returns 0.0."""
+        ...
+
+    def entries(self) -> Iterator[tuple[str, Tensor]]:
+        """Master weights and moments, whole, as (`part/parameter`, tensor). Where they are sharded, all ranks iterate together."""
+        ...
+
+    def load_entries(self, read: Callable[[str], Tensor | None], steps: int) -> None:
+        """Restore what `entries` gave, at any number of ranks; `read` returns None for what was not stored."""
+        ...
+
+
+class Optimizer:
+    """One optimiser over named parameters that every rank holds whole; its state is everything that a resumed run needs of it."""
+
+    def __init__(
+        self,
+        parameters: Mapping[str, nn.Parameter],
+        settings: OptimizerSettings,
+        master_weights: bool = False,
+        add_up: Callable[[Sequence[Tensor]], None] | None = None,
+    ) -> None:
+        """add_up: sums gradients over ranks, in place."""
+        self.parameters = {name: p for name, p in parameters.items() if p.requires_grad}
+        self.settings, self.add_up = settings, add_up
+        self.steps = 0
+        self.master: dict[str, Tensor] = {}
+        if master_weights:
+            self.master = {name: p.detach().float() for name, p in self.parameters.items() if p.dtype != torch.float32}
+        self.torch = settings.make(list(self._trained.values()))
+
+    @property
+    def _trained(self) -> dict[str, Tensor]:
+        return {name: self.master.get(name, p) for name, p in self.parameters.items()}
+
+    @property
+    def current_lr(self) -> float:
+        """Learning rate of the next update."""
+        return self.settings.lr_at(self.steps)
+
+    def backward(self, loss: Tensor) -> None:
+        """See PolicyOptimizer."""
+        loss.backward()
+        self.accumulate()
 
     def accumulate(self) -> None:
         """After each backward: add low-precision gradients to float32 ones, so that their sum does not depend on the micro-batches."""
@@ -71,19 +139,22 @@ class Optimizer:
         Raises StoppedError, with nothing changed, when the norm is not finite: no such value may reach the weights.
         """
         self.accumulate()
-        trained = {name: self.master.get(name, p) for name, p in self.parameters.items()}
+        trained = self._trained
+        if self.add_up is not None:
+            for parameter in trained.values():
+                if parameter.grad is None:  # another rank may have one
+                    parameter.grad = torch.zeros_like(parameter)
+            self.add_up([p.grad for p in trained.values() if p.grad is not None])
         gradients = [p.grad for p in trained.values() if p.grad is not None]
         norm = float(torch.nn.utils.get_total_norm(gradients)) if gradients else 0.0
         if not math.isfinite(norm):
             broken = [name for name, p in trained.items() if p.grad is not None and not p.grad.isfinite().all()]
-            raise StoppedError(
-                f"the gradient is not finite at update {self.steps} (first: `{broken[0] if broken else '?'}`); lower {self.setting}"
-            )
-        if norm > self.max_grad_norm:
-            torch._foreach_mul_(gradients, self.max_grad_norm / (norm + 1e-6))
-        for group in self.adamw.param_groups:
+            raise not_finite(self.steps, self.settings, f" (first: `{broken[0] if broken else '?'}`)")
+        if norm > self.settings.max_grad_norm:
+            torch._foreach_mul_(gradients, self.settings.max_grad_norm / (norm + 1e-6))
+        for group in self.torch.param_groups:
             group["lr"] = self.current_lr
-        self.adamw.step()
+        self.torch.step()
         with torch.no_grad():
             for name, master in self.master.items():
                 self.parameters[name].copy_(master)
@@ -92,13 +163,35 @@ class Optimizer:
         self.steps += 1
         return norm
 
-    def state_dict(self) -> dict[str, Any]:
-        """Moments, master weights and the number of updates."""
-        return {"adamw": self.adamw.state_dict(), "master": self.master, "steps": self.steps}
+    def skip(self) -> float:
+        """See PolicyOptimizer."""
+        self.steps += 1
+        return 0.0
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore what `state_dict` gave, for the same parameters."""
-        self.adamw.load_state_dict(state["adamw"])
-        for name, master in state["master"].items():
-            self.master[name].copy_(master)
-        self.steps = state["steps"]
+    def entries(self) -> Iterator[tuple[str, Tensor]]:
+        """See PolicyOptimizer."""
+        for name, master in self.master.items():
+            yield f"master/{name}", master
+        for name, parameter in self._trained.items():
+            state = self.torch.state.get(parameter, {})
+            for part in MOMENTS:
+                if part in state:
+                    yield f"{part}/{name}", state[part]
+
+    @torch.no_grad()
+    def load_entries(self, read: Callable[[str], Tensor | None], steps: int) -> None:
+        """See PolicyOptimizer. Call it after the weights themselves are in place."""
+        for name, master in self.master.items():
+            stored = read(f"master/{name}")
+            master.copy_(self.parameters[name] if stored is None else stored)
+        for name, parameter in self._trained.items():
+            moments = {part: read(f"{part}/{name}") for part in MOMENTS}
+            if all(moment is not None for moment in moments.values()):
+                state = {part: m.to(parameter.device, torch.float32, copy=True) for part, m in moments.items() if m is not None}
+                self.torch.state[parameter] = {"step": torch.tensor(float(steps), device=parameter.device), **state}
+        self.steps = steps
+
+
+def not_finite(steps: int, settings: OptimizerSettings, where: str = "") -> StoppedError:
+    """What to say of a gradient that is not finite."""
+    return StoppedError(f"the gradient is not finite at update {steps}{where}; lower {settings.setting}")

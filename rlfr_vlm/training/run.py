@@ -7,6 +7,7 @@ import json
 import os
 import signal
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -19,8 +20,10 @@ from rlfr_vlm.config import Config, config_hash, differences, to_yaml
 from rlfr_vlm.data.render import PromptSource
 from rlfr_vlm.errors import Preempted, UserError
 from rlfr_vlm.evaluation.heldout import HeldoutResult, evaluate_heldout
+from rlfr_vlm.ranks import ALONE, Ranks
 from rlfr_vlm.rewards.grader import Grader
-from rlfr_vlm.rollout.engine import RolloutEngine
+from rlfr_vlm.rollout.engine import RolloutEngine, Sampler
+from rlfr_vlm.rollout.spread import spread
 from rlfr_vlm.training.checkpoint import PREFIX, commit_checkpoint, list_checkpoints, newest_good, read_best, write_best
 from rlfr_vlm.training.collect import Collected, GradedGroup
 from rlfr_vlm.training.credit import Sample
@@ -34,25 +37,41 @@ UNSELECTED_STEPS = 10
 class Run:
     """One output folder, held by one process at a time."""
 
-    def __init__(self, cfg: Config, grader: Grader, heldout: Sequence[EncodedPrompt] = (), console: Console | None = None) -> None:
-        """Raises UserError when another process holds the folder."""
-        self.cfg, self.grader, self.heldout = cfg, grader, heldout
+    def __init__(
+        self,
+        cfg: Config,
+        grader: Grader,
+        heldout: Sequence[EncodedPrompt] = (),
+        console: Console | None = None,
+        ranks: Ranks = ALONE,
+    ) -> None:
+        """Of several ranks the first one writes, all of them save. Raises UserError when another run holds the folder."""
+        self.cfg, self.grader, self.heldout, self.ranks = cfg, grader, heldout, ranks
         self.folder = Path(cfg.output_dir)
-        self.console = console or Console(stderr=True)
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UserError(f"output_dir {self.folder} cannot be made: {error.strerror}") from None
+        self.console = console or Console(stderr=True, quiet=not ranks.first)
         self._lock = filelock.FileLock(self.folder / ".lock")
+        problem = None
         try:
-            self._lock.acquire(timeout=0)
-        except filelock.Timeout:
-            raise UserError(f"output_dir {self.folder} is in use by another run; choose another one or wait") from None
+            if ranks.first:
+                self._hold()
+        except UserError as error:
+            problem = error
+        ranks.agree(problem, "output_dir")
         self._asked_to_stop = False
         self._unselected = 0  # steps in a row in which the field had no response to follow
         self._previous_handler = signal.signal(signal.SIGTERM, self._on_sigterm)
         self._writer: Any = None
         self._progress: Progress | None = None  # on a terminal; elsewhere one line per step
+
+    def _hold(self) -> None:
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"output_dir {self.folder} cannot be made: {error.strerror}") from None
+        try:
+            self._lock.acquire(timeout=0)
+        except filelock.Timeout:
+            raise UserError(f"output_dir {self.folder} is in use by another run; choose another one or wait") from None
 
     def close(self) -> None:
         """Let go of the folder."""
@@ -77,20 +96,37 @@ class Run:
 
     def restore(self, learner: Learner, prompts: PromptSource) -> int:
         """Go on from the newest good checkpoint. Returns its step, 0 for a fresh start. Raises UserError if it belongs to another config."""
+        found, problem = None, None
+        try:
+            found = self._find() if self.ranks.first else None
+        except UserError as error:
+            problem = error
+        self.ranks.agree(problem, "looking for a checkpoint")
+        found = self.ranks.broadcast(found, "looking for a checkpoint")
+        step = 0
+        if found is not None:
+            state = json.loads((found / "state.json").read_text())
+            load_state(found, learner, prompts, state)
+            step = state["step"]
+            self.say(f"resumed from {found.name}" + ("" if state["ranks"] == self.ranks.size else f", written by {state['ranks']} ranks"))
+        else:
+            seed_generators(self.cfg.seed)
+        if self.ranks.first:
+            self._open_files(step)
+        return step
+
+    def _find(self) -> Path | None:
         if not self.cfg.resume and list_checkpoints(self.checkpoints):
             raise UserError(f"resume=false, but {self.checkpoints} holds checkpoints; use another output_dir")
         found = newest_good(self.checkpoints, self.warn)
-        step = 0
         if found is not None:
             state = json.loads((found / "state.json").read_text())
             if state["config_hash"] != config_hash(self.cfg):
                 changed = differences(state["config"], self.cfg.model_dump(mode="json"))
                 raise UserError(f"{found} was written with another config: {changed}; use another output_dir")
-            load_state(found, learner, prompts, state)
-            step = state["step"]
-            self.say(f"resumed from {found.name}")
-        else:
-            seed_generators(self.cfg.seed)
+        return found
+
+    def _open_files(self, step: int) -> None:
         self._truncate_metrics(step)
         (self.folder / "config.resolved.yaml").write_text(to_yaml(self.cfg))
         (self.folder / "env.json").write_text(json.dumps(environment(), indent=1))
@@ -101,28 +137,34 @@ class Run:
             self._progress = progress_bar(self.console)
             self._progress.add_task("train", total=self.cfg.train.steps, completed=step, figures="")
             self._progress.start()
-        return step
 
     def save(self, step: int, learner: Learner, prompts: PromptSource) -> None:
         """Commit a checkpoint of everything that decides the rest of the run."""
         commit_checkpoint(
-            self.checkpoints, step, lambda folder: write_state(folder, self.cfg, step, learner, prompts), self.cfg.train.keep_checkpoints
+            self.checkpoints,
+            step,
+            lambda folder: write_state(folder, self.cfg, step, learner, prompts),
+            self.cfg.train.keep_checkpoints,
+            self.ranks,
         )
 
     def owes_evaluation(self, step: int) -> bool:
         """Whether the evaluation after this step, the restored one, was lost to a kill."""
         if step == 0 or not self.due(step, self.cfg.eval.every):
             return False
-        lines = (self.folder / "metrics.jsonl").read_text().splitlines()
-        return not any((line := json.loads(text))["step"] == step and any(key.startswith("val/") for key in line) for text in lines)
+        done = True
+        if self.ranks.first:
+            lines = (self.folder / "metrics.jsonl").read_text().splitlines()
+            done = any((line := json.loads(text))["step"] == step and any(key.startswith("val/") for key in line) for text in lines)
+        return not self.ranks.broadcast(done, "looking for an evaluation")
 
     def due(self, step: int, every: int) -> bool:
         """Whether something done every so many steps (0: never) is due; the last step counts."""
         return every > 0 and (step % every == 0 or step == self.cfg.train.steps)
 
     def stop_if_asked(self, step: int, learner: Learner, prompts: PromptSource) -> None:
-        """After SIGTERM: save and raise Preempted."""
-        if self._asked_to_stop and step < self.cfg.train.steps:
+        """After SIGTERM to any rank: save and raise Preempted."""
+        if step < self.cfg.train.steps and any(self.ranks.gather(self._asked_to_stop, f"end of step {step}")):
             if not self.due(step, self.cfg.train.save_steps):
                 self.save(step, learner, prompts)
             raise Preempted(f"stopped at step {step} on SIGTERM; run the same command to go on")
@@ -161,20 +203,28 @@ class Run:
         results: Sequence[tuple[dict[str, float], list[TokenRecord]]],
         clock: dict[str, float],
     ) -> None:
-        """Metrics to metrics.jsonl and TensorBoard, some rollouts to rollouts/, one line to the terminal."""
-        metrics = batch_metrics(batch.sampled)
+        """Metrics to metrics.jsonl and TensorBoard, some rollouts to rollouts/, one line to the terminal; of all ranks' shares."""
+        records = [record for _, part in results for record in part]
+        lines = self._rollout_lines(step, batch.kept, samples, records)
+        sizes = [len(part) for _, part in results]
+        shares = self.ranks.gather(([group_figures(g) for g in batch.sampled], sizes, lines), f"metrics of step {step}")
+        if not self.ranks.first:
+            return
+        sampled = sorted((found for part, _, _ in shares for found in part), key=lambda found: found.position)
+        metrics = batch_metrics(sampled)
         if self.cfg.rollout.max_rounds > 1:
             metrics["rollout/rounds"] = batch.rounds
-            metrics["rollout/num_prompts"] = len(batch.sampled)
-        metrics |= over_updates([(figures, len(records)) for figures, records in results])
+            metrics["rollout/num_prompts"] = len(sampled)
+        sizes = [sum(column) for column in zip(*(part for _, part, _ in shares), strict=True)]
+        metrics |= over_updates([(figures, size) for (figures, _), size in zip(results, sizes, strict=True)])
         metrics |= clock
         self._watch_selection(metrics.get("flow/selected_frac"))
-        tokens = sum(len(r.token_ids) for graded in batch.sampled for r in graded.group.rollouts)
-        metrics["perf/tokens_per_s"] = tokens / clock["timing_s/step"]
+        metrics["perf/tokens_per_s"] = sum(sum(found.lengths) for found in sampled) / clock["timing_s/step"]
         self.write_metrics(step, metrics)
-        records = [record for _, part in results for record in part]
         if self.cfg.train.log_rollouts:
-            self._write_rollouts(step, batch.kept[: self.cfg.train.log_rollouts], samples, records)
+            text = [line for _, line in sorted((key, line) for _, _, part in shares for key, line in part)]
+            (self.folder / "rollouts").mkdir(exist_ok=True)
+            (self.folder / "rollouts" / f"step_{step:06d}.jsonl").write_text("".join(text))
         figures = (
             f"reward {metrics['reward/mean']:.3f}  accuracy {metrics['reward/accuracy']:.3f}  "
             f"length {metrics['response_length/mean']:.1f}  {metrics['perf/tokens_per_s']:.0f} tokens/s"
@@ -195,16 +245,28 @@ class Run:
 
     def write_metrics(self, step: int, metrics: dict[str, float]) -> None:
         """Append one line to metrics.jsonl and the same to TensorBoard."""
+        if not self.ranks.first:
+            return
         with (self.folder / "metrics.jsonl").open("a") as file:
             file.write(json.dumps({"step": step, **metrics}) + "\n")
         if self._writer is not None:
             for name, value in metrics.items():
                 self._writer.add_scalar(name, value, step)
 
-    benchmarks: Callable[[RolloutEngine, Path], dict[str, dict[str, Any]]] | None = None  # set by the command
+    benchmarks: Callable[[Sampler, Path], dict[str, dict[str, Any]]] | None = None  # set by the command
 
     def evaluate(self, step: int, engine: RolloutEngine) -> float:
-        """Accuracy on the held-out problems and on the benchmarks, written to eval/ and to the metrics. Returns their mean."""
+        """Accuracy on the held-out problems and on the benchmarks, written to eval/ and to the metrics. Returns their mean.
+
+        The first rank evaluates, all of them sample.
+        """
+        if self.ranks.size > 1:
+            with spread(engine, self.ranks) as every:
+                score = 0.0 if every is None else self._evaluate(step, every)
+            return self.ranks.broadcast(score, "score of an evaluation")
+        return self._evaluate(step, engine)
+
+    def _evaluate(self, step: int, engine: Sampler) -> float:
         scores = [self._evaluate_heldout(step, engine).accuracy] if self.heldout else []
         if self.benchmarks is not None:
             summaries = self.benchmarks(engine, self.folder / "eval" / f"step_{step:06d}")
@@ -216,13 +278,16 @@ class Run:
     def keep_if_best(self, step: int, score: float, learner: Learner, prompts: PromptSource) -> None:
         """The checkpoint with the best evaluation so far stays, whatever its age; `checkpoints/best.json` names it."""
         best = read_best(self.checkpoints)
-        if best is not None and best["score"] >= score:
+        known = (best is not None and best["score"] >= score, (self.checkpoints / f"{PREFIX}{step}").exists())
+        beaten, saved = self.ranks.broadcast(known, f"best checkpoint at step {step}")
+        if beaten:
             return
-        if not (self.checkpoints / f"{PREFIX}{step}").exists():
+        if not saved:
             self.save(step, learner, prompts)
-        write_best(self.checkpoints, step, score)
+        if self.ranks.first:
+            write_best(self.checkpoints, step, score)
 
-    def _evaluate_heldout(self, step: int, engine: RolloutEngine) -> HeldoutResult:
+    def _evaluate_heldout(self, step: int, engine: Sampler) -> HeldoutResult:
         result = evaluate_heldout(self.cfg, engine, self.heldout, self.grader, step, self.folder / "eval")
         self.write_metrics(step, {"val/accuracy": result.accuracy, "val/greedy": result.greedy, "val/response_length": result.mean_length})
         low, high = result.accuracy_ci
@@ -232,22 +297,27 @@ class Run:
         )
         return result
 
-    def _write_rollouts(
+    def _rollout_lines(
         self,
         step: int,
         groups: Sequence[GradedGroup],
         samples: Sequence[Sample],
         records: Sequence[TokenRecord],
-    ) -> None:
-        folder = self.folder / "rollouts"
-        (folder / "images").mkdir(parents=True, exist_ok=True)
+    ) -> list[tuple[tuple[int, int], str]]:
+        """Lines of rollouts/step_N.jsonl with their order, for the first groups of the step; their pictures are written here."""
+        folder = self.folder / "rollouts" / "images"
         token_records = {id(s.rollout): record for s, record in zip(samples, records, strict=True)}
-        with (folder / f"step_{step:06d}.jsonl").open("w") as file:
-            for graded in groups:
-                pictures = save_pictures(graded.group.prompt, folder / "images")
+        positions = sorted(self.ranks.merge([g.position for g in groups], f"rollouts of step {step}"))
+        shown = set(positions[: self.cfg.train.log_rollouts])
+        lines = []
+        for graded in groups:
+            if graded.position in shown:
+                folder.mkdir(parents=True, exist_ok=True)
+                pictures = save_pictures(graded.group.prompt, folder)
                 for rollout, outcome in zip(graded.group.rollouts, graded.outcomes, strict=True):
                     line = rollout_line(step, rollout, outcome, pictures, token_records.get(id(rollout)), self._token_text)
-                    file.write(json.dumps(line) + "\n")
+                    lines.append(((graded.position, rollout.sample_index), json.dumps(line) + "\n"))
+        return lines
 
     tokenizer: Any = None  # set by the command; decodes single tokens for the page
 
@@ -324,13 +394,31 @@ def over_updates(results: Sequence[tuple[dict[str, float], int]]) -> dict[str, f
     return merged
 
 
-def batch_metrics(groups: Sequence[GradedGroup]) -> dict[str, float]:
+@dataclass(frozen=True)
+class GroupFigures:
+    """What a rank tells the first one of a group."""
+
+    position: int
+    informative: bool
+    prompt_length: int  # tokens
+    lengths: tuple[int, ...]  # response tokens
+    truncated: tuple[bool, ...]
+    outcomes: tuple[Outcome, ...]
+
+
+def group_figures(graded: GradedGroup) -> GroupFigures:
+    """Without texts and pictures."""
+    rollouts = graded.group.rollouts
+    lengths, truncated = tuple(len(r.token_ids) for r in rollouts), tuple(r.finish_reason == "length" for r in rollouts)
+    return GroupFigures(graded.position, graded.informative, len(graded.group.prompt.token_ids), lengths, truncated, graded.outcomes)
+
+
+def batch_metrics(groups: Sequence[GroupFigures]) -> dict[str, float]:
     """What everything that was sampled in a step earned, and how long it is."""
-    rollouts = [r for g in groups for r in g.group.rollouts]
     outcomes = [o for g in groups for o in g.outcomes]
     graded = [o for o in outcomes if o.graded]
     rewards = [o.reward for o in graded]
-    lengths = [len(r.token_ids) for r in rollouts]
+    lengths = [length for g in groups for length in g.lengths]
     metrics = {
         "reward/mean": sum(rewards) / max(1, len(rewards)),
         "reward/accuracy": sum(o.correct for o in graded) / max(1, len(graded)),
@@ -339,8 +427,8 @@ def batch_metrics(groups: Sequence[GradedGroup]) -> dict[str, float]:
         "response_length/mean": sum(lengths) / len(lengths),
         "response_length/max": max(lengths),
         "response_length/min": min(lengths),
-        "response_length/clip_ratio": sum(r.finish_reason == "length" for r in rollouts) / len(rollouts),
-        "prompt_length/mean": sum(len(g.group.prompt.token_ids) for g in groups) / len(groups),
+        "response_length/clip_ratio": sum(cut for g in groups for cut in g.truncated) / len(lengths),
+        "prompt_length/mean": sum(g.prompt_length for g in groups) / len(groups),
     }
     for part in sorted({name for o in graded for name in o.parts}):
         metrics[f"reward/{part}"] = sum(o.parts.get(part, 0.0) for o in graded) / len(graded)

@@ -97,11 +97,11 @@ def _resumed(cfg: Config) -> Lines:
 
 def _train_files(cfg: Config, evaluated: list[int], saved: list[int]) -> Lines:
     out, steps = Path(cfg.output_dir), cfg.train.steps
-    contents = ["policy.safetensors", "optimizer.pt", "rng.pt", "state.json", "manifest.json"]
+    contents = ["rank_N/ with each rank's share of policy, optimiser and generators", "state.json", "manifest.json"]
     if cfg.flow is not None:
-        contents += ["flow/", "flow_optimizer.pt"] if cfg.flow.online.enabled else ["flow/"]
+        contents.append("flow/")
     if cfg.algorithm.advantage == "gae" or cfg.algorithm.loss == "flowrl":
-        contents += ["head.safetensors", "head_optimizer.pt"]
+        contents.append("head.safetensors")
     files = [
         (f"{out}/config.resolved.yaml", ""),
         (f"{out}/env.json", "versions and devices"),

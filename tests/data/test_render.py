@@ -164,7 +164,7 @@ def test_a_row_that_turns_out_bad_is_replaced_by_the_next(policy, tmp_path):
     prompts = [parse_row(row, f"rows:{i}", cfg) for i, row in enumerate(rows)]
     bad = BadRows(cfg, tmp_path / "bad_rows.jsonl")
     source = PromptSource(prompts, Renderer(policy, cfg, str(tmp_path / "rows.jsonl")), PromptStream(4, 0, False), bad)
-    assert [p.prompt.id for p in (*source.next(3), *source.next(2))] == ["0", "2", "3", "0", "2"]
+    assert [p.prompt.id for p in (*source.next(3), *source.next(2))] == ["0", "3", "2", "0", "2"]
     with pytest.raises(UserError, match="4 different rows are needed per step, but the data set has 3"):
         source.next(4)
     assert [row.kind for row in bad.rows] == ["image"]

@@ -51,7 +51,7 @@ def test_micro_batches_do_not_change_any_objective(model_folder, method):
     for budget in (10_000, 40):
         cfg, learner, samples = prepared(model_folder, algorithm={"method": method}, train={"tokens_per_microbatch": budget})
         gradients = {}
-        learner.optimizer.adamw.register_step_pre_hook(
+        learner.optimizer.torch.register_step_pre_hook(
             lambda *_, kept=gradients, own=learner: kept.update({n: p.grad.clone() for n, p in own.policy.model.named_parameters()})
         )
         metrics, _ = update(cfg, learner, score_samples(cfg, learner, samples))
