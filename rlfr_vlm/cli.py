@@ -45,6 +45,18 @@ def build_parser() -> argparse.ArgumentParser:
     ours.add_argument("folder", help="the field's folder")
     ours.add_argument("--out", required=True, metavar="PATH", help="a .bin file, or the folder to put flow_model.bin in")
     ours.add_argument("--dtype", choices=("keep", "bfloat16"), default="keep", help="of the weights; keep: as stored")
+    plan = verbs.add_parser("plan", help="predict memory, disk and time of `train` before anything starts, and what would make it fit")
+    plan.add_argument("--config", required=True, metavar="FILE", help="YAML file")
+    plan.add_argument("--format", choices=("text", "json"), default="text")
+    plan.add_argument("--device-memory", type=float, metavar="GIB", help="default: that of the GPU found, or main memory on CPU")
+    plan.add_argument("--model-config", metavar="FILE", help="config.json of a model that is not at hand")
+    plan.add_argument("--no-calibrate", action="store_true", help="time and measure nothing on this machine: loads no torch")
+    plan.add_argument("overrides", nargs="*", metavar="a.b=c", help="settings that override the file's")
+    export = verbs.add_parser("export", help="write a checkpoint's model as a plain Hugging Face folder, checked by one forward")
+    export.add_argument("source", help="a run's folder (its newest checkpoint), or checkpoints/global_step_N in it")
+    export.add_argument("--out", required=True, metavar="DIR", help="folder to write")
+    export.add_argument("--best", action="store_true", help="of a run: the checkpoint with the best evaluation instead of the newest")
+    export.add_argument("--model", metavar="PATH", help="where the model that training started from lies now; default: as in the run")
     report = verbs.add_parser("report", help="write report.html of a run or an evaluation")
     report.add_argument("run", help="its folder")
     bench = verbs.add_parser("bench", help="time the GRPO step on a fixed workload; one JSON line")
@@ -130,8 +142,16 @@ def run(arguments: argparse.Namespace) -> int:
 
         print(json.dumps(bench(arguments)))
         return 0
+    if arguments.verb == "export":
+        from rlfr_vlm.training.export import export_checkpoint
+
+        checkpoint = export_checkpoint(Path(arguments.source), Path(arguments.out), arguments.best, arguments.model)
+        print(f"{arguments.out} from {checkpoint}")
+        return 0
     if arguments.verb in ("import-flow", "export-flow"):
         return run_flow_files(arguments)
+    if arguments.verb == "plan":
+        return run_plan(arguments)
     overrides = eval_overrides(arguments) if arguments.verb == "eval" else tuple(arguments.overrides)
     cfg: Config = load_config(arguments.config, overrides)
     if arguments.dry_run:
@@ -165,6 +185,21 @@ def run_compare(arguments: argparse.Namespace) -> int:
     Path(arguments.out).write_text(text)
     print(arguments.out)
     return 0
+
+
+def run_plan(arguments: argparse.Namespace) -> int:
+    """Carry out plan. Returns 0 where the run fits, 2 where it does not."""
+    from rlfr_vlm.training.plan import as_json, as_text, plan
+
+    given = tuple(arguments.overrides)
+    found = plan(
+        lambda more: load_config(arguments.config, (*given, *more)),
+        arguments.device_memory,
+        arguments.model_config,
+        not arguments.no_calibrate,
+    )
+    print(as_json(found) if arguments.format == "json" else as_text(found), end="")
+    return 0 if found.fits else 2
 
 
 def run_flow_files(arguments: argparse.Namespace) -> int:

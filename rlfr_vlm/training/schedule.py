@@ -11,6 +11,8 @@ from typing import Any
 from rlfr_vlm.config import Config, FlowConfig, config_hash, differences
 from rlfr_vlm.errors import UserError
 from rlfr_vlm.training.checkpoint import list_checkpoints
+from rlfr_vlm.training.memory import bytes_per_parameter, element
+from rlfr_vlm.training.shapes import hidden_size, num_field_parameters, num_parameters
 
 HELDOUT_FRAC, MOST_HELDOUT = 0.05, 64  # of the expert rows
 FIT_WARMUP_FRAC = 0.1
@@ -254,7 +256,7 @@ def _field(cfg: Config) -> Lines:
         source = folder
     else:
         source = f"{folder}, which is not there yet: fit it first with `rlfr-vlm flow`"
-    return [("flow field", f"{source}{_field_size(cfg)}{'' if cfg.flow.online.enabled else ', frozen'}")]
+    return [("flow field", f"{source}{'' if cfg.flow.online.enabled else ', frozen'}{_field_size(cfg)}")]
 
 
 def _field_size(cfg: Config) -> str:
@@ -263,45 +265,10 @@ def _field_size(cfg: Config) -> str:
     return "" if hidden is None else f", {_number(num_field_parameters(hidden, cfg.flow.network.depth))} parameters"
 
 
-def num_field_parameters(hidden: int, depth: int) -> int:
-    """Weights of a velocity network."""
-    return hidden**2 * (7 + 5 * depth) + hidden * (522 + 6 * depth)
-
-
-def text_config(model: str) -> dict[str, Any]:
-    """Config of a local model's language part; empty for a hub name or a folder without one."""
-    try:
-        config = json.loads((Path(model) / "config.json").read_text())
-        return {**config, **config.get("text_config", {})}
-    except (OSError, ValueError, TypeError, AttributeError):
-        return {}
-
-
-def hidden_size(model: str) -> int | None:
-    """Size of a local model's latents; None where it is not known."""
-    size = text_config(model).get("hidden_size")
-    return size if isinstance(size, int) else None
-
-
-def num_parameters(model: str) -> int | None:
-    """Weights of a local model's language part, but for a few biases and norms; None where they are not known, as with experts."""
-    config = text_config(model)
-    try:
-        hidden, heads = config["hidden_size"], config["num_attention_heads"]
-        head = config.get("head_dim") or hidden // heads
-        attention = 2 * hidden * head * (heads + (config.get("num_key_value_heads") or heads))
-        layers = config["num_hidden_layers"] * (attention + 3 * hidden * config["intermediate_size"])
-        total = layers + config["vocab_size"] * hidden * (1 if config.get("tie_word_embeddings") else 2)
-    except (KeyError, TypeError, ZeroDivisionError):
-        return None
-    return total if isinstance(total, int) and not any("expert" in key for key in config) else None
-
-
 def _memory(cfg: Config, trained: bool) -> Lines:
     """What weights, gradients and AdamW's two moments take; a bfloat16 policy has float32 ones of each beside its own two."""
-    half = cfg.model.dtype == "bfloat16"
-    weight = 2 if half else 4
-    each = weight if not trained else 16 if not half else 20 if cfg.model.master_weights else 8
+    weight = element(cfg)
+    each = bytes_per_parameter(cfg) if trained else weight
     size, hidden = num_parameters(cfg.model.path), hidden_size(cfg.model.path)
     rest = "on one device, for nothing is sharded; activations and the KV cache come on top"
     if size is None:
