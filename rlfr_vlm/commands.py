@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
@@ -43,6 +42,7 @@ from rlfr_vlm.rewards.grader import Grader
 from rlfr_vlm.rewards.outcome import load_reward_function
 from rlfr_vlm.rollout import make_engine
 from rlfr_vlm.rollout.engine import RolloutEngine
+from rlfr_vlm.training.export import export_policy
 from rlfr_vlm.training.fit_flow import fit_flow
 from rlfr_vlm.training.loop import train as train_loop
 from rlfr_vlm.training.optim import Optimizer, OptimizerSettings, PolicyOptimizer
@@ -222,7 +222,7 @@ def run_training(
         )
     try:
         train_loop(cfg, learner, bench.engine, source, bench.grader, run)
-        export(policy, run.folder / "hf" / f"global_step_{cfg.train.steps}", ranks)
+        export_policy(policy, run.folder / "hf" / f"global_step_{cfg.train.steps}", ranks)
     finally:
         run.close()
     if bad.rows and ranks.first:
@@ -433,14 +433,3 @@ def make_head(cfg: Config, policy: Policy) -> ValueHead | LogPartitionHead | Non
         torch.manual_seed(cfg.seed)
         kind = ValueHead if cfg.algorithm.advantage == "gae" else LogPartitionHead
         return kind(policy.hidden_size).to(policy.device)
-
-
-def export(policy: Policy, folder: Path, ranks: Ranks = ALONE) -> None:
-    """Write the trained model as a plain Hugging Face folder, whole or not at all."""
-    temporary = folder.with_name(f".tmp-{folder.name}")
-    policy.save(temporary, write=ranks.first)
-    if ranks.first:
-        if folder.exists():
-            shutil.rmtree(folder)
-        temporary.rename(folder)
-    ranks.gather(None, f"writing {folder}")

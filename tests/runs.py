@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -64,3 +65,23 @@ def digest(run: Path, step: int) -> dict[str, str]:
     """sha256 of the final weights, policy and field."""
     folder = run / "checkpoints" / f"global_step_{step}"
     return {name: hashlib.sha256((folder / name).read_bytes()).hexdigest() for name in (POLICY, "flow/flow.safetensors")}
+
+
+def python(module: str, *arguments: object, timeout: float = 300, **environment: str) -> str:
+    """Run a module in a process of its own, one thread. Returns what it printed; fails with its last words where it fails."""
+    return _checked([sys.executable, "-m", module, *map(str, arguments)], timeout, environment)
+
+
+def torchrun(ranks: int, module: str, *arguments: object, timeout: float = 300, **environment: str) -> str:
+    """The same on several ranks, over loopback."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    start = ["--nproc-per-node", str(ranks), "--master-addr", "127.0.0.1", "--master-port", str(port), "-m"]
+    return _checked([sys.executable, "-m", "torch.distributed.run", *start, module, *map(str, arguments)], timeout, environment)
+
+
+def _checked(command: list[str], timeout: float, environment: dict[str, str]) -> str:
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", **environment}
+    done = subprocess.run(command, env=env, cwd=ROOT, capture_output=True, text=True, timeout=timeout, start_new_session=True)
+    assert done.returncode == 0, done.stderr[-4000:]
+    return done.stdout

@@ -96,7 +96,7 @@ class ShardedOptimizer:
                 if parameter.grad is None:  # another rank may have one, and reducing is for all
                     parameter.grad = torch.zeros_like(parameter)
         if self.backward_elsewhere:
-            torch._foreach_mul_([p.grad for p in self.parameters.values()], float(self.ranks.size))
+            torch._foreach_mul_([p.grad for p in self.parameters.values() if p.grad is not None], float(self.ranks.size))
         for group in self.engine.optimizer.param_groups:
             group["lr"] = self.current_lr
         self.engine.step()
