@@ -130,6 +130,7 @@ class PromptSource:
         self.prompts, self.renderer, self.stream, self.bad, self.check = prompts, renderer, stream, bad, check
         self.ranks = ranks
         self._known_bad: set[int] = set()
+        self._held: int | None = None
 
     def next(self, count: int) -> list[EncodedPrompt]:
         """The next `count` prompts, none of them twice: equal requests have equal seeds. With several ranks, those at `ranks.places(count)`.
@@ -155,6 +156,19 @@ class PromptSource:
                 self.bad.add(self.prompts[row].id, RowError(kind, message), len(self.prompts))
                 self._known_bad.add(row)
         return [encoded[place] for place in self.ranks.places(count)]
+
+    @property
+    def position(self) -> int:
+        """Where a run that resumes has to go on: rows drawn, less those drawn since `hold`, which nobody has learnt from."""
+        return self.stream.position if self._held is None else self._held
+
+    def hold(self) -> None:
+        """What is drawn from now on is drawn ahead."""
+        self._held = self.stream.position
+
+    def release(self) -> None:
+        """Nothing is drawn ahead any more."""
+        self._held = None
 
     def _draw(self, count: int, taken: Iterable[int]) -> int:
         """The next row of the stream that is neither bad nor taken."""

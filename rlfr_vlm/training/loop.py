@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import closing
 from itertools import pairwise
 
 from rlfr_vlm.config import Config
@@ -10,8 +11,8 @@ from rlfr_vlm.faults import faultpoint
 from rlfr_vlm.ranks import ALONE, Ranks
 from rlfr_vlm.rewards.grader import Grader
 from rlfr_vlm.rollout.engine import RolloutEngine
-from rlfr_vlm.training.collect import collect
 from rlfr_vlm.training.credit import Sample, make_samples, needs_scoring
+from rlfr_vlm.training.rollouts import Rollouts
 from rlfr_vlm.training.run import Run
 from rlfr_vlm.training.timing import timed
 from rlfr_vlm.training.update import Learner, score_samples, update
@@ -22,38 +23,36 @@ def train(cfg: Config, learner: Learner, engine: RolloutEngine, prompts: PromptS
 
     Every rank runs this on its share of each batch; sums go over all of them, so that the numbers are those of one process.
     """
-    ranks = learner.ranks
     done = run.restore(learner, prompts)
     if run.owes_evaluation(done):
         evaluate(learner, engine, prompts, run, done)
-    for step in range(done + 1, cfg.train.steps + 1):
-        with timed("step") as clock:
-            # 1. Sample G responses to each prompt from the current policy, and verify the answers: one outcome per response.
-            with timed("sync", clock):
-                engine.load_weights(learner.policy)
-            batch = collect(cfg, engine, prompts, grader, step, clock, ranks)
-            engine.rest()
+    with closing(Rollouts(cfg, learner, engine, prompts, grader)) as rollouts:
+        for step in range(done + 1, cfg.train.steps + 1):
+            with timed("step") as clock:
+                # 1. Sample G responses to each prompt from the current policy, and verify the answers: one outcome per response.
+                batch = rollouts.next(step, clock)
 
-            # 2. What each outcome is worth: relative to its group, or as it is.
-            samples = make_samples(batch.groups, batch.outcomes, cfg.seed, step, cfg.algorithm, batch.positions)
-            faultpoint("reward")
+                # 2. What each outcome is worth: relative to its group, or as it is.
+                samples = make_samples(batch.groups, batch.outcomes, cfg.seed, step, cfg.algorithm, batch.positions)
+                faultpoint("reward")
 
-            # 3. Old log-probs, deviations from the flow, and credit; with one on-policy update, its own forward gives them.
-            if needs_scoring(cfg.algorithm):
-                with timed("score", clock):
-                    samples = score_samples(cfg, learner, samples, clock)
+                # 3. Old log-probs, deviations from the flow, and credit; with one on-policy update, its own forward gives them.
+                if needs_scoring(cfg.algorithm):
+                    with timed("score", clock):
+                        samples = score_samples(cfg, learner, samples, clock)
 
-            # 4. Policy updates; the flow follows the latents of selected responses, by default the correct ones.
-            with timed("update", clock):
-                parts = split_evenly(samples, cfg.algorithm.updates_per_rollout, ranks)
-                results = [update(cfg, learner, part, trains_policy(cfg, step), clock) for part in parts]
+                # 4. Policy updates; the flow follows the latents of selected responses, by default the correct ones.
+                with timed("update", clock):
+                    parts = split_evenly(samples, cfg.algorithm.updates_per_rollout, learner.ranks)
+                    results = [update(cfg, learner, part, trains_policy(cfg, step), clock) for part in parts]
 
-        run.log(step, batch, samples, results, clock)
-        if run.due(step, cfg.train.save_steps):
-            run.save(step, learner, prompts)
-        if run.due(step, cfg.eval.every):
-            evaluate(learner, engine, prompts, run, step)
-        run.stop_if_asked(step, learner, prompts)
+            run.log(step, batch, samples, results, clock)
+            if run.due(step, cfg.train.save_steps):
+                run.save(step, learner, prompts)
+            if run.due(step, cfg.eval.every):
+                rollouts.settle()
+                evaluate(learner, engine, prompts, run, step)
+            run.stop_if_asked(step, learner, prompts)
 
 
 def evaluate(learner: Learner, engine: RolloutEngine, prompts: PromptSource, run: Run, step: int) -> None:

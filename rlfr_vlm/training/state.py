@@ -57,7 +57,7 @@ def write_state(folder: Path, cfg: Config, step: int, learner: Learner, prompts:
         "format": FORMAT,
         "step": step,
         "policy_version": learner.policy.version,
-        "data_position": prompts.stream.position,
+        "data_position": prompts.position,
         "updates": {stem: optimizer.steps for stem, optimizer in optimizers.items() if optimizer is not None},
         "ranks": ranks.size,
         "config_hash": config_hash(cfg),
