@@ -1,0 +1,242 @@
+"""launcher=ray: the same weights as without it, whoever dies on the way; nothing reachable from outside, and nothing left behind."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+import uuid
+from pathlib import Path
+
+import pytest
+
+from rlfr_vlm.commands import train
+from rlfr_vlm.config import load_config
+from rlfr_vlm.errors import Preempted, StoppedError, UserError
+from rlfr_vlm.rollout.worker import Problem
+from rlfr_vlm.training.placement import Needs
+from rlfr_vlm.training.processes import Ended, end_process, processes_with, started, verdict
+from tests.runs import ROOT, make_config, make_data
+
+START = 420  # seconds for Ray and the actors to start: on a busy machine most of them are imports
+
+
+class Launched:
+    """`rlfr-vlm train` in a process of its own, whose output can be waited for. A variable marks every process that comes of it."""
+
+    def __init__(self, config, folder, *overrides, **environment):
+        self.mark = f"RLFR_TEST_RUN={uuid.uuid4().hex}"
+        self.folder, self.log = folder, folder.with_suffix(".log")
+        name, value = self.mark.split("=")
+        env = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", name: value, **environment}
+        command = [sys.executable, "-m", "rlfr_vlm.cli", "train", "--config", str(config), f"output_dir={folder}", *overrides]
+        self.process = subprocess.Popen(command, env=env, cwd=ROOT, stderr=self.log.open("w"), stdout=subprocess.DEVNULL)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        for pid, since in [*processes_with(self.mark)]:
+            end_process(pid, since)
+        self.process.wait()
+
+    @property
+    def text(self):
+        return self.log.read_text()
+
+    def wait_for(self, pattern, seconds=START):
+        """The first match of a pattern in what was written so far."""
+        deadline = time.monotonic() + seconds
+        while (found := re.search(pattern, self.text)) is None:
+            assert self.process.poll() is None and time.monotonic() < deadline, f"no `{pattern}` in:\n{self.text[-4000:]}"
+            time.sleep(0.05)
+        return found
+
+    def end(self, seconds=START):
+        return self.process.wait(seconds)
+
+    def left(self):
+        """Processes that are still there, once the launcher is gone."""
+        return [Path(f"/proc/{pid}/cmdline").read_bytes() for pid, since in processes_with(self.mark) if since is not None]
+
+
+def listening(mark):
+    """(address in hex, pid) of every socket on which a process of the run listens."""
+    owners = {}
+    for pid, _ in processes_with(mark):
+        for handle in Path(f"/proc/{pid}/fd").glob("*"):
+            try:
+                target = os.readlink(handle)
+            except OSError:
+                continue
+            if target.startswith("socket:["):
+                owners[target[8:-1]] = pid
+    found = []
+    for table in ("tcp", "tcp6"):
+        for line in Path(f"/proc/net/{table}").read_text().splitlines()[1:]:
+            fields = line.split()
+            if fields[3] == "0A" and fields[9] in owners:
+                found.append((fields[1], owners[fields[9]]))
+    return found
+
+
+def on_loopback(address):
+    host = address.partition(":")[0]
+    mapped = host.startswith("0000000000000000FFFF0000")
+    return host == "00000000000000000000000001000000" or ((len(host) == 8 or mapped) and host.endswith("7F"))
+
+
+def weights(folder, step):
+    return (folder / "hf" / f"global_step_{step}" / "model.safetensors").read_bytes()
+
+
+def traces():
+    return {*Path("/tmp").glob("rlfr-ray-*"), *(p for p in Path("/dev/shm").glob("*") if re.match("plasma|ray|torch_", p.name))}
+
+
+@pytest.fixture
+def prepared(model_folder, tmp_path):
+    """Makes the config of a small run by Ray."""
+    make_data(tmp_path)
+
+    def make(**sections):
+        return make_config(tmp_path, model_folder("qwen2_5_vl"), launcher="ray", **{"flow": None, **sections})
+
+    return make
+
+
+# -- without Ray -------------------------------------------------------------------------------------------------------------
+
+
+def test_what_the_cluster_lacks_is_said_before_anything_starts(prepared, tmp_path):
+    cfg = load_config(prepared(ray={"engines": 3}, deepspeed={"ranks": 500}))
+    with pytest.raises(UserError, match=r"deepspeed.ranks=500 and ray.engines=3 are 503 processes, but the cluster has \d+ CPU cores"):
+        train(cfg)
+    assert not (tmp_path / "run").exists()
+    with pytest.raises(UserError, match=r"deepspeed.ranks=500 and ray.engines=3 need 503 GPUs, but the cluster has 8"):
+        Needs.of(cfg, 64, 8)
+
+
+def test_actors_share_the_cores_there_are(prepared):
+    cfg = load_config(prepared(ray={"engines": 2}, deepspeed={"ranks": 2}, rollout={"vllm": {"tensor_parallel": 2}}))
+    assert Needs.of(cfg, 2, 0).bundles == [{"CPU": 0.5}] * 4
+    assert Needs.of(cfg, 64, 8).bundles == [{"CPU": 1.0, "GPU": 1}] * 2 + [{"CPU": 1.0, "GPU": 2}] * 2
+
+
+@pytest.mark.parametrize("address", ["127.0.0.1:1", "auto", "nonsense", "127.0.0.1:notaport"])
+def test_a_cluster_that_is_not_there_is_named(prepared, address, monkeypatch):
+    monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:1")
+    cfg = load_config(prepared(ray={"engines": 1, "address": address}))
+    begun = time.monotonic()
+    with pytest.raises(UserError, match=f"ray.address={address}: "):
+        train(cfg)
+    assert time.monotonic() - begun < 15
+
+
+def test_something_else_at_the_address_is_no_cluster(prepared):
+    from rlfr_vlm.ranks import listen
+
+    with listen("127.0.0.1", 0) as silent:
+        cfg = load_config(prepared(ray={"address": f"127.0.0.1:{silent.getsockname()[1]}"}))
+        begun = time.monotonic()
+        with pytest.raises(UserError, match=r"ray.address=127.0.0.1:.*: no Ray cluster answers"):
+            train(cfg)
+        assert time.monotonic() - begun < 20
+
+
+def problem(error, cause=None):
+    error.__cause__ = cause
+    return Ended.of(error)
+
+
+def test_the_first_cause_is_told_from_what_follows_from_it():
+    reset = RuntimeError("[gloo/transport/tcp/pair.cc:547] Connection closed by peer [127.0.0.1]:3")
+    lost = problem(StoppedError("rank 0 waited at `update` and got no answer"), reset)
+    assert lost.peer and Ended.of(reset).peer and not Ended.of(RuntimeError("shape mismatch")).peer
+    done = Ended(path="run")
+    assert verdict({0: done, 1: done}, {}, []) is None
+    assert "rank 1 died (SIGKILL)" in verdict({0: lost}, {1: "died (SIGKILL)"}, [])
+    assert "rank 1 did not answer (rank 0 waited at `update`" in verdict({0: lost}, {}, [1])
+    with pytest.raises(UserError, match=r"^data.train: no rows$"):
+        verdict({0: problem(UserError("rank 1: data.train: no rows")), 1: problem(UserError("data.train: no rows"))}, {}, [])
+    with pytest.raises(StoppedError, match="3 of 4 verdicts are errors"):
+        verdict({1: problem(StoppedError("3 of 4 verdicts are errors")), 0: lost}, {}, [])
+    with pytest.raises(RuntimeError, match=r"rank 1 failed:\n(.|\n)*ValueError: a bug"):
+        verdict({0: lost, 1: problem(ValueError("a bug"))}, {}, [])
+    with pytest.raises(Preempted, match="stopped at step 3"):
+        verdict({0: problem(Preempted("stopped at step 3")), 1: problem(Preempted("stopped at step 3"))}, {}, [])
+    full = Ended.of(OSError(28, "No space left on device", "x.pt"))
+    assert full.problem == Problem("DiskFullError", "no space left on the disk: x.pt")
+
+
+def test_processes_are_named_by_pid_and_start():
+    code = "import time; print(flush=True); time.sleep(60)"
+    with subprocess.Popen([sys.executable, "-c", code], env={**os.environ, "RLFR_MARK": "7"}, stdout=subprocess.PIPE) as process:
+        process.stdout.readline()
+        since = started(process.pid)
+        assert processes_with("RLFR_MARK=7") == [(process.pid, since)] and not processes_with("RLFR_MARK=77")
+        assert end_process(process.pid, "an earlier process with this number") and process.poll() is None
+        os.kill(process.pid, signal.SIGSTOP)
+        assert end_process(process.pid, since) and process.wait() == -signal.SIGKILL
+
+
+# -- with Ray ----------------------------------------------------------------------------------------------------------------
+
+
+def test_by_ray_with_an_engine_of_its_own_a_run_ends_with_the_same_weights(prepared, tmp_path):
+    """The smoke case of the slow tests below: one rank and one engine sample the same batches as one process does."""
+    before = traces()
+    path = prepared(train={"steps": 2, "save_steps": 2})
+    train(load_config(path, ("launcher=process", f"output_dir={tmp_path / 'plain'}")))
+    environment = dict(os.environ)
+    assert train(load_config(path, (f"output_dir={tmp_path / 'ray'}", "ray.engines=1"))) == tmp_path / "ray"
+    assert weights(tmp_path / "ray", 2) == weights(tmp_path / "plain", 2)
+    assert traces() == before and dict(os.environ) == environment
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+
+
+FOUR = {"deepspeed": {"ranks": 2, "zero_stage": 2}, "ray": {"engines": 2}, "train": {"steps": 12, "save_steps": 3}}
+
+
+@pytest.mark.slow
+def test_an_engine_and_then_a_rank_are_killed_and_nothing_changes(prepared, tmp_path):
+    before = traces()
+    path = prepared(**FOUR)
+    with Launched(path, tmp_path / "whole") as whole:
+        assert whole.end() == 0, whole.text[-4000:]
+    with Launched(path, tmp_path / "killed") as run:
+        engine, rank = (int(run.wait_for(rf"{role} 1: process (\d+)")[1]) for role in ("engine", "rank"))
+        run.wait_for("step 2/12")
+        os.kill(engine, signal.SIGKILL)
+        run.wait_for(rf"engine 1 \(process {engine}\) died; process \d+ stands in for it; death 1")
+        sockets = listening(run.mark)
+        assert len(sockets) > 4 and all(on_loopback(address) for address, _ in sockets), sockets
+        intrude(run, sockets)
+        step = int(run.text.rpartition("step ")[2].partition("/")[0])
+        run.wait_for(f"step {step + 1}/12")
+        os.kill(rank, signal.SIGKILL)
+        run.wait_for("warning: rank 1 died .* death 2")
+        run.wait_for("resumed from global_step_")
+        assert run.end() == 0, run.text[-4000:]
+        assert not run.left() and traces() == before
+    assert weights(tmp_path / "killed", 12) == weights(tmp_path / "whole", 12)
+    assert len((tmp_path / "killed" / "metrics.jsonl").read_text().splitlines()) == 12
+
+
+def intrude(run, sockets):
+    """Another process of the same user, without the token, is refused wherever Ray listens."""
+    (store,) = {pid for _, pid in sockets if b"gcs_server" in Path(f"/proc/{pid}/cmdline").read_bytes()}
+    port = next(int(address.rpartition(":")[2], 16) for address, pid in sockets if pid == store)
+    code = (
+        f"import ray; ray.init(address='127.0.0.1:{port}', logging_level='ERROR')\n"
+        "print('RAN', ray.get(ray.remote(lambda: 1).remote(), timeout=20))"
+    )
+    env = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")} | {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
+    try:
+        found = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=90)
+    except subprocess.TimeoutExpired as waited:
+        assert b"RAN" not in (waited.stdout or b"")
+    else:
+        assert found.returncode != 0 and "RAN" not in found.stdout, found.stdout
+        assert "uthenticat" in found.stderr or "token" in found.stderr, found.stderr[-2000:]
