@@ -160,11 +160,16 @@ def run(arguments: argparse.Namespace) -> int:
         print(to_yaml(cfg) + schedule(arguments.verb, cfg), end="")
         return 0
     from rlfr_vlm import commands
+    from rlfr_vlm.ranks import alone, launched
 
+    if arguments.verb == "train":
+        folder = commands.train(cfg)
+        if launched().rank == 0:
+            print(folder)
+        return 0
+    alone(arguments.verb)
     if arguments.verb == "flow":
         print(commands.flow(cfg))
-    elif arguments.verb == "train":
-        print(commands.train(cfg))
     elif cfg.eval.benchmarks:
         print(json.dumps(commands.evaluate_benchmarks(cfg), indent=1))
     else:

@@ -205,6 +205,12 @@ def check_launch(cfg: Config, launch: Launch) -> None:
         raise UserError(f"LOCAL_WORLD_SIZE={launch.local_size} ranks on this machine, which has {torch.cuda.device_count()} GPUs")
 
 
+def alone(verb: str) -> None:
+    """Raises UserError where several processes were started for something that one does."""
+    if (size := launched().size) > 1:
+        raise UserError(f"{verb} runs in one process, {size} were started (WORLD_SIZE): only train runs on several ranks")
+
+
 def join(cfg: Config, launch: Launch | None = None) -> Ranks:
     """Meet the other ranks. Raises UserError naming the setting or the port that does not work; StoppedError when some never come."""
     launch = launch or launched()

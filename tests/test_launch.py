@@ -1,0 +1,174 @@
+"""How training processes find each other, and what is said when they do not."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import pytest
+
+from rlfr_vlm.config import parse_config
+from rlfr_vlm.errors import UserError
+from rlfr_vlm.ranks import ALONE, Launch, Ranks, check_launch, join, launched
+from tests.runs import ROOT, cli
+
+VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "TORCHELASTIC_USE_AGENT_STORE")
+
+
+@pytest.fixture
+def environment(monkeypatch):
+    """Sets the launcher's variables and no others."""
+
+    def put(**values):
+        for name in VARIABLES:
+            monkeypatch.delenv(name, raising=False)
+        for name, value in values.items():
+            monkeypatch.setenv(name, str(value))
+
+    put()
+    return put
+
+
+def config(**sections):
+    return parse_config({"output_dir": "unused", "model": {"path": "nowhere"}, **sections})
+
+
+def free_port():
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        return free.getsockname()[1]
+
+
+def test_without_a_launcher_there_is_one_process(environment):
+    assert launched() == Launch()
+    assert join(config()).size == 1
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"RANK": 0}, "WORLD_SIZE is not set"),
+        ({"RANK": "x", "WORLD_SIZE": 2, "MASTER_PORT": 1}, "RANK is 'x', not a number"),
+        ({"RANK": 0, "WORLD_SIZE": 2}, "MASTER_PORT is not set"),
+        ({"RANK": 2, "WORLD_SIZE": 2, "MASTER_PORT": 1}, "RANK=2 must be at least 0 and below WORLD_SIZE=2"),
+    ],
+)
+def test_a_broken_launch_is_named(environment, values, message):
+    environment(**values)
+    with pytest.raises(UserError, match=message):
+        launched()
+
+
+@pytest.mark.parametrize(
+    ("settings", "size", "message"),
+    [
+        (None, 2, r"deepspeed: 2 processes were started \(WORLD_SIZE\), but the config trains in one; set deepspeed.zero_stage=2"),
+        ({"ranks": 4}, 2, r"deepspeed.ranks=4, but 2 processes started: use torchrun --standalone --nproc-per-node 4"),
+        ({"ranks": 2}, 1, r"deepspeed.ranks=2, but 1 process started"),
+    ],
+)
+def test_a_wrong_number_of_ranks_is_named(settings, size, message):
+    with pytest.raises(UserError, match=message):
+        check_launch(config(deepspeed=settings), Launch(0, size))
+
+
+@pytest.mark.parametrize(
+    ("sections", "message"),
+    [
+        ({"deepspeed": {"zero_stage": 4}}, "deepspeed.zero_stage"),
+        ({"deepspeed": {"zero_stage": 2, "offload": "all"}}, "deepspeed.offload=all needs deepspeed.zero_stage=3, not 2"),
+        ({"deepspeed": {"zero_stage": 0, "offload": "optimizer"}}, "deepspeed.offload=optimizer needs deepspeed.zero_stage of at least 1"),
+        ({"deepspeed": {"offload": "optimizer"}, "optim": {"name": "sgd"}}, "optim.name must be adamw"),
+        ({"deepspeed": {}, "model": {"path": "m", "master_weights": False}}, "model.master_weights=false"),
+        ({"ray": {"engines": 1}}, "ray.engines=1 needs launcher=ray"),
+        ({"rollout": {"vllm": {"tensor_parallel": 2}}}, "rollout.vllm.tensor_parallel=2 needs engines of their own: set ray.engines"),
+        ({"rollout": {"staleness": 1}}, "rollout.staleness=1 needs engines of their own: set ray.engines"),
+        ({"rollout": {"staleness": 1}, "launcher": "ray", "ray": {"engines": 1}}, "set algorithm.importance_cap"),
+    ],
+)
+def test_settings_that_cannot_work_are_refused(sections, message):
+    with pytest.raises(UserError, match=message):
+        config(**sections)
+
+
+def test_a_port_in_use_ends_with_2_before_weights_load(tmp_path):
+    (tmp_path / "rows.jsonl").write_text('{"prompt": "1 + 1?", "answer": "2"}\n')
+    (tmp_path / "config.yaml").write_text(f"output_dir: {tmp_path}/run\nmodel: {{path: nowhere}}\ndata: {{train: {tmp_path}/rows.jsonl}}\n")
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        variables = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        done = cli("train", "--config", str(tmp_path / "config.yaml"), "deepspeed.zero_stage=2", **variables)
+    assert done.returncode == 2, done.stderr
+    assert f"MASTER_PORT={port} is in use by another process" in done.stderr
+    assert not (tmp_path / "run").exists()
+
+
+def test_only_train_runs_on_ranks(tmp_path):
+    (tmp_path / "config.yaml").write_text(f"output_dir: {tmp_path}/run\nmodel: {{path: nowhere}}\n")
+    variables = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
+    done = cli("flow", "--config", str(tmp_path / "config.yaml"), **variables)
+    assert done.returncode == 2
+    assert "flow runs in one process, 2 were started" in done.stderr
+
+
+PEER = """
+import sys, time
+from rlfr_vlm.config import parse_config
+from rlfr_vlm.errors import StoppedError
+from rlfr_vlm.ranks import join
+seconds = float(sys.argv[1])
+cfg = parse_config({"output_dir": "x", "model": {"path": "m"}, "deepspeed": {"ranks": 2}, "train": {"timeout_s": seconds}})
+ranks = join(cfg)
+assert ranks.gather(ranks.rank, "hello") == [0, 1]
+ranks.at("gathering `layers.3.weight`")
+print("ready", flush=True)
+if ranks.rank == 1:
+    time.sleep(600)
+try:
+    ranks.gather(None, "metrics of step 7")
+except StoppedError as error:
+    print(error, flush=True)
+"""
+
+
+def peers(seconds):
+    """Two ranks, of which the second never answers again."""
+    variables = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "OMP_NUM_THREADS": "1"}
+    found = [
+        subprocess.Popen(
+            [sys.executable, "-c", PEER, str(seconds)], cwd=ROOT, stdout=subprocess.PIPE, text=True, env={**os.environ, **variables, "RANK": str(r)}
+        )
+        for r in range(2)
+    ]  # fmt: skip
+    for process in found:
+        assert process.stdout.readline() == "ready\n"
+    return found
+
+
+@pytest.mark.parametrize(("number", "seconds", "most"), [(signal.SIGSTOP, 5, 9), (signal.SIGKILL, 60, 4)])
+def test_a_rank_that_hangs_or_dies_is_named(number, seconds, most):
+    waiting, silent = peers(seconds)
+    try:
+        silent.send_signal(number)
+        start = time.monotonic()
+        said = waiting.stdout.readline()
+        spent = time.monotonic() - start
+    finally:
+        silent.kill()
+        waiting.kill()
+    assert "rank 0 waited at `metrics of step 7` and got no answer" in said
+    assert "rank 1 was last at `gathering `layers.3.weight``" in said
+    assert spent < most, said
+
+
+def test_an_error_on_one_rank_is_raised_on_all():
+    class Two(Ranks):
+        def gather(self, value, place):
+            return [None, (UserError, "no such row")]
+
+    with pytest.raises(UserError, match="rank 1: no such row"):
+        Two().agree(None, "reading")
+    ALONE.agree(None, "reading")
+    with pytest.raises(KeyError):
+        ALONE.agree(KeyError("own"), "reading")

@@ -1,0 +1,98 @@
+"""Hundreds of steps: memory stays, and nothing is left behind."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.runs import ROOT, make_config, make_data
+
+STEPS, WARM = 300, 50
+MOST_GROWTH = 0.02
+
+
+def resident(group):
+    """Resident bytes of every process of a process group, shared pages by share."""
+    total = 0
+    for folder in Path("/proc").iterdir():
+        if folder.name.isdigit():
+            try:
+                if os.getpgid(int(folder.name)) == group:
+                    lines = (folder / "smaps_rollup").read_text().splitlines()
+                    total += next(int(line.split()[1]) * 1024 for line in lines if line.startswith("Pss:"))
+            except (OSError, StopIteration):
+                continue
+    return total
+
+
+def members(group):
+    """Living processes of a process group."""
+    found = []
+    for folder in Path("/proc").iterdir():
+        if folder.name.isdigit():
+            try:
+                if os.getpgid(int(folder.name)) == group and (folder / "stat").read_text().rsplit(")", 1)[1].split()[0] != "Z":
+                    found.append(int(folder.name))
+            except OSError:
+                continue
+    return found
+
+
+def left_over():
+    """Files outside a run's folder that a run could forget."""
+    return {str(p) for root in ("/dev/shm", tempfile.gettempdir()) for p in Path(root).iterdir() if not p.name.startswith("pytest")}
+
+
+def steps_done(metrics):
+    return len([line for line in metrics.read_text().splitlines() if "reward/mean" in json.loads(line)]) if metrics.exists() else 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["one process", "two ranks, stage 3, vLLM"])
+def test_memory_stays_and_nothing_is_left(model_folder, tmp_path, kind):
+    make_data(tmp_path)
+    engine = "hf" if kind == "one process" else "vllm"
+    config = make_config(
+        tmp_path, model_folder("qwen2_5_vl"), rollout={"engine": engine, "num_prompts": 2, "group_size": 2, "max_new_tokens": 4},
+        train={"steps": STEPS, "save_steps": 25, "log_rollouts": 1}, eval={"every": 50, "num_samples": 1, "limit": 2},
+    )  # fmt: skip
+    module = ["-m", "rlfr_vlm.cli", "train", "--config", str(config)]
+    if kind != "one process":
+        launcher = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-addr", "127.0.0.1", "--master-port", "0"]
+        module = [*launcher, *module, "deepspeed.zero_stage=3"]
+    before = left_over()
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    with (tmp_path / "log").open("w") as log:
+        process = subprocess.Popen(
+            [sys.executable, *module], cwd=ROOT, env=environment, stdout=log, stderr=log, start_new_session=True
+        )  # fmt: skip
+    samples = {}
+    try:
+        while process.poll() is None:
+            done = steps_done(tmp_path / "run" / "metrics.jsonl")
+            samples[done] = max(samples.get(done, 0), resident(process.pid))
+            time.sleep(0.2)
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+    assert process.returncode == 0, (tmp_path / "log").read_text()[-3000:]
+    warm = [size for step, size in samples.items() if WARM - 10 <= step <= WARM + 10]
+    late = [size for step, size in samples.items() if STEPS - 30 <= step < STEPS]
+    growth = sorted(late)[len(late) // 2] / sorted(warm)[len(warm) // 2] - 1
+    print(f"{kind}: {sorted(warm)[len(warm) // 2] / 2**20:.1f} MiB at step {WARM}, {growth:+.2%} at step {STEPS}")
+    assert growth < MOST_GROWTH
+    assert not members(process.pid)
+    assert left_over() - before == set()
+    assert {p.name for p in (tmp_path / "run" / "checkpoints").iterdir()} <= {
+        "global_step_275",
+        "global_step_300",
+        "latest",
+        "best.json",
+        "global_step_50",
+    }
