@@ -1,11 +1,14 @@
 """Several ranks give the numbers of one process: real DeepSpeed over gloo, started as users start it."""
 
 import json
+import statistics
+import subprocess
+import sys
 
 import pytest
 import torch
 
-from tests.runs import make_config, make_data, python, torchrun
+from tests.runs import ROOT, make_config, make_data, python, torchrun
 
 MOST = 1e-5  # relative difference of gradients and weights in float32
 
@@ -116,3 +119,57 @@ def test_two_ranks_give_the_numbers_of_one_process_in_every_case(recorded):
 def test_three_ranks_of_which_one_has_less_to_do(recorded):
     for name, found in compared(recorded, ["stage 2", "stage 3, pictures on one rank"], ranks=3).items():
         assert max(found.values()) <= MOST, (name, found)
+
+
+# -- the demo, live ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def digits(tmp_path_factory):
+    """The demo's data, as it builds it, and the same with text-only rows at every second place."""
+    folder = tmp_path_factory.mktemp("digits")
+    subprocess.run([sys.executable, "data/digits.py", "build", str(folder)], cwd=ROOT, check=True, capture_output=True)
+    rows = [json.loads(line) for line in (folder / "train.jsonl").read_text().splitlines()]
+    for row in rows[1::2]:
+        row.update(prompt="What is 2 + 3? Put the answer into a box.", answer="5", images=[])
+    (folder / "mixed.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+def live(folder, name, *overrides, ranks=1):
+    """Metrics and first rollouts of five steps of the demo with vLLM, through the command line."""
+    run = folder / name
+    settings = [
+        f"output_dir={run}", f"data.train={folder / 'train.jsonl'}", "rollout.engine=vllm", "train.steps=5", "train.log_rollouts=32",
+        "eval.every=0", "data.eval=null", "data.shuffle=false", *overrides,
+    ]  # fmt: skip
+    arguments = ("train", "--config", ROOT / "scripts/demo_vision.yaml", *settings)
+    python("rlfr_vlm.cli", *arguments, timeout=900) if ranks == 1 else torchrun(ranks, "rlfr_vlm.cli", *arguments, timeout=1200)
+    metrics = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    rollouts = [json.loads(line) for line in (run / "rollouts/step_000001.jsonl").read_text().splitlines()]
+    return metrics, rollouts
+
+
+LIVE = {
+    "stage 2": (2, []),
+    "stage 3": (3, []),
+    "stage 3, adapters": (3, ["model.lora.rank=8", "optim.lr=1e-3"]),
+    "stage 3, pictures on one rank": (3, ["data.train={folder}/mixed.jsonl"]),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", LIVE)
+def test_the_demo_on_two_ranks_with_vllm(digits, case):
+    stage, settings = LIVE[case]
+    given = [s.format(folder=digits) for s in settings]
+    name = case.replace(", ", "_").replace(" ", "_")
+    one, alone = live(digits, f"one_{name}", *given)
+    two, both = live(digits, f"two_{name}", f"deepspeed.zero_stage={stage}", *given, ranks=2)
+    assert [r["tokens"] for r in alone] == [r["tokens"] for r in both]
+    assert len(alone) == 32 * 8
+    spread = statistics.stdev(r["reward"] for r in alone) / (5 * 32 * 8) ** 0.5
+    means = [statistics.mean(m["reward/mean"] for m in metrics) for metrics in (one, two)]
+    print(f"{case}: mean reward of 5 steps {means[0]:.4f} and {means[1]:.4f}, standard error {spread:.4f}")
+    assert abs(means[0] - means[1]) <= spread
+    assert [m["actor/grad_norm"] for m in two[:1]] == pytest.approx([m["actor/grad_norm"] for m in one[:1]], rel=1e-4)

@@ -5,7 +5,6 @@ import os
 import signal
 import subprocess
 import sys
-import tempfile
 import time
 from pathlib import Path
 
@@ -44,9 +43,10 @@ def members(group):
     return found
 
 
-def left_over():
-    """Files outside a run's folder that a run could forget."""
-    return {str(p) for root in ("/dev/shm", tempfile.gettempdir()) for p in Path(root).iterdir() if not p.name.startswith("pytest")}
+def left_over(folder, members):
+    """What a run forgot: files in its temporary folder, and shared memory named after one of its processes."""
+    named = [p for p in Path("/dev/shm").iterdir() if any(str(pid) in p.name for pid in members)]
+    return [str(p) for p in (*folder.iterdir(), *named)]
 
 
 def steps_done(metrics):
@@ -66,17 +66,18 @@ def test_memory_stays_and_nothing_is_left(model_folder, tmp_path, kind):
     if kind != "one process":
         launcher = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-addr", "127.0.0.1", "--master-port", "0"]
         module = [*launcher, *module, "deepspeed.zero_stage=3"]
-    before = left_over()
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    (tmp_path / "tmp").mkdir()
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TMPDIR": str(tmp_path / "tmp")}
     with (tmp_path / "log").open("w") as log:
         process = subprocess.Popen(
             [sys.executable, *module], cwd=ROOT, env=environment, stdout=log, stderr=log, start_new_session=True
         )  # fmt: skip
-    samples = {}
+    samples, seen = {}, set()
     try:
         while process.poll() is None:
             done = steps_done(tmp_path / "run" / "metrics.jsonl")
             samples[done] = max(samples.get(done, 0), resident(process.pid))
+            seen |= set(members(process.pid))
             time.sleep(0.2)
     finally:
         if process.poll() is None:
@@ -88,7 +89,7 @@ def test_memory_stays_and_nothing_is_left(model_folder, tmp_path, kind):
     print(f"{kind}: {sorted(warm)[len(warm) // 2] / 2**20:.1f} MiB at step {WARM}, {growth:+.2%} at step {STEPS}")
     assert growth < MOST_GROWTH
     assert not members(process.pid)
-    assert left_over() - before == set()
+    assert left_over(tmp_path / "tmp", seen) == []
     assert {p.name for p in (tmp_path / "run" / "checkpoints").iterdir()} <= {
         "global_step_275",
         "global_step_300",
