@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import os
-import random
-import signal
 import socket
 import tempfile
-import threading
-import warnings
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from rlfr_vlm.config import Config
@@ -23,7 +21,8 @@ from rlfr_vlm.errors import StoppedError, UserError
 from rlfr_vlm.models.policy import Policy
 from rlfr_vlm.rollout.engine import SamplingConfig, sample_indices
 from rlfr_vlm.rollout.probe import PROBE, check_gap, probe_prompts, tolerance
-from rlfr_vlm.rollout.weights import WeightSync, engine_model
+from rlfr_vlm.rollout.undisturbed import undisturbed, undisturbed_generators
+from rlfr_vlm.rollout.weights import WeightSync
 from rlfr_vlm.types import EncodedPrompt, Rollout, RolloutGroup, request_seed
 
 TEMPERATURES = (0.01, 2.0)  # beyond these vLLM clamps (with a warning) or refuses
@@ -46,15 +45,16 @@ class VllmEngine:
         self.cfg, self.policy = cfg, policy
         self.max_model_len = max_model_len(cfg, policy.max_length)
         self.version: int | None = None  # of the weights; none: there are none yet
+        self._asleep: tuple[str, ...] = ()  # vLLM's names of the memory that is given back
         with tempfile.TemporaryDirectory(prefix="rlfr-vllm-") as folder, undisturbed():
             if cfg.model.gguf_file:  # vLLM reads no such file: it starts with random weights, which the first load replaces
                 policy.model.config.save_pretrained(folder)
                 policy.tokenizer.save_pretrained(folder)
             self.llm = start(cfg, policy, folder if cfg.model.gguf_file else policy.path, self.max_model_len)
-        ban_tokens(engine_model(self.llm), policy.banned_token_ids)
-        if engine_device(self.llm) == "cpu":
+        self.llm.apply_model(partial(ban_tokens, token_ids=policy.banned_token_ids))
+        if on_cpu():
             hold_generators_of_partial_prompts(self.llm.collective_rpc(lambda worker: worker.model_runner)[0])
-        self._sync = WeightSync(self.llm, policy.weight_specs())
+        self._sync = WeightSync(self.llm, policy.weight_specs(), cfg.rollout.vllm.tensor_parallel)
         if policy.has_weights:
             self.load_weights(policy)
 
@@ -75,15 +75,31 @@ class VllmEngine:
 
     def load_bucket(self, bucket: Mapping[str, Tensor]) -> None:
         """See RolloutEngine."""
+        self._wake("weights")
         self._sync.load(bucket)
 
     def finish_load(self, version: int) -> None:
         """See RolloutEngine."""
+        self._wake("kv_cache")
         self._sync.finish()
         self.version = version
 
     def rest(self) -> None:
-        """See RolloutEngine."""
+        """On a GPU that the trainer uses as well, drop weights and KV cache; on CPU nothing."""
+        if sleeps(self.cfg, self.policy):
+            self.llm.sleep(level=2)
+            self._asleep = ("weights", "kv_cache")
+
+    def _wake(self, memory: str) -> None:
+        if memory in self._asleep:
+            torch.cuda.empty_cache()  # what the trainer has freed, torch still holds
+            self.llm.wake_up(tags=[memory])
+            self._asleep = tuple(name for name in self._asleep if name != memory)
+
+    def _check_loaded(self) -> None:
+        if self.version is None or self._sync.arrivals.begun or self._asleep:
+            part = "only some of" if self._sync.arrivals.begun else "none of"
+            raise StoppedError(f"vLLM has {part} the policy's weights: finish a load first")
 
     def probe(self) -> float:
         """Sample from a few fixed prompts and score the tokens with the policy. Returns the mean log-prob gap.
@@ -110,10 +126,8 @@ class VllmEngine:
         """
         from vllm import SamplingParams
 
-        if self.version is None or self._sync.arrivals.begun:
-            raise StoppedError(
-                f"vLLM has {'only some of' * self._sync.arrivals.begun or 'none of'} the policy's weights: finish a load first"
-            )
+        self._check_loaded()
+        assert self.version is not None
         for prompt in prompts:
             length = len(prompt.token_ids)
             if length + sampling.max_new_tokens > self.max_model_len:  # vLLM would shorten the response without a word
@@ -158,12 +172,13 @@ class VllmEngine:
         )
 
     def close(self) -> None:
-        """Stop the engine and free its memory."""
-        from vllm.distributed import cleanup_dist_env_and_memory
+        """Stop the engine, free its memory and leave its process groups; the default group only where starting vLLM made it."""
+        from vllm.v1.engine import core
 
+        self.llm.llm_engine.renderer.shutdown()
         self.llm.llm_engine.engine_core.shutdown()
-        del self.llm
-        cleanup_dist_env_and_memory()
+        del self.llm, self._sync
+        core.cleanup_dist_env_and_memory()
 
 
 def engine_input(prompt: EncodedPrompt) -> dict[str, Any]:
@@ -213,18 +228,46 @@ def max_model_len(cfg: Config, limit: int | None) -> int:
     return min(wanted, limit) if limit else wanted
 
 
+def on_cpu() -> bool:
+    """Whether this vLLM is built for CPUs."""
+    from vllm.platforms import current_platform
+
+    return current_platform.is_cpu()
+
+
+def sleeps(cfg: Config, policy: Policy) -> bool:
+    """Whether the engine gives its memory back between rollouts: on a GPU that trains the policy as well."""
+    return cfg.rollout.vllm.sleep and policy.has_weights and not on_cpu()
+
+
+def placement(cfg: Config, policy: Policy) -> dict[str, Any]:
+    """How vLLM finds its processes and devices. Raises UserError for tensor parallelism on CPU."""
+    size = cfg.rollout.vllm.tensor_parallel
+    if size > 1:
+        if on_cpu():
+            raise UserError(f"rollout.vllm.tensor_parallel={size}: vLLM on CPU runs in one process per engine; leave it at 1")
+        return {"distributed_executor_backend": "mp", "tensor_parallel_size": size}
+    if on_cpu() or not (dist.is_initialized() and dist.get_world_size() > 1):
+        return {"distributed_executor_backend": "uni"}
+    # One engine per training rank: "uni" would put each on the first GPU. vLLM reads rank and device from the environment.
+    device = torch.cuda.current_device() if policy.device.index is None else policy.device.index
+    os.environ.update(RANK=str(dist.get_rank()), LOCAL_RANK=str(device))
+    return {"distributed_executor_backend": "external_launcher"}
+
+
 def start(cfg: Config, policy: Policy, path: str, length: int) -> Any:
     """vLLM's LLM object. Raises UserError with vLLM's own words where it refuses the settings."""
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # in this process: weights are reachable, and a dead engine cannot hang us
     for key, value in {"VLLM_LOGGING_LEVEL": "ERROR", "VLLM_NO_USAGE_STATS": "1", "VLLM_HOST_IP": "127.0.0.1"}.items():
         os.environ.setdefault(key, value)
-    os.environ["GLOO_SOCKET_IFNAME"] = next((name for _, name in socket.if_nameindex() if name.startswith("lo")), "lo")
+    if not (dist.is_initialized() and dist.get_world_size() > 1):  # else its groups join the trainer's ranks, which may be elsewhere
+        os.environ["GLOO_SOCKET_IFNAME"] = next((name for _, name in socket.if_nameindex() if name.startswith("lo")), "lo")
     logging.getLogger("vllm").setLevel(os.environ["VLLM_LOGGING_LEVEL"])
     from vllm.platforms import current_platform
 
     settings = cfg.rollout.vllm
     dtype: Any = settings.dtype if settings.dtype != "auto" else str(policy.dtype).removeprefix("torch.")
-    options: dict[str, Any] = {}
+    options = placement(cfg, policy)
     if current_platform.is_cpu():
         options["kv_cache_memory_bytes"] = settings.kv_cache_gib * 2**30
         current_platform.simple_compile_backend = "eager"  # else the sampler's helpers are compiled with a C++ compiler: 8 s at first use
@@ -232,6 +275,7 @@ def start(cfg: Config, policy: Policy, path: str, length: int) -> Any:
         operators.init_cpu_memory_env = lambda nodes: None  # would bind the memory of the whole process to one NUMA node
     else:
         options["gpu_memory_utilization"] = settings.gpu_memory_utilization
+        options["enable_sleep_mode"] = sleeps(cfg, policy)
     if policy.processor is not None:
         options["limit_mm_per_prompt"] = {"video": 0}
         # Pictures come in the size in which the trainer reads them; the limits only size vLLM's buffers.
@@ -241,6 +285,7 @@ def start(cfg: Config, policy: Policy, path: str, length: int) -> Any:
         }
     from vllm import LLM
 
+    keep_default_group()
     try:
         return LLM(
             path,
@@ -249,7 +294,6 @@ def start(cfg: Config, policy: Policy, path: str, length: int) -> Any:
             max_model_len=length,
             max_num_seqs=settings.max_num_seqs,
             enforce_eager=settings.enforce_eager,
-            distributed_executor_backend="uni",
             enable_prefix_caching=True,
             generation_config="vllm",  # vLLM's neutral defaults, not the model's
             logprobs_mode="processed_logprobs",  # at the temperature and without the banned tokens
@@ -259,6 +303,31 @@ def start(cfg: Config, policy: Policy, path: str, length: int) -> Any:
         )
     except ValueError as error:
         raise UserError(f"rollout.vllm: vLLM does not start: {' '.join(str(error).split())[:500]}") from error
+
+
+def keep_default_group() -> None:
+    """Have an engine that is shut down, or merely collected, leave the default process group alone where the trainer's ranks made it.
+
+    vLLM 0.32 ends it in both cases, whoever made it.
+    """
+    from vllm.distributed import cleanup_dist_env_and_memory
+    from vllm.v1.engine import core
+
+    core.cleanup_dist_env_and_memory = leave_groups if dist.is_initialized() else cleanup_dist_env_and_memory
+
+
+def leave_groups(*_: Any, **__: Any) -> None:
+    """What vLLM's cleanup_dist_env_and_memory does, less ending the default group."""
+    from vllm.distributed import parallel_state
+
+    parallel_state.destroy_model_parallel()
+    if parallel_state._WORLD is not None:
+        parallel_state._WORLD.destroy()
+    parallel_state._WORLD = parallel_state._NODE_COUNT = None
+    gc.unfreeze()
+    gc.collect()
+    if torch.cuda.is_initialized():
+        torch.cuda.empty_cache()
 
 
 def ban_tokens(model: Any, token_ids: Sequence[int]) -> None:
@@ -276,11 +345,6 @@ def ban_tokens(model: Any, token_ids: Sequence[int]) -> None:
 
     if token_ids:
         model.compute_logits = compute_allowed
-
-
-def engine_device(llm: Any) -> str:
-    """Type of the device that vLLM computes on."""
-    return next(engine_model(llm).parameters()).device.type
 
 
 def hold_generators_of_partial_prompts(runner: Any) -> None:
@@ -302,49 +366,3 @@ def hold_generators_of_partial_prompts(runner: Any) -> None:
             batch.generators.update(held)
 
     runner.sample_tokens = sample_whole_prompts
-
-
-@contextmanager
-def undisturbed_generators() -> Iterator[None]:
-    """Leave the global random generators as they were."""
-    states = random.getstate(), np.random.get_state(), torch.get_rng_state()
-    devices = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else None
-    try:
-        yield
-    finally:
-        random.setstate(states[0])
-        np.random.set_state(states[1])
-        torch.set_rng_state(states[2])
-        if devices is not None:
-            torch.cuda.set_rng_state_all(devices)
-
-
-@contextmanager
-def undisturbed() -> Iterator[None]:
-    """Importing and starting vLLM changes the process: put back what the trainer and its subprocesses rely on.
-
-    Generators, the number of threads (and torch.set_num_threads itself, which vLLM disables on CPU), default dtype, signal handlers and the
-    environment (LD_PRELOAD, LOCAL_WORLD_SIZE, inductor's settings, ...), of which only vLLM's own variables stay.
-    """
-    environment, dtype = dict(os.environ), torch.get_default_dtype()
-    threads, set_threads = torch.get_num_threads(), torch.set_num_threads
-    main = threading.current_thread() is threading.main_thread()
-    handlers = {number: signal.getsignal(number) for number in signal.valid_signals()} if main else {}
-    with undisturbed_generators(), warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        try:
-            yield
-        finally:
-            torch.set_num_threads = set_threads
-            if torch.get_num_threads() != threads:
-                torch.set_num_threads(threads)
-            torch.set_default_dtype(dtype)
-            for number, handler in handlers.items():
-                if signal.getsignal(number) is not handler:
-                    signal.signal(number, handler)
-            for key in set(os.environ) | set(environment):
-                if not key.startswith("VLLM_") and os.environ.get(key) != environment.get(key):
-                    if key in environment:
-                        os.environ[key] = environment[key]
-                    else:
-                        del os.environ[key]
