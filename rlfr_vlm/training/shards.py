@@ -56,11 +56,10 @@ class ShardReader:
                 raise CheckpointError(f"{path} cannot be read: {error}") from None
             self._places |= dict.fromkeys(handle.keys(), handle)
 
-    def __contains__(self, name: str) -> bool:
-        return name in self._places
-
-    def __len__(self) -> int:
-        return len(self._places)
+    @property
+    def names(self) -> list[str]:
+        """Of all tensors."""
+        return list(self._places)
 
     def find(self, name: str) -> Tensor | None:
         """The tensor on the CPU; None where none of that name was stored."""
