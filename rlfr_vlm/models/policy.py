@@ -6,7 +6,7 @@ import hashlib
 import importlib.util
 import re
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor, AutoTokenizer, GenerationConfig
 
 from rlfr_vlm.config import ModelConfig
 from rlfr_vlm.errors import UserError
@@ -107,7 +107,7 @@ class Policy:
             self.model = (
                 load_model(self.path, self.dtype, bool(self.family.vision), options).to(self.device)
                 if weights
-                else empty_model(config, self.dtype, bool(self.family.vision))
+                else empty_model(self.path, config, self.dtype, bool(self.family.vision))
             )
         except (OSError, ValueError, SafetensorError, StrictDataclassError) as error:
             raise UserError(f"{field}: `{cfg.path}` does not load: {' '.join(str(error).split())[:300]}") from error
@@ -308,11 +308,14 @@ def load_model(path: str, dtype: torch.dtype, vision: bool, options: dict[str, A
     return model
 
 
-def empty_model(config: Any, dtype: torch.dtype, vision: bool) -> Any:
+def empty_model(path: str, config: Any, dtype: torch.dtype, vision: bool) -> Any:
     """The same architecture without weights, which takes no memory."""
     builder = AutoModelForImageTextToText if vision else AutoModelForCausalLM
     with torch.device("meta"):
-        return builder.from_config(config, dtype=dtype)
+        model = builder.from_config(config, dtype=dtype)
+    with suppress(OSError):  # it names tokens that end a response; where there is none, the model's config does
+        model.generation_config = GenerationConfig.from_pretrained(path)
+    return model
 
 
 def vision_token_ids(config: Any) -> tuple[int, ...]:

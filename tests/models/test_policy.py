@@ -190,3 +190,18 @@ def test_saved_folder_loads_in_plain_transformers(model_folder, tmp_path):
     again = AutoModelForImageTextToText.from_pretrained(tmp_path, dtype=torch.float32)
     ours = dict(policy.model.named_parameters())
     assert all(torch.equal(p, ours[n]) for n, p in again.named_parameters())
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2_5_vl", "qwen3_vl"])
+def test_a_policy_without_weights_reads_writes_and_ends_as_the_whole_one(model_folder, family):
+    settings = ModelConfig(path=model_folder(family), dtype="float32")
+    whole, empty = Policy(settings), Policy(settings, weights=False)
+    assert empty.weight_specs() == whole.weight_specs()
+    assert len(whole.eos_token_ids) == 2
+    for name in ("eos_token_ids", "banned_token_ids", "max_length", "image_token_id", "hidden_size", "dtype", "device"):
+        assert getattr(empty, name) == getattr(whole, name)
+    images = (0, 1) if family in VISION else (0, 0)
+    for one, other in zip(rollouts_of(empty, images), rollouts_of(whole, images), strict=True):
+        assert one.prompt.token_ids == other.prompt.token_ids
+        assert torch.equal(one.prompt.position_ids, other.prompt.position_ids)
+    assert all(parameter.is_meta for parameter in empty.model.parameters())

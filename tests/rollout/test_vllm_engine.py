@@ -260,3 +260,16 @@ def test_engine_choice(path, policy, monkeypatch):
 def test_limits_that_do_not_fit_name_the_field(path, policy):
     with pytest.raises(UserError, match=r"rollout\.vllm\.max_model_len=4096: the model reads at most 1024"):
         make_engine(make_config(path, vllm={"max_model_len": 4096}), policy)
+
+
+def test_tensor_parallelism_on_cpu_is_refused(path, policy):
+    tree = make_config(path).model_dump() | {"launcher": "ray", "ray": {"engines": 1}}
+    tree["rollout"] |= {"vllm": {"tensor_parallel": 2}}
+    with pytest.raises(UserError, match=r"rollout\.vllm\.tensor_parallel=2: vLLM on CPU runs in one process per engine"):
+        make_engine(parse_config(tree), policy)
+
+
+def test_nothing_is_given_back_on_cpu(engine, prompts):
+    before = tokens(engine.sample(prompts, SAMPLING))
+    engine.rest()
+    assert tokens(engine.sample(prompts, SAMPLING)) == before
