@@ -96,7 +96,7 @@ def _updates(cfg: Config, shape: ModelShape, machine: Machine, gradients: float)
     kind, total = machine.kind, update_tokens(cfg)
     first = micro_batch(cfg, cfg.train.tokens_per_microbatch)
     field = 4.0 * num_field_parameters(shape.hidden, cfg.flow.network.depth) if cfg.flow and cfg.flow.online.enabled else 0.0
-    after = {"gradients": gradients, "flow gradients": field}
+    after = {"gradients": gradients} | ({"flow gradients": field} if field else {})
     found = [_forward(cfg, shape, first, kind)]
     if total > first.tokens:
         rest = int(total - first.tokens) + cfg.data.max_prompt_tokens

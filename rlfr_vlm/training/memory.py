@@ -22,7 +22,7 @@ REDUCE_BUCKET = 50_000_000  # of training/deepspeed_backend.py: elements
 CPU_HELD = 0.45  # of activations: glibc keeps their freed blocks, and the moments that settle among them keep those apart; measured
 CUDA_HELD = 0.05  # of activations: torch's caching allocator; assumed
 CUDA_CONTEXT = 800 * 2**20  # kernels and cuBLAS workspaces; assumed
-GRADER = 170 * 2**20  # a worker with sympy and math-verify; measured
+GRADER = 70 * 2**20  # a worker with sympy and math-verify; measured
 
 Parts = dict[str, float]
 
@@ -171,9 +171,9 @@ def layer_activations(cfg: Config, shape: ModelShape, batch: MicroBatch, kind: s
     mlp = 4 * size * shape.intermediate * tokens
     extra = 0.0
     if shape.qk_norm:
-        extra += (8 if size == 4 else 6) * (shape.queries + shape.keys) * tokens
+        extra += (4 + (0 if cfg.model.lora is not None else size)) * (shape.queries + shape.keys) * tokens
     if cfg.model.lora is not None:
-        extra += 2 * size * cfg.model.lora.rank * len(cfg.model.lora.targets) * tokens
+        extra += size * cfg.model.lora.rank * len(cfg.model.lora.targets) * tokens
     return 2 * norm + mlp + extra + size * shape.queries * tokens + _attention(shape, batch, kind, size)
 
 

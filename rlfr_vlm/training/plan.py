@@ -103,13 +103,13 @@ def find_machine(cfg: Config, device_memory: float | None, measure: bool) -> Mac
     memory = device_memory * GIB if device_memory is not None else gpu if kind == "cuda" else host_memory()
     if memory is None:
         raise UserError(f"model.device={cfg.model.device}: no GPU is found here: say what one holds with --device-memory GIB")
-    has_vllm = find_spec("vllm") is not None
-    machine = Machine(kind, float(memory), float(PROCESS), float(VLLM_PROCESS), has_vllm)
+    machine = Machine(kind, float(memory), float(PROCESS), float(VLLM_PROCESS), find_spec("vllm") is not None)
     if not measure:
         return machine
-    vllm = (cfg.rollout.engine == "vllm" or cfg.rollout.engine == "auto") and has_vllm
-    process = imported_bytes(IMPORTS) or PROCESS
-    return replace(machine, process=process, vllm_process=(imported_bytes(IMPORTS + VLLM_IMPORTS) if vllm else None) or VLLM_PROCESS)
+    machine = replace(machine, process=imported_bytes(IMPORTS) or PROCESS)
+    if not uses_vllm(cfg, machine) or not machine.has_vllm:
+        return machine
+    return replace(machine, vllm_process=imported_bytes(IMPORTS + VLLM_IMPORTS) or VLLM_PROCESS)
 
 
 def gpu_memory() -> int | None:
