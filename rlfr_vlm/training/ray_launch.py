@@ -20,6 +20,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -116,6 +117,12 @@ def cluster(cfg: Config) -> Iterator[Needs]:
             signal.signal(signal.SIGTERM, handler)  # ray.init sets one of its own
 
 
+@cache
+def _token() -> str:
+    """One for all clusters of this process: Ray reads it once."""
+    return secrets.token_hex(32)
+
+
 @contextmanager
 def _own_cluster(cfg: Config) -> Iterator[None]:
     """A cluster of this run's own: on loopback only, behind a token, and gone without a trace afterwards."""
@@ -125,7 +132,7 @@ def _own_cluster(cfg: Config) -> Iterator[None]:
     token = folder / "token"
     try:
         token.touch(0o600)
-        token.write_text(secrets.token_hex(32))
+        token.write_text(_token())
         os.environ |= {
             "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # what these lack is every socket that does not listen on loopback
             "RAY_AUTH_MODE": "token",
