@@ -213,8 +213,6 @@ def _host(cfg: Config, shape: ModelShape, machine: Machine) -> dict[str, Parts]:
     weights = float(element(cfg) * shape.parameters)
     run = {"processes": processes, "graders": graders, "encoded prompts": prompts}
     run |= {f"offloaded {name}": ranks * size for name, size in offloaded.items()}
-    if uses_vllm(cfg, machine) and cfg.rollout.vllm.sleep and not cfg.ray.engines:
-        run["engine asleep"] = ranks * weights
     return {"loading": {**run, "weights being loaded": ranks * weights}, "saving": {**run, "weights being written": weights}}
 
 

@@ -18,6 +18,7 @@ from rlfr_vlm.errors import UserError
 from rlfr_vlm.models.pack import pack
 from rlfr_vlm.models.policy import Policy
 from rlfr_vlm.training import memory
+from rlfr_vlm.training.calibrate import layer_operations, step_seconds
 from rlfr_vlm.training.footprint import disk, predict
 from rlfr_vlm.training.memory import GIB, Machine, MicroBatch
 from rlfr_vlm.training.plan import find_machine, find_overrides, find_shortfalls
@@ -310,6 +311,30 @@ def test_planning_without_calibration_is_light():
         "assert not {'torch', 'transformers', 'numpy', 'vllm'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT, stdout=subprocess.DEVNULL)
+
+
+# -- time ---------------------------------------------------------------------------------------------------------------
+
+
+def test_every_part_of_a_step_is_timed(model_folder):
+    path = ROOT / "scripts/qwen2.5-math-1.5b/rlfr.yaml"
+    small = ["data.max_prompt_tokens=32", "rollout.max_new_tokens=32", "rollout.num_prompts=4", "algorithm.kl.coef=0.1"]
+    cfg = config(path, *small, f"model.path={model_folder('qwen2')}", "model.dtype=float32", "algorithm.updates_per_rollout=2")
+    shape = read_shape(cfg.model.path)
+    state = torch.get_rng_state()
+    found = step_seconds(cfg, shape, CPU, vllm=False)
+    assert found is not None and list(found) == ["rollout", "score", "reference", "update", "flow"]
+    assert all(0 < seconds < 600 for seconds in found.values())
+    assert torch.equal(torch.get_rng_state(), state)
+    if not torch.cuda.is_available():
+        assert step_seconds(cfg, shape, GPU, vllm=False) is None
+
+
+def test_operations_of_a_layer_by_hand():
+    shape = read_shape("Qwen/Qwen2.5-Math-1.5B")
+    weights = 2 * 1536 * (1536 + 256) + 3 * 1536 * 8960
+    assert shape.layer == weights
+    assert layer_operations(shape, MicroBatch(10, 5, 1, 2, 2)) == 2 * weights * 20 + 4 * 1536 * (10 * 10 + 2 * 5 * 15)
 
 
 # -- measured runs ----------------------------------------------------------------------------------------------------
