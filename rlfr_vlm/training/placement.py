@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 import os
+import secrets
 import shutil
 import socket
-from contextlib import suppress
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 from rlfr_vlm.config import Config
 from rlfr_vlm.errors import UserError
+from rlfr_vlm.training.processes import end_leftovers
 
 CONNECT_SECONDS = 10.0  # for a cluster that is named to answer
+END_SECONDS = 10.0  # for Ray's own processes to end by themselves
+ENVIRONMENT = ("OMP_NUM_THREADS", "TOKENIZERS_PARALLELISM", "HF_", "TRANSFORMERS_", "VLLM_", "NCCL_", "GLOO_", "RLFR_")
 ACTORS_PER_CORE = 8  # at most, where there are no GPUs
 
 
@@ -58,6 +65,47 @@ class Needs:
 def _share(cpus: float, actors: int) -> float:
     """Ray counts in steps of 0.0001."""
     return int(1000 * cpus / actors) / 1000
+
+
+@cache
+def _token() -> str:
+    """One for all clusters of this process: Ray reads it once."""
+    return secrets.token_hex(32)
+
+
+@contextmanager
+def private_folder() -> Iterator[Path]:
+    """A folder for the files of a cluster of one's own, and the environment that keeps others out of it.
+
+    Afterwards every process that was started in this environment is gone, and so is the folder.
+    """
+    folder = Path(tempfile.mkdtemp(prefix="rlfr-ray-", dir="/tmp" if len(tempfile.gettempdir()) > 24 else None))  # sockets: 107 letters
+    token = folder / "token"
+    try:
+        token.touch(0o600)
+        token.write_text(_token())
+        os.environ.pop("RAY_AUTH_TOKEN", None)
+        os.environ |= {
+            "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # where Ray has no clusters, all of its sockets listen on loopback
+            "RAY_AUTH_MODE": "token",
+            "RAY_AUTH_TOKEN_PATH": str(token),
+            "RAY_USAGE_STATS_ENABLED": "0",
+            "RAY_memory_monitor_refresh_ms": "0",  # would kill actors at 95 % of the memory, whoever else uses it
+            "RAY_NUM_REDIS_GET_RETRIES": "120",  # a busy machine takes its time
+            "RAY_worker_register_timeout_seconds": "300",
+            "RAY_COLOR_PREFIX": "0",
+            "RAY_DEDUP_LOGS": "0",
+            "TQDM_DISABLE": "1",
+        }
+        yield folder / "ray"
+    finally:
+        end_leftovers(f"RAY_AUTH_TOKEN_PATH={token}", END_SECONDS)
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def passed_on() -> dict[str, str]:
+    """What of the user's environment goes along to a cluster that others started."""
+    return {name: value for name, value in os.environ.items() if name.startswith(ENVIRONMENT)}
 
 
 def store_bytes(cfg: Config) -> int:

@@ -144,3 +144,9 @@ def processes_with(entry: str) -> list[tuple[int, str | None]]:
             if pid != os.getpid() and entry.encode() in path.read_bytes().split(b"\0"):
                 found.append((pid, started(pid)))
     return found
+
+
+def brief(error: Exception) -> str:
+    """Ray's message on one line, less its advice."""
+    text = " ".join(str(error).split())
+    return text.partition("Worker exit detail: ")[2].partition(" Some common causes")[0][:160] or text[:160]

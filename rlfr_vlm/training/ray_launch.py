@@ -11,16 +11,12 @@ from __future__ import annotations
 
 import logging
 import os
-import secrets
-import shutil
 import signal
 import sys
-import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import cache
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -33,9 +29,10 @@ from rlfr_vlm.ranks import LOOPBACK, Launch
 from rlfr_vlm.rollout.remote import WorkerLost
 from rlfr_vlm.rollout.worker import Problem
 from rlfr_vlm.training.actors import Actor, EngineActor, TrainerActor
-from rlfr_vlm.training.placement import Needs, answers, find_cluster, own_address, store_bytes
-from rlfr_vlm.training.processes import Ended, Place, end_leftovers, end_process, send, verdict
+from rlfr_vlm.training.placement import Needs, answers, find_cluster, own_address, passed_on, private_folder, store_bytes
+from rlfr_vlm.training.processes import Ended, Place, brief, end_process, send, verdict
 
+START_ATTEMPTS = 3
 START_SECONDS = 300.0  # for actors to start
 PLACE_SECONDS = 60.0  # for others on the cluster to make room
 GRACE_SECONDS = 3.0  # for the other ranks to say what they met, once one of them has failed
@@ -43,16 +40,12 @@ POLL_SECONDS = 0.3
 LOG_SECONDS = 1.0  # for the last lines of the actors to reach the terminal
 PING_SECONDS = 1.0
 KILL_SECONDS = 2.0  # for Ray to end an actor
-END_SECONDS = 10.0  # for Ray's own processes to end by themselves
-ENVIRONMENT = ("OMP_NUM_THREADS", "TOKENIZERS_PARALLELISM", "HF_", "TRANSFORMERS_", "VLLM_", "NCCL_", "GLOO_", "RLFR_")  # passed on
+NODE_SECONDS = 30.0  # for another machine to do it
 
 
 def say(message: str) -> None:
     """A line for the user."""
     print(message, file=sys.stderr, flush=True)
-
-
-# -- actors ------------------------------------------------------------------------------------------------------------------
 
 
 class RayWorkers:
@@ -65,7 +58,7 @@ class RayWorkers:
         return len(self._engines)
 
     def share(self, value: Any) -> Any:
-        """Put it into the object store, which the workers of a node read without a copy."""
+        """Put it into the object store, which workers read without a copy."""
         import ray
 
         return ray.put(value)
@@ -91,12 +84,6 @@ class RayWorkers:
         ray.kill(self._engines[worker], no_restart=False)
 
 
-def brief(error: Exception) -> str:
-    """Ray's message on one line, less its advice."""
-    text = " ".join(str(error).split())
-    return text.partition("Worker exit detail: ")[2][:120] or text[:160]
-
-
 # -- the cluster -------------------------------------------------------------------------------------------------------------
 
 
@@ -117,53 +104,31 @@ def cluster(cfg: Config) -> Iterator[Needs]:
             signal.signal(signal.SIGTERM, handler)  # ray.init sets one of its own
 
 
-@cache
-def _token() -> str:
-    """One for all clusters of this process: Ray reads it once."""
-    return secrets.token_hex(32)
-
-
 @contextmanager
 def _own_cluster(cfg: Config) -> Iterator[None]:
     """A cluster of this run's own: on loopback only, behind a token, and gone without a trace afterwards."""
     cpus, gpus = len(os.sched_getaffinity(0)), torch.cuda.device_count()
     found = Needs.of(cfg, cpus, gpus)
-    folder = Path(tempfile.mkdtemp(prefix="rlfr-ray-", dir="/tmp" if len(tempfile.gettempdir()) > 24 else None))  # sockets: 107 letters
-    token = folder / "token"
-    try:
-        token.touch(0o600)
-        token.write_text(_token())
-        os.environ |= {
-            "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # what these lack is every socket that does not listen on loopback
-            "RAY_AUTH_MODE": "token",
-            "RAY_AUTH_TOKEN_PATH": str(token),
-            "RAY_USAGE_STATS_ENABLED": "0",
-            "RAY_memory_monitor_refresh_ms": "0",  # would kill actors at 95 % of the memory, whoever else uses it
-            "RAY_COLOR_PREFIX": "0",
-            "RAY_DEDUP_LOGS": "0",
-        }
-        os.environ.pop("RAY_AUTH_TOKEN", None)
-        os.environ.setdefault("TQDM_DISABLE", "1")
-        os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cpus // (found.trainers + found.engines))))
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cpus // (found.trainers + found.engines))))
+    with private_folder() as folder:
         import ray
 
         if ray._private.ray_constants.ENABLE_RAY_CLUSTER:
             raise UserError("ray.address=local: ray was imported before, with settings that listen on every interface; start a new process")
-        ray.init(
-            num_cpus=cpus,
-            num_gpus=gpus,
-            object_store_memory=store_bytes(cfg),
-            include_dashboard=False,
-            logging_level=logging.ERROR,
-            _node_ip_address="127.0.0.1",
-            _temp_dir=str(folder / "ray"),
-        )
-        yield
-    finally:
-        if "ray" in sys.modules:
-            sys.modules["ray"].shutdown()
-        end_leftovers(f"RAY_AUTH_TOKEN_PATH={token}", END_SECONDS)
-        shutil.rmtree(folder, ignore_errors=True)
+        size: dict[str, Any] = {"num_cpus": cpus, "num_gpus": gpus, "object_store_memory": store_bytes(cfg)}
+        size |= {"include_dashboard": False, "logging_level": logging.ERROR}
+        try:
+            for attempt in range(START_ATTEMPTS):
+                try:
+                    ray.init("local", **size, _node_ip_address="127.0.0.1", _temp_dir=str(folder))
+                    break
+                except Exception as error:  # of no kind of its own; a machine may be too busy for the 30 s that Ray waits
+                    ray.shutdown()
+                    if attempt == START_ATTEMPTS - 1:
+                        raise StoppedError(f"Ray does not start: {' '.join(str(error).split())[:300]}") from error
+            yield
+        finally:
+            ray.shutdown()
 
 
 @contextmanager
@@ -176,9 +141,8 @@ def _other_cluster(address: str) -> Iterator[None]:
     import ray
     from ray.exceptions import RayError
 
-    passed_on = {name: value for name, value in os.environ.items() if name.startswith(ENVIRONMENT)}
     try:
-        ray.init(address=f"{host}:{port}", logging_level=logging.ERROR, runtime_env={"env_vars": passed_on})
+        ray.init(f"{host}:{port}", logging_level=logging.ERROR, runtime_env={"env_vars": passed_on()})
     except (ConnectionError, RuntimeError, ValueError, RayError, SystemExit) as error:
         raise UserError(f"ray.address={address}: {' '.join(str(error).split())[:300]}") from None
     try:
@@ -405,7 +369,7 @@ class _Run:
         there = NodeAffinitySchedulingStrategy(place.node, soft=False)
         try:
             call = ray.remote(function).options(num_cpus=0, scheduling_strategy=there).remote(place.pid, place.started, *arguments)
-            return ray.get(call, timeout=2 * END_SECONDS)
+            return ray.get(call, timeout=NODE_SECONDS)
         except RayError:  # the machine itself is gone
             return True
 
