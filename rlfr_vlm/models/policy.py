@@ -253,8 +253,9 @@ class Policy:
         Where weights are sharded all ranks must call it, and one of them with `write`: it holds the whole model in host memory meanwhile.
         """
         if self.weights_as_stored:
-            self.model.save_pretrained(folder)
-            (self.processor or self.tokenizer).save_pretrained(folder)
+            if write:
+                self.model.save_pretrained(folder)
+                (self.processor or self.tokenizer).save_pretrained(folder)
             return
         weights: dict[str, Tensor] = {}
         for bucket in self.weight_buckets(SAVE_BYTES):

@@ -18,7 +18,7 @@ from rlfr_vlm.errors import StoppedError, UserError
 from rlfr_vlm.flow.field import FlowField
 from rlfr_vlm.models.policy import Policy
 from rlfr_vlm.ranks import Ranks
-from rlfr_vlm.training.optim import MOMENTS, OptimizerSettings, not_finite
+from rlfr_vlm.training.optim import COUNT, MOMENTS, OptimizerSettings, not_finite, stored_moment
 
 REDUCE_BUCKET = 50_000_000  # elements of gradient that are reduced at a time
 PERSISTENT = 10_000  # stage 3: parameters of fewer elements stay whole on every rank
@@ -125,24 +125,24 @@ class ShardedOptimizer:
                 yield f"master/{name}", _view(safe_get_full_fp32_param(parameter), self.shape_of(parameter))
             for part in MOMENTS if started and self.settings.name == "adamw" else ():
                 yield f"{part}/{name}", _view(safe_get_full_optimizer_state(parameter, part), self.shape_of(parameter))
+        if "step" in (state := self._flat_state()):
+            yield COUNT, torch.as_tensor(state["step"], dtype=torch.float32)
 
     @torch.no_grad()
     def load_entries(self, read: Callable[[str], Tensor | None], steps: int) -> None:
         """See PolicyOptimizer: a collective of all ranks. Call it after the weights themselves are in place."""
         from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
 
-        moments = {name: {part: read(f"{part}/{name}") for part in MOMENTS} for name in self.parameters} if steps else {}
-        started = bool(moments) and all(m is not None for found in moments.values() for m in found.values())
-        if started:
-            self._start_state(steps)
+        if (count := read(COUNT)) is not None:
+            self._start_state(float(count))
         for name, parameter in self.parameters.items():
             stored = read(f"master/{name}")
             with self.whole([parameter]):
                 value = parameter.detach().float().clone() if stored is None else stored.to(parameter.device, torch.float32)
             safe_set_full_fp32_param(parameter, value)
-            for part, moment in moments[name].items() if started else ():
-                assert moment is not None
-                safe_set_full_optimizer_state(parameter, moment.to(parameter.device, torch.float32), part)
+            for part in MOMENTS if count is not None else ():
+                moment = stored_moment(read, part, name).to(parameter.device, torch.float32)
+                safe_set_full_optimizer_state(parameter, moment, part)
         self.steps = steps
 
     def _flat_tensors(self) -> list[Tensor]:
@@ -156,12 +156,12 @@ class ShardedOptimizer:
         inner = self.engine.optimizer.optimizer
         return next((inner.state[flat] for flat in self._flat_tensors() if inner.state.get(flat)), {})
 
-    def _start_state(self, steps: int) -> None:
+    def _start_state(self, count: float) -> None:
         """Moments of zeros, as after a first step, for DeepSpeed to know where each parameter's stand."""
         sharded = self.engine.optimizer
         for flat in self._flat_tensors():
             zeros = {part: torch.zeros_like(flat, dtype=torch.float32) for part in MOMENTS}
-            sharded.optimizer.state[flat] = {"step": torch.tensor(float(steps), device=flat.device), **zeros}
+            sharded.optimizer.state[flat] = {"step": torch.tensor(count, device=flat.device), **zeros}
         if hasattr(sharded, "_lazy_init_hp_params_optimizer_state"):
             sharded._lazy_init_hp_params_optimizer_state()
 

@@ -11,9 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from rlfr_vlm.config import Config
-from rlfr_vlm.errors import StoppedError
+from rlfr_vlm.errors import CheckpointError, StoppedError
 
 MOMENTS = ("exp_avg", "exp_avg_sq")  # of AdamW
+COUNT = "adamw/step"  # the entry that says how often the moments were updated: skipped updates are not among them
 
 
 def cosine_schedule(step: int, total: int, warmup_frac: float, min_ratio: float) -> float:
@@ -140,10 +141,11 @@ class Optimizer:
         """
         self.accumulate()
         trained = self._trained
-        if self.add_up is not None:
+        if self.add_up is not None or any(p.grad is not None for p in trained.values()):
             for parameter in trained.values():
-                if parameter.grad is None:  # another rank may have one
+                if parameter.grad is None:  # another rank may have one; and where there is but one, the numbers are to be the same
                     parameter.grad = torch.zeros_like(parameter)
+        if self.add_up is not None:
             self.add_up([p.grad for p in trained.values() if p.grad is not None])
         gradients = [p.grad for p in trained.values() if p.grad is not None]
         norm = float(torch.nn.utils.get_total_norm(gradients)) if gradients else 0.0
@@ -177,6 +179,9 @@ class Optimizer:
             for part in MOMENTS:
                 if part in state:
                     yield f"{part}/{name}", state[part]
+        count = next((state["step"] for state in self.torch.state.values() if "step" in state), None)
+        if count is not None:
+            yield COUNT, count
 
     @torch.no_grad()
     def load_entries(self, read: Callable[[str], Tensor | None], steps: int) -> None:
@@ -184,12 +189,20 @@ class Optimizer:
         for name, master in self.master.items():
             stored = read(f"master/{name}")
             master.copy_(self.parameters[name] if stored is None else stored)
-        for name, parameter in self._trained.items():
-            moments = {part: read(f"{part}/{name}") for part in MOMENTS}
-            if all(moment is not None for moment in moments.values()):
-                state = {part: m.to(parameter.device, torch.float32, copy=True) for part, m in moments.items() if m is not None}
-                self.torch.state[parameter] = {"step": torch.tensor(float(steps), device=parameter.device), **state}
+        count = read(COUNT)
+        if count is not None:
+            for name, parameter in self._trained.items():
+                state = {part: stored_moment(read, part, name).to(parameter.device, torch.float32, copy=True) for part in MOMENTS}
+                self.torch.state[parameter] = {"step": count.to(parameter.device, copy=True), **state}
         self.steps = steps
+
+
+def stored_moment(read: Callable[[str], Tensor | None], part: str, name: str) -> Tensor:
+    """A moment that was stored. Raises CheckpointError where it was not."""
+    found = read(f"{part}/{name}")
+    if found is None:
+        raise CheckpointError(f"the checkpoint has no `{part}` of parameter `{name}`: it is of another model")
+    return found
 
 
 def not_finite(steps: int, settings: OptimizerSettings, where: str = "") -> StoppedError:
