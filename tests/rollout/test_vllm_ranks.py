@@ -1,4 +1,4 @@
-"""Two training ranks with an engine each, in one process group: the engines must not notice each other."""
+"""Two training ranks with an engine each, in one process group, which must not notice each other; a model split over two processes."""
 
 from __future__ import annotations
 
@@ -14,8 +14,11 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from rlfr_vlm.config import ModelConfig
+from rlfr_vlm.models.policy import Policy
 from rlfr_vlm.rollout.probe import PROBE, probe_prompts
-from tests.rollout.test_weights import disturb, make_engine
+from rlfr_vlm.rollout.weights import _put_shares
+from tests.rollout.test_weights import disturb, make_engine, unpacked_model
 
 ROOT = Path(__file__).parents[2]
 
@@ -62,16 +65,34 @@ def rank_main(rank: int, size: int, folder: str, work: Path) -> dict[str, Any]:
     return found
 
 
-@pytest.mark.slow
-@pytest.mark.skipif(not Path("/proc/self/net/tcp").exists(), reason="reads Linux' socket tables")
-def test_two_ranks_sample_what_one_process_would(model_folder, tmp_path):
-    pytest.importorskip("vllm")
-    folder = model_folder("qwen2_5_vl")
-    runs = [("0", "1"), ("0", "2"), ("1", "2")]
-    outputs = [tmp_path / f"{rank}-of-{size}.json" for rank, size in runs]
+def shares_main(rank: int, size: int, folder: str, work: Path) -> dict[str, Any]:
+    """One worker of a tensor-parallel model: what it holds after each load, and what is said of a loader that writes nothing."""
+    torch.set_num_threads(1)
+    os.environ.update(GLOO_SOCKET_IFNAME="lo", VLLM_DIST_IDENT=work.name, VLLM_ENABLE_V1_MULTIPROCESSING="0", VLLM_HOST_IP="127.0.0.1")
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank))
+    dist.init_process_group("gloo", store=dist.FileStore(str(work / "shares"), size), rank=rank, world_size=size)
+    model = unpacked_model(folder, size, "external_launcher")
+    policy = Policy(ModelConfig(path=folder, dtype="float32"))
+    for seed in range(2):
+        disturb(policy, seed)
+        for bucket in policy.weight_buckets(1):
+            assert _put_shares(model, bucket) == []
+    (whole,) = policy.weight_buckets(2**40)
+    layer, source = "language_model.model.layers.1.", "model.language_model.layers.1."
+    columns = whole[f"{source}self_attn.o_proj.weight"].chunk(size, 1)[rank]
+    rows = torch.cat([whole[f"{source}mlp.{name}_proj.weight"].chunk(size)[rank] for name in ("gate", "up")])
+    assert torch.equal(model.get_parameter(f"{layer}self_attn.o_proj.weight"), columns)
+    assert torch.equal(model.get_parameter(f"{layer}mlp.gate_up_proj.weight"), rows)
+    model.get_parameter(f"{layer}mlp.down_proj.weight").weight_loader = lambda *_: None
+    return {"stale": [str(mismatch) for mismatch in _put_shares(model, whole)]}
+
+
+def run_together(what: str, runs: list[tuple[str, str]], folder: str, work: Path) -> list[dict[str, Any]]:
+    """What each (rank, size) returns; all of them run at once."""
+    outputs = [work / f"{what}-{rank}-of-{size}.json" for rank, size in runs]
     processes = [
         subprocess.Popen(
-            [sys.executable, "-m", "tests.rollout.test_vllm_ranks", rank, size, folder, str(tmp_path), str(output)],
+            [sys.executable, "-m", "tests.rollout.test_vllm_ranks", what, rank, size, folder, str(work), str(output)],
             cwd=ROOT,
             env={**os.environ, "OMP_NUM_THREADS": "1"},
             stderr=subprocess.PIPE,
@@ -86,12 +107,28 @@ def test_two_ranks_sample_what_one_process_would(model_folder, tmp_path):
             process.kill()
     for process, error in zip(processes, errors, strict=True):
         assert process.returncode == 0, error[-3000:]
-    alone, *ranks = [json.loads(output.read_text()) for output in outputs]
+    return [json.loads(output.read_text()) for output in outputs]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/net/tcp").exists(), reason="reads Linux' socket tables")
+def test_two_ranks_sample_what_one_process_would(model_folder, tmp_path):
+    pytest.importorskip("vllm")
+    alone, *ranks = run_together("rank_main", [("0", "1"), ("0", "2"), ("1", "2")], model_folder("qwen2_5_vl"), tmp_path)
     for when in ("first", "second"):
         assert {**ranks[0][when], **ranks[1][when]} == alone[when]
         assert not ranks[0][when].keys() & ranks[1][when].keys()
     assert all(alone["first"][prompt] != alone["second"][prompt] for prompt in alone["first"])
 
 
+@pytest.mark.slow
+def test_workers_of_a_split_model_take_their_shares_of_every_bucket(model_folder, tmp_path):
+    pytest.importorskip("vllm")
+    for found in run_together("shares_main", [("0", "2"), ("1", "2")], model_folder("qwen2_5_vl"), tmp_path):
+        (stale,) = found["stale"]
+        assert "`language_model.model.layers.1.mlp.down_proj.weight` differs" in stale and "by up to inf" in stale
+
+
 if __name__ == "__main__":
-    Path(sys.argv[5]).write_text(json.dumps(rank_main(int(sys.argv[1]), int(sys.argv[2]), sys.argv[3], Path(sys.argv[4]))))
+    main = {"rank_main": rank_main, "shares_main": shares_main}[sys.argv[1]]
+    Path(sys.argv[6]).write_text(json.dumps(main(int(sys.argv[2]), int(sys.argv[3]), sys.argv[4], Path(sys.argv[5]))))

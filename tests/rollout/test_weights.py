@@ -13,7 +13,7 @@ from rlfr_vlm.models.policy import Policy, WeightSpec
 from rlfr_vlm.rollout import weights
 from rlfr_vlm.rollout.probe import PROBE, logprob_gap, probe_prompts
 from rlfr_vlm.rollout.vllm_engine import VllmEngine
-from rlfr_vlm.rollout.weights import compare_weights, copy_weights, engine_model, map_weights
+from rlfr_vlm.rollout.weights import _put_shares, compare_weights, copy_weights, engine_model, map_weights
 
 pytest.importorskip("vllm")
 
@@ -45,6 +45,32 @@ def make_engine(path: str, dtype: str, gguf_file: str | None = None, weights: bo
         }
     )
     return VllmEngine(cfg, Policy(cfg.model, weights=weights))
+
+
+def unpacked_model(path: str, tensor_parallel: int = 1, backend: str = "uni"):
+    """vLLM's model as it is before CPU kernels pack its weights, as on a GPU; vLLM's process groups must be there."""
+    from vllm.config import set_current_vllm_config
+    from vllm.engine.arg_utils import EngineArgs
+    from vllm.model_executor.model_loader.utils import initialize_model
+    from vllm.utils.torch_utils import set_default_torch_dtype
+
+    arguments = EngineArgs(
+        model=path,
+        dtype="float32",
+        max_model_len=128,
+        enforce_eager=True,
+        tensor_parallel_size=tensor_parallel,
+        distributed_executor_backend=backend,
+    )
+    config = arguments.create_engine_config()
+    with set_current_vllm_config(config), set_default_torch_dtype(torch.float32):
+        if tensor_parallel > 1:
+            from vllm.distributed import ensure_model_parallel_initialized, init_distributed_environment
+
+            rank = torch.distributed.get_rank()
+            init_distributed_environment(tensor_parallel, rank, "env://", rank, "gloo")
+            ensure_model_parallel_initialized(tensor_parallel, 1)
+        return initialize_model(config)
 
 
 @torch.no_grad()
@@ -80,7 +106,12 @@ def test_the_engine_follows_the_policy(model_folder, family, tied, dtype):
     for seed in range(2):
         disturb(engine.policy, seed)
         assert gap(engine) > stale  # cached prompts and pictures are those of the old weights
-        engine.load_weights(engine.policy)
+        if seed == 0:
+            engine.load_weights(engine.policy)
+        else:
+            for bucket in engine.policy.weight_buckets(1):  # layer by layer
+                engine.load_bucket(bucket)
+            engine.finish_load(engine.policy.version)
         assert gap(engine) <= right
     tensors = trainer_tensors(engine.policy)
     layout = engine._sync.layout
@@ -266,6 +297,22 @@ def test_what_a_load_lacks_is_named(engine):
             engine.load_bucket(bucket)
     with pytest.raises(StoppedError, match=r"1 of \d+ tensors did not come, the first is `model\.norm\.weight`"):
         engine.finish_load(1)
+
+
+def test_where_nothing_is_packed_vllms_own_loader_takes_the_buckets(engine):
+    model = unpacked_model(engine.policy.path)
+    layout = map_weights(model, engine.policy.weight_specs())
+    assert layout == engine._sync.layout
+    for parameter in model.parameters():
+        parameter.data.zero_()
+    for bucket in engine.policy.weight_buckets(1):
+        assert len(compare_weights(model, layout, bucket)) == len(bucket)
+        copy_weights(model, layout, bucket)
+        assert compare_weights(model, layout, bucket) == []
+        assert _put_shares(model, bucket) == []
+    tensors = trainer_tensors(engine.policy)
+    model.get_parameter("model.layers.1.mlp.gate_up_proj.weight").data[-1, -1] += 1
+    assert [m.source for m in compare_weights(model, layout, tensors)] == ["model.layers.1.mlp.up_proj.weight"]
 
 
 def test_a_probe_needs_enough_tokens(engine):
