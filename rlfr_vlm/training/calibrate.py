@@ -24,8 +24,8 @@ from rlfr_vlm.training.footprint import num_ranks
 from rlfr_vlm.training.memory import FIELD_TILE, PREFILL_TOKENS, VOCAB_TILE, Machine, MicroBatch, micro_batch, num_trained
 from rlfr_vlm.training.shapes import ModelShape
 
-BUDGET = {"cpu": 2e10, "cuda": 2e13}  # floating-point operations of one timed call, about
-REPEATS = 4  # timed calls; the fastest counts: what else runs meanwhile slows the others
+BUDGET = {"cpu": 1e10, "cuda": 2e13}  # floating-point operations of one timed call, about
+REPEATS = 3  # timed calls; the fastest counts: what else runs meanwhile slows the others
 OPTIMISER_SIZE = 2**22  # parameters that its step is timed on
 
 
@@ -76,7 +76,10 @@ class _Layer(nn.Module):
 
 
 def step_seconds(cfg: Config, shape: ModelShape, machine: Machine, vllm: bool) -> dict[str, float] | None:
-    """Seconds of a training step by part, with every prompt and response at its limit; None where the device is not here to be timed."""
+    """Seconds of a training step by part, with every prompt and response at the config's limits; None where no such device is here to be timed.
+
+    Prompts are mostly shorter: give it a config whose limit is a typical one's length.
+    """
     if machine.kind == "cuda" and not torch.cuda.is_available():
         return None
     bench = Bench(shape, torch.device(machine.kind), getattr(torch, cfg.model.dtype), BUDGET[machine.kind])

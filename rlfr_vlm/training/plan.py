@@ -19,10 +19,11 @@ from rlfr_vlm.errors import UserError
 from rlfr_vlm.training.footprint import disk, engine_problem, num_ranks, predict, uses_vllm
 from rlfr_vlm.training.memory import GIB, Machine, Parts, Table
 from rlfr_vlm.training.shapes import ModelShape, read_shape
+from rlfr_vlm.training.workload import typical_prompt
 
 PROCESS, VLLM_PROCESS = 590 * 2**20, 850 * 2**20  # resident bytes of the libraries, where they are not measured: torch 2.13, vLLM 0.32
 IMPORTS = ("rlfr_vlm.commands", "torch.utils.tensorboard")
-VLLM_IMPORTS = ("rlfr_vlm.rollout.vllm_engine", "vllm", "vllm.v1.worker.cpu_worker")
+VLLM_IMPORTS = {"cpu": ("vllm.entrypoints.llm", "vllm.v1.worker.cpu_worker"), "cuda": ("vllm.entrypoints.llm",)}
 SMALLEST_BATCH = 512  # tokens_per_microbatch is not proposed below it
 RANKS = (2, 4, 8, 16, 32, 64)
 SHARES = (0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.25, 0.2, 0.15, 0.1)  # of a GPU, that are tried for vLLM
@@ -47,6 +48,7 @@ class Plan:
     samples: int  # per step
     tokens: int  # per step, at most
     response_tokens: int  # of these
+    typical_prompt: int  # tokens, for the time; the limit where data.train is not at hand
     seconds: dict[str, float] | None  # of a step, by part; None without calibration
     overrides: list[str] | None  # that make it fit; None where nothing that was tried does
 
@@ -68,11 +70,13 @@ def plan(vary: Vary, device_memory: float | None = None, model_config: str | Non
     shortfalls = find_shortfalls(cfg, shape, machine, tables)
     rollout = cfg.rollout
     samples = rollout.num_prompts * rollout.group_size
+    prompt = typical_prompt(cfg, shape)
     seconds = None
     if calibrate:
         from rlfr_vlm.training.calibrate import step_seconds
 
-        seconds = step_seconds(cfg, shape, machine, uses_vllm(cfg, machine))
+        shorter = cfg.model_copy(update={"data": cfg.data.model_copy(update={"max_prompt_tokens": prompt})})
+        seconds = step_seconds(shorter, shape, machine, uses_vllm(cfg, machine))
     return Plan(
         model=cfg.model.path,
         shape=shape,
@@ -86,6 +90,7 @@ def plan(vary: Vary, device_memory: float | None = None, model_config: str | Non
         samples=samples,
         tokens=rollout.num_prompts * cfg.data.max_prompt_tokens + samples * rollout.max_new_tokens,
         response_tokens=samples * rollout.max_new_tokens,
+        typical_prompt=prompt,
         seconds=seconds,
         overrides=find_overrides(vary, shape, machine) if shortfalls else [],
     )
@@ -106,10 +111,9 @@ def find_machine(cfg: Config, device_memory: float | None, measure: bool) -> Mac
     machine = Machine(kind, float(memory), float(PROCESS), float(VLLM_PROCESS), find_spec("vllm") is not None)
     if not measure:
         return machine
-    machine = replace(machine, process=imported_bytes(IMPORTS) or PROCESS)
-    if not uses_vllm(cfg, machine) or not machine.has_vllm:
-        return machine
-    return replace(machine, vllm_process=imported_bytes(IMPORTS + VLLM_IMPORTS) or VLLM_PROCESS)
+    if uses_vllm(cfg, machine) and machine.has_vllm:
+        return replace(machine, vllm_process=imported_bytes(IMPORTS + VLLM_IMPORTS[kind]) or VLLM_PROCESS)
+    return replace(machine, process=imported_bytes(IMPORTS) or PROCESS)
 
 
 def gpu_memory() -> int | None:
@@ -315,7 +319,8 @@ def _time_lines(found: Plan) -> list[str]:
     parts = ", ".join(f"{name} {seconds:,.1f} s" for name, seconds in found.seconds.items())
     return [
         f"time per step, about {total:,.1f} s ({parts}); {total * found.steps / 3600:,.1f} h for all steps",
-        "  an estimate from single layers timed on this machine: every prompt and response at its limit, nothing else running",
+        f"  an estimate from single layers timed on this machine: prompts of about {found.typical_prompt:,} tokens, every response at its limit,",
+        "  nothing else running; pictures, grading, saving and evaluation are not in it",
     ]
 
 

@@ -23,6 +23,7 @@ from rlfr_vlm.training.footprint import disk, predict
 from rlfr_vlm.training.memory import GIB, Machine, MicroBatch
 from rlfr_vlm.training.plan import find_machine, find_overrides, find_shortfalls
 from rlfr_vlm.training.shapes import PUBLISHED, read_shape
+from rlfr_vlm.training.workload import typical_prompt
 from rlfr_vlm.types import EncodedPrompt, Prompt, Rollout
 from tests import tiny_models
 from tests.runs import ROOT
@@ -335,6 +336,21 @@ def test_operations_of_a_layer_by_hand():
     weights = 2 * 1536 * (1536 + 256) + 3 * 1536 * 8960
     assert shape.layer == weights
     assert layer_operations(shape, MicroBatch(10, 5, 1, 2, 2)) == 2 * weights * 20 + 4 * 1536 * (10 * 10 + 2 * 5 * 15)
+
+
+def test_typical_prompts_are_read_from_the_data(tmp_path):
+    cfg = config(SEVEN, f"data.train={tmp_path}/rows.jsonl", "data.system=''", "data.max_prompt_tokens=500")
+    shape, seeing = read_shape(cfg.model.path), read_shape("Qwen/Qwen2.5-VL-3B-Instruct")
+    assert typical_prompt(cfg, shape) == 500  # nothing is there yet
+    Image.new("RGB", (280, 280)).save(tmp_path / "a.png")
+    rows = [{"prompt": "x" * 35, "answer": "y" * 350}, {"messages": [{"role": "", "content": "x" * 105}], "images": ["a.png", "gone.png"]}]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert typical_prompt(cfg, shape) == 16 + 20
+    largest = cfg.data.max_pixels / 28**2
+    assert typical_prompt(cfg.model_copy(), seeing) == round(16 + 20 + (100 + largest) / 2)
+    for text in ("{", "[1]"):
+        (tmp_path / "rows.jsonl").write_text(text)
+        assert typical_prompt(cfg, shape) == 500
 
 
 # -- measured runs ----------------------------------------------------------------------------------------------------
