@@ -75,10 +75,10 @@ def verdict(ended: Mapping[int, Ended], died: Mapping[int, str], silent: list[in
     own = [(rank, end) for rank, end in sorted(ended.items()) if end.path is None and not end.peer]
     own.sort(key=lambda found: found[1].problem is None or re.match(r"rank \d+: ", found[1].problem.text) is not None)
     for rank, end in own:
-        if end.problem is None:
-            raise RuntimeError(f"rank {rank} failed:\n{end.trace}")
-        if not end.stopped:
+        if end.problem is not None and not end.stopped:
             raise end.problem.error()
+        if end.problem is None and not died:  # else it may follow from the death
+            raise RuntimeError(f"rank {rank} failed:\n{end.trace}")
     if own and not died and not silent:
         assert own[0][1].problem is not None
         raise own[0][1].problem.error()

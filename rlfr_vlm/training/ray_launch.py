@@ -278,8 +278,6 @@ class _Run:
         for number, place in enumerate(places):
             say(f"{role} {number}: process {place.pid} on {place.host}, {place.device}")
 
-    # -- watching ------------------------------------------------------------------------------------------------------------
-
     def _watch(self, calls: Sequence[Any]) -> Path | None:
         """Until the ranks have ended. Returns the run's folder; None where they have to start again."""
         import ray
@@ -327,6 +325,7 @@ class _Run:
             try:
                 state = ray.get(ping)
             except ActorDiedError as error:
+                self.deaths.append(brief(error))
                 raise StoppedError(f"engine {number} died and is not started again ({brief(error)}); {self._so_far()}") from None
             except RayActorError:
                 continue  # it is being started again

@@ -172,6 +172,7 @@ def test_the_first_cause_is_told_from_what_follows_from_it():
         verdict({0: problem(UserError("rank 1: data.train: no rows")), 1: problem(UserError("data.train: no rows"))}, {}, [])
     with pytest.raises(StoppedError, match="3 of 4 verdicts are errors"):
         verdict({1: problem(StoppedError("3 of 4 verdicts are errors")), 0: lost}, {}, [])
+    assert "rank 2 died" in verdict({0: lost, 1: problem(ValueError("no such key"))}, {2: "died"}, [])
     with pytest.raises(RuntimeError, match=r"rank 1 failed:\n(.|\n)*ValueError: a bug"):
         verdict({0: lost, 1: problem(ValueError("a bug"))}, {}, [])
     with pytest.raises(Preempted, match="stopped at step 3"):
@@ -263,16 +264,20 @@ def test_sigterm_saves_and_the_same_command_goes_on(prepared, tmp_path):
         step = int(re.search(r"stopped at step (\d+) on SIGTERM; run the same command to go on", run.text)[1])
         assert (tmp_path / "run" / "checkpoints" / f"global_step_{step}").is_dir()
         assert not run.left() and traces() == before
-    with Launched(path, tmp_path / "run") as run:
+    with Launched(path, tmp_path / "run", "train.timeout_s=60") as run:
         run.wait_for(f"resumed from global_step_{step}")
-        hung = int(run.wait_for(r"rank 0: process (\d+)")[1])
+        first, stopped = (int(run.wait_for(rf"rank {rank}: process (\d+)")[1]) for rank in (0, 1))
         run.wait_for(f"step {step + 1}/12")
+        os.kill(stopped, signal.SIGSTOP)
+        run.wait_for(r"warning: rank 1 did not answer \(rank 0 waited at .*rank 1 was last at .*death 1")
+        run.wait_for(rf"rank 0: process (?!{first})\d+")
+        assert started(stopped) is None
+        run.wait_for(r"(?s)did not answer.*resumed from global_step_\d+.*step \d+/12")
         run.process.kill()  # and everything goes with it
         run.process.wait()
         deadline = time.monotonic() + 30
-        while started(hung) is not None and time.monotonic() < deadline:
+        while run.left() and time.monotonic() < deadline:
             time.sleep(0.1)
-        time.sleep(1)
         assert not run.left()
 
 
