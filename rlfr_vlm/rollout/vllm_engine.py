@@ -7,7 +7,8 @@ import logging
 import os
 import socket
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -26,6 +27,7 @@ from rlfr_vlm.rollout.weights import WeightSync
 from rlfr_vlm.types import EncodedPrompt, Rollout, RolloutGroup, request_seed
 
 TEMPERATURES = (0.01, 2.0)  # beyond these vLLM clamps (with a warning) or refuses
+SOCKET_ROOM = 48  # letters of the temporary folder's path: those of a socket's end at 107
 MIN_MODEL_LEN = 64  # room for the probe, whatever the config's limits
 
 
@@ -46,7 +48,9 @@ class VllmEngine:
         self.max_model_len = max_model_len(cfg, policy.max_length)
         self.version: int | None = None  # of the weights; none: there are none yet
         self._asleep: tuple[str, ...] = ()  # vLLM's names of the memory that is given back
-        with tempfile.TemporaryDirectory(prefix="rlfr-vllm-") as folder, undisturbed():
+        self._scratch = tempfile.TemporaryDirectory(prefix="rlfr-vllm-", dir="/tmp" if len(tempfile.gettempdir()) > SOCKET_ROOM else None)
+        folder = self._scratch.name
+        with undisturbed(), temporary_files_in(folder):
             if cfg.model.gguf_file:  # vLLM reads no such file: it starts with random weights, which the first load replaces
                 policy.model.config.save_pretrained(folder)
                 policy.tokenizer.save_pretrained(folder)
@@ -179,6 +183,18 @@ class VllmEngine:
         self.llm.llm_engine.engine_core.shutdown()
         del self.llm, self._sync
         core.cleanup_dist_env_and_memory()
+        self._scratch.cleanup()
+
+
+@contextmanager
+def temporary_files_in(folder: str) -> Iterator[None]:
+    """While open, vLLM puts its files and sockets here; it never removes them."""
+    before = tempfile.tempdir
+    tempfile.tempdir = os.environ["VLLM_RPC_BASE_PATH"] = folder
+    try:
+        yield
+    finally:
+        tempfile.tempdir = before
 
 
 def engine_input(prompt: EncodedPrompt) -> dict[str, Any]:

@@ -44,9 +44,13 @@ def members(group):
 
 
 def left_over(folder, members):
-    """What a run forgot: files in its temporary folder, and shared memory named after one of its processes."""
+    """What a run forgot: files in its temporary folder, and shared memory named after one of its processes.
+
+    torchrun's folder of logs and torch's cache of compiled functions are meant to stay.
+    """
+    theirs = ("torchelastic_", "torchinductor_")
     named = [p for p in Path("/dev/shm").iterdir() if any(str(pid) in p.name for pid in members)]
-    return [str(p) for p in (*folder.iterdir(), *named)]
+    return [str(p) for p in (*folder.iterdir(), *named) if not p.name.startswith(theirs)]
 
 
 def steps_done(metrics):
