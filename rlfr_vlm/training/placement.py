@@ -93,6 +93,7 @@ def private_folder() -> Iterator[Path]:
             "RAY_memory_monitor_refresh_ms": "0",  # would kill actors at 95 % of the memory, whoever else uses it
             "RAY_NUM_REDIS_GET_RETRIES": "120",  # a busy machine takes its time
             "RAY_worker_register_timeout_seconds": "300",
+            "RAY_worker_niceness": "0",  # 15 by default: training would run in whatever time others leave
             "RAY_COLOR_PREFIX": "0",
             "RAY_DEDUP_LOGS": "0",
             "TQDM_DISABLE": "1",

@@ -89,7 +89,7 @@ class RayWorkers:
 
 @contextmanager
 def cluster(cfg: Config) -> Iterator[Needs]:
-    """Be connected to a cluster that has room for the run. Raises UserError naming what is missing, or the address."""
+    """Connect to a cluster that has room for the run. Raises UserError naming what is missing, or the address."""
     before, handler = dict(os.environ), signal.getsignal(signal.SIGTERM)
     try:
         with _own_cluster(cfg) if cfg.ray.address == "local" else _other_cluster(cfg.ray.address):
@@ -137,14 +137,16 @@ def _other_cluster(address: str) -> Iterator[None]:
     host, port = find_cluster(address)
     if host.startswith(LOOPBACK) and not answers(own_address(), port):  # listens on loopback alone, as the one above
         os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
-    os.environ |= {"RAY_COLOR_PREFIX": "0", "RAY_DEDUP_LOGS": "0"}
+    os.environ |= {"RAY_COLOR_PREFIX": "0", "RAY_DEDUP_LOGS": "0", "RAY_NUM_REDIS_GET_RETRIES": "3", "RAY_BACKEND_LOG_LEVEL": "fatal"}
     import ray
     from ray.exceptions import RayError
 
     try:
         ray.init(f"{host}:{port}", logging_level=logging.ERROR, runtime_env={"env_vars": passed_on()})
     except (ConnectionError, RuntimeError, ValueError, RayError, SystemExit) as error:
-        raise UserError(f"ray.address={address}: {' '.join(str(error).split())[:300]}") from None
+        why = " ".join(str(error.__cause__ or error).split())
+        token = "it wants its token: set RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN_PATH to the file that holds it"
+        raise UserError(f"ray.address={address}: {token if 'uthenticat' in why else why[:300]}") from None
     try:
         yield
     finally:

@@ -293,3 +293,32 @@ def test_the_fourth_death_stops_the_run_and_what_a_rank_stops_at_is_said(prepare
     with Launched(path, tmp_path / "run", "optim.lr=0.5") as run:
         assert run.end() == 2, run.text[-4000:]
         assert re.search(r"rlfr-vlm train: .* was written with another config: optim.lr", run.text)
+
+
+CLUSTER = """
+import sys, logging
+from rlfr_vlm.training.placement import private_folder
+
+with private_folder() as folder:
+    import os, ray
+    found = ray.init("local", num_cpus=2, include_dashboard=False, _node_ip_address="127.0.0.1", _temp_dir=str(folder), log_to_driver=False)
+    print(found.address_info["gcs_address"], os.environ["RAY_AUTH_TOKEN_PATH"], flush=True)
+    sys.stdin.read()
+    print(ray.get(ray.remote(lambda: "alive").remote(), timeout=120), flush=True)
+"""
+
+
+@pytest.mark.slow
+def test_a_running_cluster_is_joined_with_its_token_and_left_running(prepared, tmp_path):
+    path = prepared(train={"steps": 2})
+    command = [sys.executable, "-c", CLUSTER]
+    with subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as cluster:
+        address, token = next(line for line in cluster.stdout if "127.0.0.1" in line).split()
+        with Launched(path, tmp_path / "refused", f"ray.address={address}") as run:
+            assert run.end() == 2 and f"ray.address={address}: " in run.text and "token" in run.text, run.text[-4000:]
+        secret = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": token}
+        with Launched(path, tmp_path / "run", f"ray.address={address}", **secret) as run:
+            assert run.end() == 0, run.text[-4000:]
+            assert not run.left()
+        assert (tmp_path / "run" / "hf" / "global_step_2").is_dir()
+        assert "alive" in cluster.communicate(timeout=180)[0]
