@@ -30,7 +30,8 @@ from rlfr_vlm.training.memory import (
 from rlfr_vlm.training.schedule import due_steps
 from rlfr_vlm.training.shapes import ModelShape, num_field_parameters
 
-ROLLOUT, UPDATE = "rollout", "update"
+ROLLOUT, UPDATE, SAVING = "rollout", "update", "saving"
+FILE_BYTES = 2**31  # of training/shards.py: copied to host memory before they are written
 TOKEN_TEXT = 60  # bytes of one token in rollouts/step_N.jsonl: text, log-prob, advantage, flow reward, entropy; measured
 
 
@@ -75,7 +76,16 @@ def _trainer(cfg: Config, shape: ModelShape, machine: Machine) -> dict[str, Part
     elif machine.kind == "cuda" and cfg.rollout.vllm.sleep:
         engine = {}
     updates = [{**static, **engine, **parts} for parts in _updates(cfg, shape, machine, gradients)]
-    return {ROLLOUT: rollout, UPDATE: max(updates, key=lambda parts: sum(parts.values()))}
+    phases = {ROLLOUT: rollout, UPDATE: max(updates, key=lambda parts: sum(parts.values()))}
+    if machine.kind == "cpu":
+        phases[SAVING] = {**static, **engine, "copies being written": _copies(cfg, shape)}
+    return phases
+
+
+def _copies(cfg: Config, shape: ModelShape) -> float:
+    """Tensors that one rank's checkpoint holds in host memory before a file of them is written."""
+    trained = num_trained(cfg, shape)
+    return min(float(FILE_BYTES), trained * max(float(element(cfg)), bytes_per_trained(cfg)[1] / num_ranks(cfg)))
 
 
 def _beside(cfg: Config, shape: ModelShape) -> Parts:
@@ -98,9 +108,11 @@ def _updates(cfg: Config, shape: ModelShape, machine: Machine, gradients: float)
     field = 4.0 * num_field_parameters(shape.hidden, cfg.flow.network.depth) if cfg.flow and cfg.flow.online.enabled else 0.0
     after = {"gradients": gradients} | ({"flow gradients": field} if field else {})
     found = [_forward(cfg, shape, first, kind)]
+    after["held by the allocator"] = found[0]["held by the allocator"]  # it keeps what the largest micro-batch had
     if total > first.tokens:
         rest = int(total - first.tokens) + cfg.data.max_prompt_tokens
-        found.append({**after, **_forward(cfg, shape, micro_batch(cfg, min(cfg.train.tokens_per_microbatch, rest)), kind)})
+        later = _forward(cfg, shape, micro_batch(cfg, min(cfg.train.tokens_per_microbatch, rest)), kind)
+        found.append({**after, **later} | {"held by the allocator": after["held by the allocator"]})
     found.append({**after, "backward": _end_of_backward(cfg, shape)})
     if cfg.flow is not None:
         found.append({**after, "flow tiles": _field_backward(cfg, shape, first)})
@@ -213,7 +225,8 @@ def _host(cfg: Config, shape: ModelShape, machine: Machine) -> dict[str, Parts]:
     weights = float(element(cfg) * shape.parameters)
     run = {"processes": processes, "graders": graders, "encoded prompts": prompts}
     run |= {f"offloaded {name}": ranks * size for name, size in offloaded.items()}
-    return {"loading": {**run, "weights being loaded": ranks * weights}, "saving": {**run, "weights being written": weights}}
+    saving = max(weights, ranks * _copies(cfg, shape))  # the exported model, or the ranks' parts of a checkpoint
+    return {"loading": {**run, "weights being loaded": ranks * weights}, SAVING: {**run, "copies being written": saving}}
 
 
 def _host_process(cfg: Config, machine: Machine) -> float:
@@ -230,7 +243,7 @@ def _pictures(cfg: Config, shape: ModelShape) -> float:
 def disk(cfg: Config, shape: ModelShape) -> Parts:
     """Bytes under output_dir at the end, and while the last checkpoint is being written."""
     _, optimiser = bytes_per_trained(cfg)
-    checkpoint = element(cfg) * shape.parameters + num_trained(cfg, shape) * float(optimiser)
+    checkpoint = num_trained(cfg, shape) * float(element(cfg) + optimiser)
     if cfg.flow is not None:
         checkpoint += num_field_parameters(shape.hidden, cfg.flow.network.depth) * (12.0 if cfg.flow.online.enabled else 4.0)
     if cfg.algorithm.loss == "flowrl":

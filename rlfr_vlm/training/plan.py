@@ -21,6 +21,7 @@ from rlfr_vlm.training.memory import GIB, Machine, Parts, Table
 from rlfr_vlm.training.shapes import ModelShape, read_shape
 from rlfr_vlm.training.workload import typical_prompt
 
+LATER = 60 * 2**20  # resident bytes of what a process loads and touches after its imports, before the model; measured
 PROCESS, VLLM_PROCESS = 590 * 2**20, 850 * 2**20  # resident bytes of the libraries, where they are not measured: torch 2.13, vLLM 0.32
 IMPORTS = ("rlfr_vlm.commands", "torch.utils.tensorboard")
 VLLM_IMPORTS = {"cpu": ("vllm.entrypoints.llm", "vllm.v1.worker.cpu_worker"), "cuda": ("vllm.entrypoints.llm",)}
@@ -108,12 +109,12 @@ def find_machine(cfg: Config, device_memory: float | None, measure: bool) -> Mac
     memory = device_memory * GIB if device_memory is not None else gpu if kind == "cuda" else host_memory()
     if memory is None:
         raise UserError(f"model.device={cfg.model.device}: no GPU is found here: say what one holds with --device-memory GIB")
-    machine = Machine(kind, float(memory), float(PROCESS), float(VLLM_PROCESS), find_spec("vllm") is not None)
+    machine = Machine(kind, float(memory), float(PROCESS + LATER), float(VLLM_PROCESS + LATER), find_spec("vllm") is not None)
     if not measure:
         return machine
     if uses_vllm(cfg, machine) and machine.has_vllm:
-        return replace(machine, vllm_process=imported_bytes(IMPORTS + VLLM_IMPORTS[kind]) or VLLM_PROCESS)
-    return replace(machine, process=imported_bytes(IMPORTS) or PROCESS)
+        return replace(machine, vllm_process=LATER + (imported_bytes(IMPORTS + VLLM_IMPORTS[kind]) or VLLM_PROCESS))
+    return replace(machine, process=LATER + (imported_bytes(IMPORTS) or PROCESS))
 
 
 def gpu_memory() -> int | None:
