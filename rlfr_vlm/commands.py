@@ -186,7 +186,7 @@ def train_rank(cfg: Config, ranks: Ranks, make: Callable[[Policy, Ranks], Rollou
     planned = plan(in_training(cfg)) if cfg.eval.every and ranks.first else []
     policy = Policy(cfg.model)
     learner = make_learner(cfg, policy, ranks)
-    with Grader(cfg.reward.grader, cfg.reward.answer) as grader:
+    with ranks.named(), Grader(cfg.reward.grader, cfg.reward.answer) as grader:
         engine = make_engine(cfg, policy) if make is None else make(policy, ranks)
         try:
             return run_training(Workbench(cfg, policy, grader, engine, learner), prompts, heldout if ranks.first else [], bad, planned)

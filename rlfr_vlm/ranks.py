@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import socket
 from collections.abc import Iterator, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -44,7 +45,7 @@ class Ranks:
 
     def __init__(self, rank: int = 0, size: int = 1, timeout_s: float = 1800.0, store: Any = None, port: int | None = None) -> None:
         self.rank, self.size, self.timeout_s, self.port = rank, size, timeout_s, port
-        self._store = store
+        self._store, self._place = store, "start"
         self._group = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_s)) if size > 1 else None
 
     @property
@@ -54,6 +55,7 @@ class Ranks:
 
     def at(self, place: str) -> None:
         """Note where this rank is, for the others' error messages."""
+        self._place = place
         if self._store is not None:
             with suppress(RuntimeError):  # the store died with rank 0: the collective that follows says so
                 self._store.set(f"at/{self.rank}", place)
@@ -137,6 +139,16 @@ class Ranks:
             f"rank {self.rank} waited at `{place}` and got no answer ({' '.join(str(error).split())[:160]}); {'; '.join(where)}"
         )
 
+    @contextmanager
+    def named(self) -> Iterator[None]:
+        """Whatever waits for others in this block, DeepSpeed too, says where every rank was when it gives up."""
+        try:
+            yield
+        except RuntimeError as error:
+            if self.size > 1 and lost_others(error):
+                raise self.lost(self._place, error) from error
+            raise
+
     def limit_waits(self) -> None:
         """Put the time limit on every process group: DeepSpeed makes groups of its own and ignores the limit that it is given."""
         from torch.distributed import distributed_c10d as c10d
@@ -151,6 +163,17 @@ class Ranks:
 
 
 ALONE = Ranks()
+
+
+def lost_others(error: BaseException) -> bool:
+    """Whether an error of one rank says no more than that another one does not answer."""
+    if isinstance(error, StoppedError):
+        cause = error.__cause__ or error.__context__
+        return cause is not None and lost_others(cause)
+    if isinstance(error, dist.DistError):
+        return True
+    text = str(error)
+    return isinstance(error, RuntimeError) and re.search(r"gloo|NCCL|[Cc]onnection (closed|reset|refused)|[Tt]imed out", text) is not None
 
 
 def _buckets(tensors: Sequence[torch.Tensor], max_bytes: int) -> Iterator[list[torch.Tensor]]:

@@ -113,7 +113,7 @@ def test_only_train_runs_on_ranks(tmp_path):
 
 
 PEER = """
-import sys, time
+import sys, time, torch
 from rlfr_vlm.config import parse_config
 from rlfr_vlm.errors import StoppedError
 from rlfr_vlm.ranks import join
@@ -122,33 +122,38 @@ cfg = parse_config({"output_dir": "x", "model": {"path": "m"}, "deepspeed": {"ra
 ranks = join(cfg)
 assert ranks.gather(ranks.rank, "hello") == [0, 1]
 ranks.at("gathering `layers.3.weight`")
+ranks.limit_waits()
 print("ready", flush=True)
 if ranks.rank == 1:
     time.sleep(600)
 try:
+    if len(sys.argv) > 2:  # a collective of somebody else's
+        ranks.at("metrics of step 7")
+        with ranks.named():
+            torch.distributed.all_reduce(torch.ones(1))
     ranks.gather(None, "metrics of step 7")
 except StoppedError as error:
     print(error, flush=True)
 """
 
 
-def peers(seconds):
+def peers(seconds, *more):
     """Two ranks, of which the second never answers again."""
     variables = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "OMP_NUM_THREADS": "1"}
-    found = [
-        subprocess.Popen(
-            [sys.executable, "-c", PEER, str(seconds)], cwd=ROOT, stdout=subprocess.PIPE, text=True, env={**os.environ, **variables, "RANK": str(r)}
-        )
-        for r in range(2)
-    ]  # fmt: skip
+    command = [sys.executable, "-c", PEER, str(seconds), *more]
+    environments = [{**os.environ, **variables, "RANK": str(rank)} for rank in range(2)]
+    found = [subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, env=env) for env in environments]
     for process in found:
         assert process.stdout.readline() == "ready\n"
     return found
 
 
-@pytest.mark.parametrize(("number", "seconds", "most"), [(signal.SIGSTOP, 5, 9), (signal.SIGKILL, 60, 4)])
-def test_a_rank_that_hangs_or_dies_is_named(number, seconds, most):
-    waiting, silent = peers(seconds)
+@pytest.mark.parametrize(
+    ("number", "seconds", "most", "whose"),
+    [(signal.SIGSTOP, 5, 9, ()), (signal.SIGKILL, 60, 4, ()), (signal.SIGSTOP, 5, 9, ("another's",))],
+)
+def test_a_rank_that_hangs_or_dies_is_named(number, seconds, most, whose):
+    waiting, silent = peers(seconds, *whose)
     try:
         silent.send_signal(number)
         start = time.monotonic()

@@ -13,9 +13,8 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-
-from rlfr_vlm.errors import DiskFullError, Preempted, StoppedError, UserError
+from rlfr_vlm.errors import DiskFullError, Preempted, UserError
+from rlfr_vlm.ranks import lost_others
 from rlfr_vlm.rollout.worker import Problem
 
 END_SECONDS = 30.0  # for a killed process to be gone
@@ -54,17 +53,6 @@ class Ended:
     def stopped(self) -> bool:
         """Whether it saved and stopped because it was asked to."""
         return self.problem is not None and self.problem.kind == Preempted.__name__
-
-
-def lost_others(error: BaseException) -> bool:
-    """Whether an error of one rank says no more than that another one does not answer."""
-    if isinstance(error, StoppedError):
-        cause = error.__cause__ or error.__context__
-        return cause is not None and lost_others(cause)
-    if isinstance(error, torch.distributed.DistError):
-        return True
-    text = str(error)
-    return isinstance(error, RuntimeError) and re.search(r"gloo|NCCL|[Cc]onnection (closed|reset|refused)|[Tt]imed out", text) is not None
 
 
 def verdict(ended: Mapping[int, Ended], died: Mapping[int, str], silent: list[int]) -> str | None:
