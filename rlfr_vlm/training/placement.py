@@ -15,8 +15,9 @@ from pathlib import Path
 
 from rlfr_vlm.config import Config
 from rlfr_vlm.errors import UserError
-from rlfr_vlm.training.processes import end_leftovers
+from rlfr_vlm.training.processes import end_leftovers, started
 
+PREFIX = "rlfr-ray-"
 CONNECT_SECONDS = 10.0  # for a cluster that is named to answer
 END_SECONDS = 10.0  # for Ray's own processes to end by themselves
 ENVIRONMENT = ("OMP_NUM_THREADS", "TOKENIZERS_PARALLELISM", "HF_", "TRANSFORMERS_", "VLLM_", "NCCL_", "GLOO_", "RLFR_")
@@ -79,9 +80,12 @@ def private_folder() -> Iterator[Path]:
 
     Afterwards every process that was started in this environment is gone, and so is the folder.
     """
-    folder = Path(tempfile.mkdtemp(prefix="rlfr-ray-", dir="/tmp" if len(tempfile.gettempdir()) > 24 else None))  # sockets: 107 letters
+    parent = Path("/tmp" if len(tempfile.gettempdir()) > 24 else tempfile.gettempdir())  # names of sockets have at most 107 letters
+    remove_orphans(parent)
+    folder = Path(tempfile.mkdtemp(prefix=PREFIX, dir=parent))
     token = folder / "token"
     try:
+        (folder / "owner").write_text(f"{os.getpid()} {started(os.getpid())}")
         token.touch(0o600)
         token.write_text(_token())
         os.environ.pop("RAY_AUTH_TOKEN", None)
@@ -102,6 +106,16 @@ def private_folder() -> Iterator[Path]:
     finally:
         end_leftovers(f"RAY_AUTH_TOKEN_PATH={token}", END_SECONDS)
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def remove_orphans(parent: Path) -> None:
+    """Remove such folders of this user whose process was killed before it could."""
+    for folder in parent.glob(f"{PREFIX}*"):
+        with suppress(OSError, ValueError):
+            pid, since = (folder / "owner").read_text().split()
+            if folder.stat().st_uid == os.getuid() and started(int(pid)) != since:
+                end_leftovers(f"RAY_AUTH_TOKEN_PATH={folder / 'token'}", END_SECONDS)
+                shutil.rmtree(folder, ignore_errors=True)
 
 
 def passed_on() -> dict[str, str]:

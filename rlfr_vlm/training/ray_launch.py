@@ -233,8 +233,6 @@ class _Run:
                 if path is not None:
                     return path
 
-    # -- starting ------------------------------------------------------------------------------------------------------------
-
     def _start_trainers(self) -> list[Any]:
         """Every rank anew. Returns the calls that end when they do."""
         size, bind = self.needs.trainers, self.cfg.ray.bind
@@ -346,8 +344,6 @@ class _Run:
 
     def _so_far(self) -> str:
         return f"death {len(self.deaths)} of this run, which survives ray.max_restarts={self.cfg.ray.max_restarts}"
-
-    # -- ending --------------------------------------------------------------------------------------------------------------
 
     def _on_sigterm(self, _signal: int, _frame: FrameType | None) -> None:
         self.asked_to_stop += 1

@@ -15,7 +15,7 @@ from rlfr_vlm.commands import train
 from rlfr_vlm.config import load_config
 from rlfr_vlm.errors import Preempted, StoppedError, UserError
 from rlfr_vlm.rollout.worker import Problem
-from rlfr_vlm.training.placement import Needs
+from rlfr_vlm.training.placement import Needs, remove_orphans
 from rlfr_vlm.training.processes import Ended, end_process, processes_with, started, verdict
 from tests.runs import ROOT, make_config, make_data
 
@@ -26,7 +26,7 @@ def reward(prompts, completions, **columns):  # something to learn from in every
     time.sleep(0.4)
     return [hashlib.sha256(str(text).encode()).digest()[0] / 255 for text in completions]
 """
-START = 420  # seconds for Ray and the actors to start: on a busy machine most of them are imports
+START = 600  # seconds for Ray and the actors to start: on a busy machine most of them are imports
 
 
 class Launched:
@@ -190,6 +190,15 @@ def test_processes_are_named_by_pid_and_start():
         assert end_process(process.pid, "an earlier process with this number") and process.poll() is None
         os.kill(process.pid, signal.SIGSTOP)
         assert end_process(process.pid, since) and process.wait() == -signal.SIGKILL
+
+
+def test_folders_of_killed_runs_are_removed_by_the_next(tmp_path):
+    for name, owner in (("dead", f"{os.getpid()} 1"), ("alive", f"{os.getpid()} {started(os.getpid())}"), ("unknown", None)):
+        (tmp_path / f"rlfr-ray-{name}").mkdir()
+        if owner is not None:
+            (tmp_path / f"rlfr-ray-{name}" / "owner").write_text(owner)
+    remove_orphans(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["rlfr-ray-alive", "rlfr-ray-unknown"]
 
 
 # -- with Ray ----------------------------------------------------------------------------------------------------------------
