@@ -78,7 +78,9 @@ def _trainer(cfg: Config, shape: ModelShape, machine: Machine) -> dict[str, Part
     updates = [{**static, **engine, **parts} for parts in _updates(cfg, shape, machine, gradients)]
     phases = {ROLLOUT: rollout, UPDATE: max(updates, key=lambda parts: sum(parts.values()))}
     if machine.kind == "cpu":
-        phases[SAVING] = {**static, **engine, "copies being written": _copies(cfg, shape)}
+        kept = {"gradients": gradients} if cfg.deepspeed is not None else {}  # DeepSpeed keeps its buffers
+        kept["held by the allocator"] = updates[0]["held by the allocator"] if kept else 0.0
+        phases[SAVING] = {**static, **engine, **kept, "copies being written": _copies(cfg, shape)}
     return phases
 
 
