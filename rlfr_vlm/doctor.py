@@ -20,6 +20,7 @@ PARTS = (
     ("DeepSpeed", "deepspeed", "pip install -e '.[deepspeed]'"),
     ("Ray", "ray", "pip install -e '.[ray]'"),
     ("multimodal benchmarks", "vlmeval", "pip install -e '.[eval]'"),
+    ("adapters (model.lora)", "peft", "pip install -e '.[lora]'"),
     ("data from the hub, Parquet", "datasets", "pip install -e '.[data]'"),
     ("demo data", "sklearn", "pip install -e '.[demo]'"),
     ("report charts", "plotly", "pip install -e ."),
