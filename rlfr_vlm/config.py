@@ -46,6 +46,12 @@ class ModelConfig(_Section):
     trust_remote_code: bool = Field(False, description="run Python code found in the model folder")
     device: str = Field("auto", description="auto, cpu, cuda, cuda:1, ...")
 
+    @field_validator("gradient_checkpointing", mode="before")
+    @classmethod
+    def _off(cls, value: Any) -> Any:
+        """YAML reads `off` as false."""
+        return "off" if value is False else value
+
 
 class DataConfig(_Section):
     """Prompts, their pictures and their gold answers."""

@@ -152,3 +152,9 @@ def test_every_field_says_what_it_is():
             for name, field in model.model_fields.items():
                 nested = isinstance(field.default, BaseModel) or name in ("model", "flow")
                 assert nested or field.description, f"{model.__name__}.{name}"
+
+
+def test_off_is_off_however_yaml_reads_it(tmp_path):
+    (tmp_path / "c.yaml").write_text("output_dir: x\nmodel: {path: m, gradient_checkpointing: off}\n")
+    assert load_config(tmp_path / "c.yaml").model.gradient_checkpointing == "off"
+    assert load_config(tmp_path / "c.yaml", ("model.gradient_checkpointing=off",)).model.gradient_checkpointing == "off"

@@ -137,7 +137,7 @@ def _other_cluster(address: str) -> Iterator[None]:
     host, port = find_cluster(address)
     if host.startswith(LOOPBACK) and not answers(own_address(), port):  # listens on loopback alone, as the one above
         os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
-    os.environ |= {"RAY_COLOR_PREFIX": "0", "RAY_DEDUP_LOGS": "0", "RAY_NUM_REDIS_GET_RETRIES": "3", "RAY_BACKEND_LOG_LEVEL": "fatal"}
+    os.environ |= {"RAY_COLOR_PREFIX": "0", "RAY_DEDUP_LOGS": "0", "RAY_NUM_REDIS_GET_RETRIES": "3"}
     import ray
     from ray.exceptions import RayError
 

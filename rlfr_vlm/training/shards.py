@@ -12,7 +12,7 @@ from torch import Tensor
 
 from rlfr_vlm.errors import CheckpointError
 
-FILE_BYTES = 2**31  # of tensors in host memory before they are written
+FILE_BYTES = 2**29  # of tensors that are held before they are written
 
 
 class ShardWriter:
@@ -27,8 +27,8 @@ class ShardWriter:
         return self
 
     def add(self, name: str, tensor: Tensor) -> None:
-        """Write this tensor, now or with later ones; it may change afterwards."""
-        self._held[name] = tensor.detach().to("cpu", copy=True).contiguous()
+        """Write this tensor, now or with later ones: until then it must not change."""
+        self._held[name] = tensor.detach().to("cpu").contiguous()
         if sum(held.nbytes for held in self._held.values()) >= FILE_BYTES:
             self._flush()
 

@@ -33,11 +33,12 @@ def write_state(folder: Path, cfg: Config, step: int, learner: Learner, prompts:
     """Everything that decides the rest of a run. Every rank writes its share, whole tensors each: any number of ranks can read them."""
     ranks = learner.ranks
     own = rank_folder(folder, ranks.rank)
+    borrowed = learner.policy.run is not learner.policy.module  # a backend's: gathered for a moment, or a view of its buffer
     with ShardWriter(own, "policy") as file:
         for place, (name, parameter) in enumerate(learner.policy.trained().items()):
             with learner.policy.whole([parameter]):
                 if place % ranks.size == ranks.rank:
-                    file.add(name, parameter)
+                    file.add(name, parameter.detach().clone() if borrowed else parameter)
     faultpoint("checkpoint_policy")
     optimizers = {"optimizer": learner.optimizer, "flow_optimizer": learner.flow_optimizer, "head_optimizer": learner.head_optimizer}
     for stem, optimizer in optimizers.items():
