@@ -98,8 +98,10 @@ def weights(folder, step):
     return (folder / "hf" / f"global_step_{step}" / "model.safetensors").read_bytes()
 
 
-def traces():
-    return {*Path("/tmp").glob("rlfr-ray-*"), *(p for p in Path("/dev/shm").glob("*") if re.match("plasma|ray|torch_", p.name))}
+def traces(pid):
+    """What a launcher has left on the disk and in shared memory."""
+    owners = [path for path in Path("/tmp").glob("rlfr-ray-*/owner") if path.read_text().startswith(f"{pid} ")]
+    return owners + [path for path in Path("/dev/shm").glob("*") if re.match(f"plasma|ray|torch_{pid}_", path.name)]
 
 
 @pytest.fixture
@@ -206,13 +208,12 @@ def test_folders_of_killed_runs_are_removed_by_the_next(tmp_path):
 
 def test_by_ray_with_an_engine_of_its_own_a_run_ends_with_the_same_weights(prepared, tmp_path):
     """The smoke case of the slow tests below: one rank and one engine sample the same batches as one process does."""
-    before = traces()
     path = prepared(train={"steps": 2, "save_steps": 2})
     train(load_config(path, ("launcher=process", f"output_dir={tmp_path / 'plain'}")))
     environment = dict(os.environ)
     assert train(load_config(path, (f"output_dir={tmp_path / 'ray'}", "ray.engines=1"))) == tmp_path / "ray"
     assert weights(tmp_path / "ray", 2) == weights(tmp_path / "plain", 2)
-    assert traces() == before and dict(os.environ) == environment
+    assert not traces(os.getpid()) and dict(os.environ) == environment
     assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
 
 
@@ -221,7 +222,6 @@ FOUR = {"deepspeed": {"ranks": 2, "zero_stage": 2}, "ray": {"engines": 2}, "trai
 
 @pytest.mark.slow
 def test_an_engine_and_then_a_rank_are_killed_and_nothing_changes(prepared, tmp_path):
-    before = traces()
     path = prepared(**FOUR)
     with Launched(path, tmp_path / "whole") as whole:
         whole.wait_for("step 1/12")
@@ -229,7 +229,7 @@ def test_an_engine_and_then_a_rank_are_killed_and_nothing_changes(prepared, tmp_
         assert len(sockets) > 4 and all(on_loopback(address) for address, _ in sockets), sockets
         intrude(sockets)
         assert whole.end() == 0, whole.text[-4000:]
-        assert not whole.left() and traces() == before
+        assert not whole.left() and not traces(whole.process.pid)
     with Launched(path, tmp_path / "killed") as run:
         engine, rank = (int(run.wait_for(rf"{role} 1: process (\d+)")[1]) for role in ("engine", "rank"))
         run.wait_for("step 2/12")
@@ -241,7 +241,7 @@ def test_an_engine_and_then_a_rank_are_killed_and_nothing_changes(prepared, tmp_
         run.wait_for("warning: rank 1 died .* death 2")
         run.wait_for("resumed from global_step_")
         assert run.end() == 0, run.text[-4000:]
-        assert not run.left() and traces() == before
+        assert not run.left() and not traces(run.process.pid)
     assert weights(tmp_path / "killed", 12) == weights(tmp_path / "whole", 12)
     assert weights(tmp_path / "killed", 12) != (Path(load_config(path).model.path) / "model.safetensors").read_bytes()
     assert len((tmp_path / "killed" / "metrics.jsonl").read_text().splitlines()) == 12
@@ -264,7 +264,6 @@ def intrude(sockets):
 
 @pytest.mark.slow
 def test_sigterm_saves_and_the_same_command_goes_on(prepared, tmp_path):
-    before = traces()
     path = prepared(**FOUR)
     with Launched(path, tmp_path / "run") as run:
         run.wait_for("step 4/12")
@@ -272,7 +271,7 @@ def test_sigterm_saves_and_the_same_command_goes_on(prepared, tmp_path):
         assert run.end(60) == 75, run.text[-4000:]
         step = int(re.search(r"stopped at step (\d+) on SIGTERM; run the same command to go on", run.text)[1])
         assert (tmp_path / "run" / "checkpoints" / f"global_step_{step}").is_dir()
-        assert not run.left() and traces() == before
+        assert not run.left() and not traces(run.process.pid)
     with Launched(path, tmp_path / "run", "train.timeout_s=60") as run:
         run.wait_for(f"resumed from global_step_{step}")
         first, stopped = (int(run.wait_for(rf"rank {rank}: process (\d+)")[1]) for rank in (0, 1))
