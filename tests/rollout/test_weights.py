@@ -247,7 +247,7 @@ def test_the_probe_sees_what_equal_weights_hide(engine, monkeypatch):
     monkeypatch.setattr(engine.policy, "banned_token_ids", ())
     head = engine_model(engine.llm).logits_processor
     monkeypatch.setattr(head, "scale", 1.5)
-    with pytest.raises(StoppedError, match="all weights are equal, so vLLM computes something else"):
+    with pytest.raises(StoppedError, match="all weights are equal, so the engine computes something else"):
         engine.probe()
 
 
