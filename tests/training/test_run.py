@@ -6,7 +6,8 @@ import pytest
 
 from rlfr_vlm.config import parse_config
 from rlfr_vlm.rewards.grader import Grader
-from rlfr_vlm.training.run import UNSELECTED_STEPS, Run, over_updates
+from rlfr_vlm.training.records import over_updates
+from rlfr_vlm.training.run import UNSELECTED_STEPS, Run
 
 
 def test_metrics_of_several_updates_weigh_by_their_samples():
