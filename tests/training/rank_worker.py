@@ -22,6 +22,7 @@ from rlfr_vlm.models.policy import Policy
 from rlfr_vlm.ranks import join
 from rlfr_vlm.rewards.grader import Grader
 from rlfr_vlm.rollout import make_engine
+from rlfr_vlm.training import learner as parts
 from rlfr_vlm.training.collect import collect
 from rlfr_vlm.training.credit import make_samples, needs_scoring
 from rlfr_vlm.training.loop import split_evenly
@@ -59,7 +60,7 @@ def replay(config, recorded, out, cases):
 def replayed(cfg, recorded, ranks):
     """One update per recorded batch: gradients before clipping, as the optimiser gets them, and the weights at the end."""
     policy = Policy(cfg.model)
-    learner = commands.make_learner(cfg, policy, ranks)
+    learner = parts.make_learner(cfg, policy, ranks)
     gradients = []
     watch(learner.optimizer, gradients)
     metrics = []
@@ -82,7 +83,7 @@ def replayed(cfg, recorded, ranks):
     return found
 
 
-def field_with_an_opinion(cfg, policy, seed, make=commands.make_field):
+def field_with_an_opinion(cfg, policy, seed, make=parts.make_field):
     """A new field, away from zero."""
     field = make(cfg, policy, seed)
     generator = torch.Generator().manual_seed(1)
@@ -116,6 +117,6 @@ def watch(optimizer, seen):
 
 
 if __name__ == "__main__":
-    commands.make_field = field_with_an_opinion
+    parts.make_field = field_with_an_opinion
     mode, config, *rest = sys.argv[1:]
     record(load_config(config), *rest) if mode == "record" else replay(config, *rest)

@@ -8,7 +8,6 @@ import torch
 from transformers import AutoModelForImageTextToText
 
 from rlfr_vlm.cli import main
-from rlfr_vlm.commands import make_learner
 from rlfr_vlm.config import load_config
 from rlfr_vlm.errors import UserError
 from rlfr_vlm.models.policy import Policy
@@ -16,6 +15,7 @@ from rlfr_vlm.rollout.engine import SamplingConfig
 from rlfr_vlm.rollout.hf_engine import HFEngine
 from rlfr_vlm.rollout.probe import probe_prompts
 from rlfr_vlm.training.export import export_checkpoint, find_checkpoint
+from rlfr_vlm.training.learner import make_learner
 from rlfr_vlm.training.shards import ShardReader
 from tests.runs import cli, make_config, make_data, python, torchrun
 

@@ -5,7 +5,6 @@ import dataclasses
 import pytest
 import torch
 
-from rlfr_vlm.commands import make_learner
 from rlfr_vlm.config import DataConfig, parse_config
 from rlfr_vlm.data.prompts import parse_row
 from rlfr_vlm.data.render import Renderer
@@ -14,6 +13,7 @@ from rlfr_vlm.models.policy import Policy
 from rlfr_vlm.rollout.engine import SamplingConfig
 from rlfr_vlm.rollout.hf_engine import HFEngine
 from rlfr_vlm.training.credit import make_samples
+from rlfr_vlm.training.learner import make_learner
 from rlfr_vlm.training.update import score_samples, update
 from rlfr_vlm.types import Outcome
 
