@@ -210,11 +210,10 @@ def test_by_ray_with_an_engine_of_its_own_a_run_ends_with_the_same_weights(prepa
     """The smoke case of the slow tests below: one rank and one engine sample the same batches as one process does."""
     path = prepared(train={"steps": 2, "save_steps": 2})
     train(load_config(path, ("launcher=process", f"output_dir={tmp_path / 'plain'}")))
-    environment = dict(os.environ)
-    assert train(load_config(path, (f"output_dir={tmp_path / 'ray'}", "ray.engines=1"))) == tmp_path / "ray"
+    with Launched(path, tmp_path / "ray", "ray.engines=1") as run:  # a process that has not imported Ray, as vLLM does
+        assert run.end() == 0, run.text[-4000:]
+        assert not run.left() and not traces(run.process.pid)
     assert weights(tmp_path / "ray", 2) == weights(tmp_path / "plain", 2)
-    assert not traces(os.getpid()) and dict(os.environ) == environment
-    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
 
 
 FOUR = {"deepspeed": {"ranks": 2, "zero_stage": 2}, "ray": {"engines": 2}, "train": {"steps": 12, "save_steps": 3}}
