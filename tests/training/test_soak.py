@@ -7,41 +7,28 @@ import socket
 import subprocess
 import sys
 import time
+import uuid
 from pathlib import Path
 
 import pytest
 
+from rlfr_vlm.training.processes import processes_with
 from tests.runs import ROOT, make_config, make_data
 
 STEPS, WARM = 300, 50
 MOST_GROWTH = 0.02
 
 
-def resident(group):
-    """Resident bytes of every process of a process group, shared pages by share."""
+def resident(mark):
+    """Resident bytes of every process of a run, shared pages by share."""
     total = 0
-    for folder in Path("/proc").iterdir():
-        if folder.name.isdigit():
-            try:
-                if os.getpgid(int(folder.name)) == group:
-                    lines = (folder / "smaps_rollup").read_text().splitlines()
-                    total += next(int(line.split()[1]) * 1024 for line in lines if line.startswith("Pss:"))
-            except (OSError, StopIteration):
-                continue
+    for pid, _ in processes_with(mark):
+        try:
+            lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
+            total += next(int(line.split()[1]) * 1024 for line in lines if line.startswith("Pss:"))
+        except (OSError, StopIteration):
+            continue
     return total
-
-
-def members(group):
-    """Living processes of a process group."""
-    found = []
-    for folder in Path("/proc").iterdir():
-        if folder.name.isdigit():
-            try:
-                if os.getpgid(int(folder.name)) == group and (folder / "stat").read_text().rsplit(")", 1)[1].split()[0] != "Z":
-                    found.append(int(folder.name))
-            except OSError:
-                continue
-    return found
 
 
 def left_over(folder, members):
@@ -75,6 +62,8 @@ def test_memory_stays_and_nothing_is_left(model_folder, tmp_path, kind):
         module = [*launcher, *module, "deepspeed.zero_stage=3"]
     (tmp_path / "tmp").mkdir()
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TMPDIR": str(tmp_path / "tmp")}
+    name, value = (mark := f"RLFR_TEST_RUN={uuid.uuid4().hex}").split("=")
+    environment[name] = value
     with (tmp_path / "log").open("w") as log:
         process = subprocess.Popen(
             [sys.executable, *module], cwd=ROOT, env=environment, stdout=log, stderr=log, start_new_session=True
@@ -83,19 +72,19 @@ def test_memory_stays_and_nothing_is_left(model_folder, tmp_path, kind):
     try:
         while process.poll() is None:
             done = steps_done(tmp_path / "run" / "metrics.jsonl")
-            samples[done] = max(samples.get(done, 0), resident(process.pid))
-            seen |= set(members(process.pid))
+            samples[done] = max(samples.get(done, 0), resident(mark))
+            seen |= {pid for pid, _ in processes_with(mark)}
             time.sleep(0.2)
     finally:
-        if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)
+        for pid, _ in processes_with(mark) if process.poll() is None else ():
+            os.kill(pid, signal.SIGKILL)
     assert process.returncode == 0, (tmp_path / "log").read_text()[-3000:]
     warm = [size for step, size in samples.items() if WARM - 10 <= step <= WARM + 10]
     late = [size for step, size in samples.items() if STEPS - 30 <= step < STEPS]
     growth = sorted(late)[len(late) // 2] / sorted(warm)[len(warm) // 2] - 1
     print(f"{kind}: {sorted(warm)[len(warm) // 2] / 2**20:.1f} MiB at step {WARM}, {growth:+.2%} at step {STEPS}")
     assert growth < MOST_GROWTH
-    assert not members(process.pid)
+    assert not processes_with(mark)
     assert left_over(tmp_path / "tmp", seen) == []
     kept = {p.name for p in (tmp_path / "run" / "checkpoints").iterdir()}
     assert {"global_step_275", "global_step_300", "latest", "best.json"} <= kept
