@@ -10,7 +10,7 @@ import rlfr_vlm
 ROOT = Path(rlfr_vlm.__file__).parent
 LEVELS = [
     {"errors", "faults", "methods"},
-    {"config", "types"},
+    {"config", "sections", "types"},
     {"ranks"},
     {"losses", "advantages", "shaping", "flow"},
     {"models", "rewards"},

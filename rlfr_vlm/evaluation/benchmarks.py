@@ -13,7 +13,7 @@ from typing import Any, Literal
 import yaml
 from pydantic import Field, ValidationError, model_validator
 
-from rlfr_vlm.config import Config, DataConfig, _Section
+from rlfr_vlm.config import Config, DataConfig, Section
 from rlfr_vlm.data.prompts import BadRows, RowError, load_prompts, parse_row
 from rlfr_vlm.errors import UserError
 from rlfr_vlm.types import Prompt
@@ -21,7 +21,7 @@ from rlfr_vlm.types import Prompt
 EVAL_FOLDER = Path(__file__).resolve().parents[2] / "eval"
 
 
-class Benchmark(_Section):
+class Benchmark(Section):
     """One benchmark. What stands here is part of the protocol that its numbers are made under."""
 
     name: str = Field(description="also the folder of its results")
