@@ -57,5 +57,7 @@ def check_gap(rollouts: Sequence[Rollout], policy: Policy, limit: float, cause: 
     gap = logprob_gap(rollouts, policy, PROBE.temperature)
     if not gap <= limit:
         found = cause() or "all weights are equal, so the engine computes something else with them; set rollout.engine=hf"
-        raise StoppedError(f"weight sync: the engine's log-probs are {gap:.4g} away from the policy's on average (limit {limit:.4g}): {found}")
+        raise StoppedError(
+            f"weight sync: the engine's log-probs are {gap:.4g} away from the policy's on average (limit {limit:.4g}): {found}"
+        )
     return gap
