@@ -31,7 +31,7 @@ from rlfr_vlm.training.schedule import due_steps
 from rlfr_vlm.training.shapes import ModelShape, num_field_parameters
 
 ROLLOUT, UPDATE, SAVING = "rollout", "update", "saving"
-FILE_BYTES = 2**31  # of training/shards.py: copied to host memory before they are written
+FILE_BYTES = 2**29  # of training/shards.py: held in host memory before they are written
 TOKEN_TEXT = 60  # bytes of one token in rollouts/step_N.jsonl: text, log-prob, advantage, flow reward, entropy; measured
 
 
@@ -80,12 +80,14 @@ def _trainer(cfg: Config, shape: ModelShape, machine: Machine) -> dict[str, Part
     if machine.kind == "cpu":
         kept = {"gradients": gradients} if cfg.deepspeed is not None else {}  # DeepSpeed keeps its buffers
         kept["held by the allocator"] = updates[0]["held by the allocator"] if kept else 0.0
-        phases[SAVING] = {**static, **engine, **kept, "copies being written": _copies(cfg, shape)}
+        phases[SAVING] = {**static, **engine, **kept, "copies being written": _copies(cfg, shape, machine)}
     return phases
 
 
-def _copies(cfg: Config, shape: ModelShape) -> float:
-    """Tensors that one rank's checkpoint holds in host memory before a file of them is written."""
+def _copies(cfg: Config, shape: ModelShape, machine: Machine) -> float:
+    """Tensors that one rank's checkpoint copies to host memory before a file of them is written; weights that lie there whole are not copied."""
+    if cfg.deepspeed is None and machine.kind == "cpu":
+        return 0.0
     trained = num_trained(cfg, shape)
     return min(float(FILE_BYTES), trained * max(float(element(cfg)), bytes_per_trained(cfg)[1] / num_ranks(cfg)))
 
@@ -227,7 +229,7 @@ def _host(cfg: Config, shape: ModelShape, machine: Machine) -> dict[str, Parts]:
     weights = float(element(cfg) * shape.parameters)
     run = {"processes": processes, "graders": graders, "encoded prompts": prompts}
     run |= {f"offloaded {name}": ranks * size for name, size in offloaded.items()}
-    saving = max(weights, ranks * _copies(cfg, shape))  # the exported model, or the ranks' parts of a checkpoint
+    saving = max(weights, ranks * _copies(cfg, shape, machine))  # the exported model, or the ranks' parts of a checkpoint
     return {"loading": {**run, "weights being loaded": ranks * weights}, SAVING: {**run, "copies being written": saving}}
 
 
