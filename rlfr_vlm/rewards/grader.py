@@ -310,6 +310,8 @@ class Grader:
     def _cause(self, status: int) -> str:
         if status == -signal.SIGPROF:
             return f"CPU limit: no verdict within {self.cfg.cpu_seconds:g} s of CPU time"
+        if status == -signal.SIGSEGV:  # Python raises MemoryError for its own allocations; a stack that cannot grow is the kernel's to end
+            return f"memory limit, most likely: the worker's stack found no room in {self.cfg.memory_mib} MiB (SIGSEGV)"
         return f"the worker died: exit status {status}"
 
 
