@@ -43,8 +43,9 @@ class Ranks:
     They talk over gloo, beside whatever moves tensors; each wait ends after `timeout_s`, with an error that says where every rank is.
     """
 
-    def __init__(self, rank: int = 0, size: int = 1, timeout_s: float = 1800.0, store: Any = None, port: int | None = None) -> None:
-        self.rank, self.size, self.timeout_s, self.port = rank, size, timeout_s, port
+    def __init__(self, rank: int = 0, size: int = 1, timeout_s: float = 1800.0, store: Any = None) -> None:
+        """store: where the ranks note where they are."""
+        self.rank, self.size, self.timeout_s = rank, size, timeout_s
         self._store, self._place = store, "start"
         self._group = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_s)) if size > 1 else None
 
@@ -251,7 +252,7 @@ def join(cfg: Config, launch: Launch | None = None) -> Ranks:
         dist.init_process_group(backend, store=dist.PrefixStore("group", store), rank=launch.rank, world_size=launch.size, timeout=timeout)
     except RuntimeError as error:
         raise StoppedError(f"rank {launch.rank} of {launch.size}: the others did not come: {' '.join(str(error).split())[:200]}") from None
-    return Ranks(launch.rank, launch.size, cfg.train.timeout_s, dist.PrefixStore("rlfr", store), launch.port)
+    return Ranks(launch.rank, launch.size, cfg.train.timeout_s, dist.PrefixStore("rlfr", store))
 
 
 def _store(launch: Launch) -> dist.TCPStore:

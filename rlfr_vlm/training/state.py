@@ -40,13 +40,11 @@ def write_state(folder: Path, cfg: Config, step: int, learner: Learner, prompts:
                 if place % ranks.size == ranks.rank:
                     file.add(name, parameter.detach().clone() if borrowed else parameter)
     faultpoint("checkpoint_policy")
-    optimizers = {"optimizer": learner.optimizer, "flow_optimizer": learner.flow_optimizer, "head_optimizer": learner.head_optimizer}
-    for stem, optimizer in optimizers.items():
-        if optimizer is not None:
-            with ShardWriter(own, stem) as file:
-                for place, (name, tensor) in enumerate(optimizer.entries()):
-                    if place % ranks.size == ranks.rank:
-                        file.add(name, tensor)
+    for stem, optimizer in learner.optimizers.items():
+        with ShardWriter(own, stem) as file:
+            for place, (name, tensor) in enumerate(optimizer.entries()):
+                if place % ranks.size == ranks.rank:
+                    file.add(name, tensor)
     torch.save(rng_state(), own / "rng.pt")
     if not ranks.first:
         return
@@ -59,7 +57,7 @@ def write_state(folder: Path, cfg: Config, step: int, learner: Learner, prompts:
         "step": step,
         "policy_version": learner.policy.version,
         "data_position": prompts.position,
-        "updates": {stem: optimizer.steps for stem, optimizer in optimizers.items() if optimizer is not None},
+        "updates": {stem: optimizer.steps for stem, optimizer in learner.optimizers.items()},
         "ranks": ranks.size,
         "config_hash": config_hash(cfg),
         "config": cfg.model_dump(mode="json"),
@@ -90,10 +88,8 @@ def load_state(folder: Path, learner: Learner, prompts: PromptSource, state: dic
         learner.field.network.load_state_dict(saved.network.state_dict())
     if learner.head is not None:
         learner.head.load_state_dict(load_file(folder / "head.safetensors"))
-    optimizers = {"optimizer": learner.optimizer, "flow_optimizer": learner.flow_optimizer, "head_optimizer": learner.head_optimizer}
-    for stem, optimizer in optimizers.items():
-        if optimizer is not None:
-            optimizer.load_entries(ShardReader(folder, stem).find, state["updates"][stem])
+    for stem, optimizer in learner.optimizers.items():
+        optimizer.load_entries(ShardReader(folder, stem).find, state["updates"][stem])
     if state["ranks"] == ranks.size:
         set_rng_state(torch.load(rank_folder(folder, ranks.rank) / "rng.pt", weights_only=True, map_location="cpu"))
     else:  # streams of other ranks mean nothing to these

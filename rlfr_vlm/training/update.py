@@ -51,6 +51,12 @@ class Learner:
     head_optimizer: PolicyOptimizer | None = None
     ranks: Ranks = ALONE  # who learns together: each has its share of every batch
 
+    @property
+    def optimizers(self) -> dict[str, PolicyOptimizer]:
+        """Those that there are, by the name under which a checkpoint holds them."""
+        every = {"optimizer": self.optimizer, "flow_optimizer": self.flow_optimizer, "head_optimizer": self.head_optimizer}
+        return {name: optimizer for name, optimizer in every.items() if optimizer is not None}
+
 
 def score_samples(cfg: Config, learner: Learner, samples: Sequence[Sample], clock: dict[str, float] | None = None) -> list[Sample]:
     """One frozen pass over the batch and the credit that follows from it: for several updates on one batch, and for whole-batch advantages."""
