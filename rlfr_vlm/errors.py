@@ -25,6 +25,14 @@ class StoppedError(UserError):
     exit_code = 3
 
 
+class NonFiniteError(StoppedError):
+    """A loss, deviation or gradient is not a finite number, and no weight has seen it. Exit code 3."""
+
+
+class RolledBack(StoppedError):
+    """A monitor took the run back to an older checkpoint: the same command goes on from there. Exit code 3."""
+
+
 class Preempted(Exception):
     """The run was asked to stop (SIGTERM) and has saved a checkpoint. Exit code 75."""
 

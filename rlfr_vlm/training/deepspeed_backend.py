@@ -19,7 +19,7 @@ from rlfr_vlm.errors import StoppedError, UserError
 from rlfr_vlm.flow.field import FlowField
 from rlfr_vlm.models.policy import Policy
 from rlfr_vlm.ranks import Ranks
-from rlfr_vlm.training.optim import COUNT, MOMENTS, OptimizerSettings, not_finite, stored_moment
+from rlfr_vlm.training.optim import COUNT, MOMENTS, OptimizerSettings, not_finite, sampled, stored_moment
 
 REDUCE_BUCKET = 50_000_000  # elements of gradient that are reduced at a time
 PERSISTENT = 10_000  # stage 3: parameters of fewer elements stay whole on every rank
@@ -112,6 +112,10 @@ class ShardedOptimizer:
         """See PolicyOptimizer."""
         self.steps += 1
         return 0.0
+
+    def sample(self) -> Tensor:
+        """See PolicyOptimizer: of this rank's shard."""
+        return sampled(self._flat_tensors())
 
     # -- whole tensors ---------------------------------------------------------------------------------------------
 

@@ -40,7 +40,8 @@ def make_learner(cfg: Config, policy: Policy, ranks: Ranks = ALONE) -> Learner:
     every = cfg.train.steps * cfg.algorithm.updates_per_rollout
     schedule = (every, cfg.optim.warmup_frac, cfg.optim.min_lr_ratio)
     flow_settings = OptimizerSettings(cfg.flow.online.lr, (0.9, 0.95), 0.0, 1.0, *schedule, setting="flow.online.lr")
-    return replace(learner, field=field, flow_optimizer=make_flow_optimizer(cfg, field, flow_settings, ranks))
+    flow_optimizer = make_flow_optimizer(cfg, field, flow_settings, ranks)
+    return replace(learner, field=field, flow_optimizer=flow_optimizer, field_start=flow_optimizer.sample())
 
 
 def sharded(cfg: Config) -> bool:

@@ -11,9 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from rlfr_vlm.config import Config
-from rlfr_vlm.errors import CheckpointError, StoppedError
+from rlfr_vlm.errors import CheckpointError, NonFiniteError
 
 MOMENTS = ("exp_avg", "exp_avg_sq")  # of AdamW
+SAMPLED = 2**18  # weights that are watched
 COUNT = "adamw/step"  # the entry that says how often the moments were updated: skipped updates are not among them
 
 
@@ -73,11 +74,15 @@ class PolicyOptimizer(Protocol):
         ...
 
     def step(self) -> float:
-        """Clip, update, clear the gradients. Returns the norm before clipping. Raises StoppedError when it is not finite."""
+        """Clip, update, clear the gradients. Returns the norm before clipping. Raises NonFiniteError when it is not finite."""
         ...
 
     def skip(self) -> float:
         """Let an update pass in which there was nothing to learn: the weights stay, the schedule goes on. Returns 0.0."""
+        ...
+
+    def sample(self) -> Tensor:
+        """Every so-many-th of the weights that this rank steps, about 2^18 of them, [K] float32: to see how far they move."""
         ...
 
     def entries(self) -> Iterator[tuple[str, Tensor]]:
@@ -137,7 +142,7 @@ class Optimizer:
     def step(self) -> float:
         """Clip, update, clear the gradients. Returns the gradient's norm before clipping.
 
-        Raises StoppedError, with nothing changed, when the norm is not finite: no such value may reach the weights.
+        Raises NonFiniteError, with nothing changed, when the norm is not finite: no such value may reach the weights.
         """
         self.accumulate()
         trained = self._trained
@@ -169,6 +174,10 @@ class Optimizer:
         """See PolicyOptimizer."""
         self.steps += 1
         return 0.0
+
+    def sample(self) -> Tensor:
+        """See PolicyOptimizer."""
+        return sampled(list(self._trained.values()))
 
     def entries(self) -> Iterator[tuple[str, Tensor]]:
         """See PolicyOptimizer."""
@@ -205,6 +214,13 @@ def stored_moment(read: Callable[[str], Tensor | None], part: str, name: str) ->
     return found
 
 
-def not_finite(steps: int, settings: OptimizerSettings, where: str = "") -> StoppedError:
+@torch.no_grad()
+def sampled(tensors: Sequence[Tensor]) -> Tensor:
+    """Every so-many-th element of each of these, about SAMPLED in all, as a new [K] float32."""
+    every = max(1, sum(t.numel() for t in tensors) // SAMPLED)
+    return torch.cat([t.detach().flatten()[::every].float() for t in tensors])
+
+
+def not_finite(steps: int, settings: OptimizerSettings, where: str = "") -> NonFiniteError:
     """What to say of a gradient that is not finite."""
-    return StoppedError(f"the gradient is not finite at update {steps}{where}; lower {settings.setting}")
+    return NonFiniteError(f"the gradient is not finite at update {steps}{where}; lower {settings.setting}")

@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 import hashlib
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
+from rlfr_vlm.advantages import MIN_STD
 from rlfr_vlm.training.collect import GradedGroup
 from rlfr_vlm.training.update import TokenRecord
 from rlfr_vlm.types import EncodedPrompt, Outcome, Rollout
+
+NGRAM = 4  # tokens
+MIN_PAIRED = 8  # responses that have siblings like them
 
 
 def rollout_line(
@@ -43,6 +50,7 @@ def rollout_line(
         "flow_rewards": [round(r, 5) for r in record.flow_rewards] if record and record.flow_rewards is not None else None,
         "deviations": [round(d, 4) for d in record.deviations] if record and record.deviations is not None else None,
         "entropy": [round(e, 4) for e in record.entropy] if record else None,
+        "latent": [float(f"{x:.4g}") for x in record.latent] if record and record.latent is not None else None,
     }
 
 
@@ -79,13 +87,48 @@ class GroupFigures:
     lengths: tuple[int, ...]  # response tokens
     truncated: tuple[bool, ...]
     outcomes: tuple[Outcome, ...]
+    repetition: tuple[float, ...]  # share of each response's 4-grams that occur in it before
+    refrain: tuple[tuple[int, ...], int]  # the 4-gram that repeats most in one response, and how often it occurs there; () where none does
 
 
 def group_figures(graded: GradedGroup) -> GroupFigures:
     """Without texts and pictures."""
     rollouts = graded.group.rollouts
-    lengths, truncated = tuple(len(r.token_ids) for r in rollouts), tuple(r.finish_reason == "length" for r in rollouts)
-    return GroupFigures(graded.position, graded.informative, len(graded.group.prompt.token_ids), lengths, truncated, graded.outcomes)
+    grams = [ngrams(r.token_ids) for r in rollouts]
+    most = max((max(found.items(), key=lambda item: item[1]) for found in grams if found), key=lambda item: item[1], default=((), 0))
+    return GroupFigures(
+        graded.position,
+        graded.informative,
+        len(graded.group.prompt.token_ids),
+        tuple(len(r.token_ids) for r in rollouts),
+        tuple(r.finish_reason == "length" for r in rollouts),
+        graded.outcomes,
+        tuple(1 - len(found) / found.total() if found else 0.0 for found in grams),
+        most if most[1] > 1 else ((), 0),
+    )
+
+
+def ngrams(tokens: Sequence[int]) -> Counter[tuple[int, ...]]:
+    """How often each run of four tokens occurs."""
+    return Counter(zip(*(tokens[start:] for start in range(NGRAM)), strict=False))
+
+
+def length_correlation(groups: Sequence[GroupFigures]) -> float | None:
+    """Correlation of reward and length among siblings of the same verdict and format: whether the reward pays for length itself.
+
+    Both are taken relative to their mean over such siblings. 0 where rewards then do not differ; None with fewer than MIN_PAIRED of them.
+    """
+    alike: defaultdict[tuple[int, str, float], list[tuple[float, int]]] = defaultdict(list)
+    for group in groups:
+        for outcome, length in zip(group.outcomes, group.lengths, strict=True):
+            if outcome.graded:
+                alike[group.position, outcome.verdict, outcome.parts.get("format", 0.0)].append((outcome.reward, length))
+    pairs = [np.array(found) - np.mean(found, axis=0) for found in alike.values() if len(found) > 1]
+    if sum(map(len, pairs)) < MIN_PAIRED:
+        return None
+    reward, length = np.concatenate(pairs).T
+    size = float(np.sqrt((reward**2).sum() * (length**2).sum()))
+    return float((reward * length).sum()) / size if np.abs(reward).max() > MIN_STD and size > 0 else 0.0
 
 
 def batch_metrics(groups: Sequence[GroupFigures]) -> dict[str, float]:
@@ -104,7 +147,10 @@ def batch_metrics(groups: Sequence[GroupFigures]) -> dict[str, float]:
         "response_length/min": min(lengths),
         "response_length/clip_ratio": sum(cut for g in groups for cut in g.truncated) / len(lengths),
         "prompt_length/mean": sum(g.prompt_length for g in groups) / len(groups),
+        "response/repetition": sum(share for g in groups for share in g.repetition) / len(lengths),
     }
+    if (correlation := length_correlation(groups)) is not None:
+        metrics["reward/length_corr"] = correlation
     for part in sorted({name for o in graded for name in o.parts}):
         metrics[f"reward/{part}"] = sum(o.parts.get(part, 0.0) for o in graded) / len(graded)
     return metrics

@@ -3,26 +3,26 @@
 from __future__ import annotations
 
 import math
-from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
-from rlfr_vlm.advantages import rewards_to_go
 from rlfr_vlm.config import Config, FlowOnlineConfig
-from rlfr_vlm.errors import StoppedError
+from rlfr_vlm.errors import NonFiniteError
 from rlfr_vlm.faults import faultpoint
 from rlfr_vlm.flow.field import FlowField
-from rlfr_vlm.losses import kl_estimate
+from rlfr_vlm.flow.latents import Latents
+from rlfr_vlm.flow.sketch import sketch_latents
 from rlfr_vlm.models.heads import ValueHead
 from rlfr_vlm.models.pack import PackedBatch
 from rlfr_vlm.models.policy import Policy
 from rlfr_vlm.ranks import ALONE, Ranks
 from rlfr_vlm.training.credit import Credit, Sample, Scores, assign_credit, join, keep_step, split
+from rlfr_vlm.training.figures import Figures
 from rlfr_vlm.training.microbatches import in_step
-from rlfr_vlm.training.objective import UpdateSize, objective, rollout_logprobs
+from rlfr_vlm.training.objective import UpdateSize, objective
 from rlfr_vlm.training.optim import PolicyOptimizer
 from rlfr_vlm.training.timing import timed
 from rlfr_vlm.types import PolicyOutput
@@ -36,6 +36,7 @@ class TokenRecord:
     flow_rewards: list[float] | None  # or those of likelihood shaping
     deviations: list[float] | None
     entropy: list[float]
+    latent: list[float] | None = None  # [64], of the whole response: see flow/sketch.py
 
 
 @dataclass(frozen=True)
@@ -49,6 +50,7 @@ class Learner:
     reference: Policy | None = None
     head: nn.Module | None = None  # of values (PPO), or log Z (FlowRL)
     head_optimizer: PolicyOptimizer | None = None
+    field_start: Tensor | None = None  # a sample of the field's weights as the run began with them
     ranks: Ranks = ALONE  # who learns together: each has its share of every batch
 
     @property
@@ -100,10 +102,6 @@ def _scores(
         with timed("flow_score", clock):
             seeds = [s.seed for s in samples]
             deviations = learner.field.score(output.latents, [s.length for s in samples], seeds, cfg.flow.reward.draws)
-        if not bool(deviations.isfinite().all()):
-            raise StoppedError(
-                "a deviation from the flow is not finite: the field or the policy's latents are broken; lower flow.online.lr"
-            )
         scores = replace(scores, deviations=deviations, valid=output.latents.scorable)
     return scores
 
@@ -148,6 +146,7 @@ def update(
         right = sum(s.outcome.correct or "correct" not in cfg.flow.online.select for s in samples)
         figures.add({"flow/selected_frac": right / size.num_sequences})
     records: list[TokenRecord] = []
+    problem: NonFiniteError | None = None
     for part in in_step([s.rollout for s in samples], cfg.train.tokens_per_microbatch, learner.policy, ranks):
         chosen, batch = [samples[i] for i in part.rows], part.batch
         with torch.set_grad_enabled(train_policy):
@@ -162,8 +161,7 @@ def update(
         credit = join(due) if due else assign_credit(cfg, chosen, scores)
         if train_policy:
             loss, metrics = objective(cfg, learner.head, output, scores, credit, chosen, size)
-            if not math.isfinite(loss.item()):
-                raise StoppedError(f"the policy loss is not finite; responses: {[s.rollout.prompt.prompt.id for s in chosen][:8]}")
+            problem = problem or not_finite_here(loss, scores, chosen)
             learner.optimizer.backward(loss)
             faultpoint("backward")
             figures.add({name: value.item() for name, value in metrics.items()})
@@ -176,13 +174,24 @@ def update(
             if selected:  # where nothing is selected there is no loss, not a loss of 0
                 figures.add({"flow/loss": loss_here})
         figures.add_tokens(chosen, scores, credit)
-        records += _records(chosen, scores, credit, cfg.shaping.likelihood is not None)
+        records += _records(chosen, scores, credit, output.latents, cfg.shaping.likelihood is not None)
+    ranks.agree(problem, "losses of the update")
     return {**figures.result(ranks), **_step(learner, train_policy, selected, clock)}, records
 
 
+def not_finite_here(loss: Tensor, scores: Scores, samples: Sequence[Sample]) -> NonFiniteError | None:
+    """What is wrong with a micro-batch whose loss or deviations are not finite."""
+    if scores.deviations is not None and not bool(scores.deviations.isfinite().all()):
+        return NonFiniteError("a deviation from the flow is not finite: the field or the policy's latents are broken; lower flow.online.lr")
+    if math.isfinite(loss.item()):
+        return None
+    return NonFiniteError(f"the policy loss is not finite; responses: {[s.rollout.prompt.prompt.id for s in samples][:8]}")
+
+
 def _step(learner: Learner, train_policy: bool, flow_selected: bool, clock: dict[str, float] | None) -> dict[str, float]:
-    """The optimisers' steps; without a selected response the field only gets older. Returns learning rates and gradient norms."""
+    """The optimisers' steps; without a selected response the field only gets older. Returns rates, gradient norms and how far weights moved."""
     figures: dict[str, float] = {}
+    before = learner.optimizer.sample()
     if train_policy:
         head = "critic" if isinstance(learner.head, ValueHead) else "flowrl"
         for name, optimizer in (("actor", learner.optimizer), (head, learner.head_optimizer)):
@@ -190,84 +199,31 @@ def _step(learner: Learner, train_policy: bool, flow_selected: bool, clock: dict
                 figures[f"{name}/lr"] = optimizer.current_lr
                 figures[f"{name}/grad_norm"] = optimizer.step()
         learner.policy.version += 1
+        figures["actor/update_ratio"] = moved(before, learner.optimizer.sample(), learner.ranks)
     faultpoint("step")
     if learner.flow_optimizer is not None:
         with timed("flow_update", clock):
             figures["flow/lr"] = learner.flow_optimizer.current_lr
             figures["flow/grad_norm"] = learner.flow_optimizer.step() if flow_selected else learner.flow_optimizer.skip()
+        if learner.field_start is not None:
+            figures["flow/drift"] = moved(learner.field_start, learner.flow_optimizer.sample(), learner.ranks)
     return figures
 
 
-class Figures:
-    """Metrics of an update, summed over its micro-batches: token means, unless named otherwise."""
-
-    def __init__(self, cfg: Config, size: UpdateSize) -> None:
-        self.cfg, self.size = cfg, size
-        self.sums: defaultdict[str, float] = defaultdict(float)
-        self.largest = 0.0
-
-    def add(self, values: dict[str, float]) -> None:
-        """Shares that add up to the whole."""
-        for name, value in values.items():
-            self.sums[name] += value
-
-    def add_tokens(self, samples: Sequence[Sample], scores: Scores, credit: Credit) -> None:
-        """What the tokens were worth, and how far the engine's log-probs are from the trainer's."""
-        share = 1 / self.size.num_tokens
-        device = scores.logprobs.device
-        sampled = rollout_logprobs(samples, device)
-        difference = (scores.logprobs - sampled).abs()
-        self.largest = max(self.largest, difference.max().item())
-        columns = {
-            "actor/entropy": scores.entropy,
-            "actor/advantage_size": credit.advantages.abs(),
-            "rollout/logprob_diff_mean": difference,
-            "rollout/kl": kl_estimate(sampled, scores.logprobs, "k3"),
-        }
-        if (cap := self.cfg.algorithm.importance_cap) is not None:
-            ratio = (scores.logprobs - sampled).exp()
-            columns |= {"rollout/importance_mean": ratio.clamp(max=cap), "rollout/importance_capped": (ratio > cap).float()}
-        if scores.deviations is not None and scores.valid is not None:
-            self.sums["flow/deviation_sum"] += scores.deviations.sum().item()
-            self.sums["flow/num_valid"] += scores.valid.sum().item()
-        self.add({name: column.sum().item() * share for name, column in columns.items()})
-        if scores.deviations is not None or self.cfg.shaping.likelihood is not None:
-            self._add_token_rewards("flow" if scores.deviations is not None else "shaping", samples, credit, share)
-
-    def _add_token_rewards(self, name: str, samples: Sequence[Sample], credit: Credit, share: float) -> None:
-        """Rewards are sums per response; sizes are absolute values: what token rewards and outcomes each add to the advantages."""
-        lengths = torch.tensor([s.length for s in samples], device=credit.advantages.device)
-        added = rewards_to_go(credit.token_rewards, lengths, self.cfg.algorithm.gamma)
-        self.add(
-            {
-                f"{name}/reward_mean": credit.token_rewards.sum().item() / self.size.num_sequences,
-                f"{name}/num_reward_tokens": (credit.token_rewards != 0).sum().item() / self.size.num_sequences,
-            }
-        )
-        if self.cfg.algorithm.advantage not in ("whitened", "gae"):  # there the two are mixed
-            outcome = sum(abs(s.advantage) * s.length for s in samples)
-            self.add({f"{name}/advantage_size": added.abs().sum().item() * share, f"{name}/outcome_size": outcome * share})
-
-    def result(self, ranks: Ranks = ALONE) -> dict[str, float]:
-        """The finished metrics, of all ranks."""
-        figures = ranks.sum(dict(self.sums), "metrics of the update")
-        figures["rollout/logprob_diff_max"] = max(ranks.gather(self.largest, "metrics of the update"))
-        if "flow/num_valid" in figures:
-            figures["flow/deviation_mean"] = figures.pop("flow/deviation_sum") / max(1.0, figures.pop("flow/num_valid"))
-        for name in ("flow", "shaping"):
-            if f"{name}/outcome_size" in figures:
-                size, outcome = figures.pop(f"{name}/advantage_size"), figures.pop(f"{name}/outcome_size")
-                figures[f"{name}/advantage_share"] = size / max(size + outcome, 1e-12)
-        return figures
+def moved(before: Tensor, after: Tensor, ranks: Ranks = ALONE) -> float:
+    """||after - before|| / ||before|| over the samples of all ranks."""
+    change, size = ranks.total([(after - before).square().sum().item(), before.square().sum().item()], "how far weights moved")
+    return math.sqrt(change / size) if size > 0 else 0.0
 
 
-def _records(samples: Sequence[Sample], scores: Scores, credit: Credit, shaped: bool) -> list[TokenRecord]:
+def _records(samples: Sequence[Sample], scores: Scores, credit: Credit, latents: Latents | None, shaped: bool) -> list[TokenRecord]:
     sizes = [s.length for s in samples]
     zeros = torch.zeros_like(scores.entropy)
     with_flow = scores.deviations is not None
     all_columns = (credit.advantages, credit.token_rewards, scores.deviations if with_flow else zeros, scores.entropy)
     columns = [column.cpu().split(sizes) for column in all_columns if column is not None]
+    sketches = [None] * len(samples) if latents is None else sketch_latents(latents, sizes).tolist()
     return [
-        TokenRecord(a.tolist(), r.tolist() if with_flow or shaped else None, d.tolist() if with_flow else None, e.tolist())
-        for a, r, d, e in zip(*columns, strict=True)
+        TokenRecord(a.tolist(), r.tolist() if with_flow or shaped else None, d.tolist() if with_flow else None, e.tolist(), sketch)
+        for a, r, d, e, sketch in zip(*columns, sketches, strict=True)
     ]
