@@ -21,6 +21,7 @@ from rlfr_vlm.errors import UserError
 
 IMPLEMENTATION = "rlfr_packed"
 SHORT_KEYS = 512  # up to here the scores of a sequence fit the cache
+WATCHED_WEIGHTS = 2**24  # attention weights, over all heads, that exist at once where someone watches
 
 
 class Layout(Protocol):
@@ -137,6 +138,63 @@ class PackedLayout:
             scale=scale, window_size=(-1, 0),
         )  # fmt: skip
         return attended[None]
+
+
+@dataclass(frozen=True)
+class Watch:
+    """Tokens whose attention is wanted: the last `num_queries` of a sequence whose tokens see one another causally."""
+
+    tokens: Tensor  # [K] rows of the packed batch
+    num_queries: int  # R
+    columns: Tensor  # [C] attention to which of the K tokens
+
+
+class WatchedLayout:
+    """A layout that also keeps where some tokens look. What it computes for the model is what the layout inside it computes.
+
+    It is for forwards without gradients: recomputation would be counted twice.
+    """
+
+    def __init__(self, inner: Layout, layers: Sequence[int], watches: Sequence[Watch]) -> None:
+        """layers: decoder layers whose attention is averaged."""
+        self.inner, self.layers, self.watches = inner, frozenset(layers), watches
+        self.max_keys = inner.max_keys
+        self._sums: list[Tensor | None] = [None] * len(watches)
+
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+        """See Layout."""
+        if layer in self.layers:
+            for number, watch in enumerate(self.watches):
+                rows = watch.tokens[-watch.num_queries :]
+                found = weights_on(query[0].index_select(1, rows), key[0].index_select(1, watch.tokens), watch.columns, scale)
+                before = self._sums[number]
+                self._sums[number] = found if before is None else before + found
+        return self.inner.attend(layer, query, key, value, scale)
+
+    @property
+    def weights(self) -> list[Tensor]:
+        """Per watch, after a forward: [R, C] float32 attention weights, mean over heads and layers."""
+        return [total / len(self.layers) for total in self._sums if total is not None]
+
+
+@torch.no_grad()
+def weights_on(query: Tensor, key: Tensor, columns: Tensor, scale: float) -> Tensor:
+    """Softmax attention weights on some keys, mean over heads. A few queries at a time: all R x K weights of all heads may be too many.
+
+    query: [H, R, D], the last R of K tokens; key: [H_kv, K, D]; columns: [C]. Returns [R, C] float32.
+    """
+    heads, num_queries, size = query.shape
+    kv_heads, num_keys, _ = key.shape
+    keys = key.float().transpose(1, 2)
+    position = torch.arange(num_keys, device=query.device)
+    parts = []
+    for first in range(0, num_queries, step := max(1, WATCHED_WEIGHTS // (heads * num_keys))):
+        rows = query[:, first : first + step].float()
+        count = rows.shape[1]
+        scores = (rows.reshape(kv_heads, -1, size) @ keys).view(heads, count, num_keys) * scale
+        hidden = position > position[num_keys - num_queries + first :][:count, None]  # [count, K]: tokens that come later
+        parts.append(scores.masked_fill_(hidden, float("-inf")).softmax(-1).mean(0).index_select(1, columns))
+    return torch.cat(parts)
 
 
 def _rows(states: Tensor, rows: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from rlfr_vlm.models.attention import PackedLayout, Segment
+from rlfr_vlm.models.attention import Layout, PackedLayout, Segment
 from rlfr_vlm.types import EncodedPrompt, Rollout
 
 
@@ -18,7 +18,7 @@ class PackedBatch:
 
     token_ids: Tensor  # [S]
     position_ids: Tensor  # [A, S]
-    layout: PackedLayout
+    layout: Layout
     vision: dict[str, Tensor]  # of the prompts in order, concatenated
     response_ids: Tensor  # [N]
     response_rows: Tensor  # [N] where each response token stands

@@ -18,7 +18,7 @@ from rlfr_vlm.models.policy import Policy
 from rlfr_vlm.ranks import Ranks
 from rlfr_vlm.types import EncodedPrompt, Prompt, Rollout
 
-BLANK_SIZE = (56, 56)  # pixels: the least that Qwen's processors take
+BLANK_TOKENS = 2  # a side: the least that Qwen's processors take
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,8 @@ def filler(policy: Policy) -> Rollout:
 def blank_prompt(policy: Policy) -> EncodedPrompt:
     """A small grey picture's tokens and nothing else."""
     processor = policy.processor.image_processor
-    features = processor(images=[Image.new("RGB", BLANK_SIZE, (128, 128, 128))], return_tensors="pt", do_resize=False)
+    side = BLANK_TOKENS * processor.patch_size * processor.merge_size
+    features = processor(images=[Image.new("RGB", (side, side), (128, 128, 128))], return_tensors="pt", do_resize=False)
     vision = {"pixel_values": features["pixel_values"].to(policy.dtype), "image_grid_thw": features["image_grid_thw"]}
     count = int(vision["image_grid_thw"].prod()) // processor.merge_size**2
     assert policy.image_token_id is not None
