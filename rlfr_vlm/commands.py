@@ -36,6 +36,7 @@ from rlfr_vlm.flow.official import export_field, import_field
 from rlfr_vlm.models.families import find_family
 from rlfr_vlm.models.policy import Policy, resolve_path
 from rlfr_vlm.ranks import Ranks, join
+from rlfr_vlm.report.during import ReportKeeper
 from rlfr_vlm.rewards.grader import Grader
 from rlfr_vlm.rewards.outcome import load_reward_function
 from rlfr_vlm.rollout import make_engine
@@ -213,6 +214,7 @@ def run_training(
     encoded = encode_heldout(bench, heldout) if heldout else []
     run = Run(cfg, bench.grader, encoded, ranks=ranks)
     run.tokenizer = policy.tokenizer
+    run.report = ReportKeeper(run.folder, run.warn)
     if planned:
         during = in_training(cfg)
         run.benchmarks = lambda engine, folder: run_planned(

@@ -73,7 +73,8 @@ class Run:
             raise UserError(f"output_dir {self.folder} is in use by another run; choose another one or wait") from None
 
     def close(self) -> None:
-        """Let go of the folder."""
+        """Write the last report and let go of the folder."""
+        self._report(last=True)
         signal.signal(signal.SIGTERM, self._previous_handler)
         if self._progress is not None:
             self._progress.stop()
@@ -146,6 +147,11 @@ class Run:
             self.cfg.train.keep_checkpoints,
             self.ranks,
         )
+        self._report()
+
+    def _report(self, last: bool = False) -> None:
+        if self.report is not None and self.ranks.first:
+            self.report(last)
 
     def owes_evaluation(self, step: int) -> bool:
         """Whether the evaluation after this step, the restored one, was lost to a kill."""
@@ -253,6 +259,7 @@ class Run:
                 self._writer.add_scalar(name, value, step)
 
     benchmarks: Callable[[Sampler, Path], dict[str, dict[str, Any]]] | None = None  # set by the command
+    report: Callable[[bool], None] | None = None  # likewise; writes report.html, unless it did so a moment ago or is told that the run ends
 
     def evaluate(self, step: int, engine: RolloutEngine) -> float:
         """Accuracy on the held-out problems and on the benchmarks, written to eval/ and to the metrics. Returns their mean.
@@ -272,6 +279,7 @@ class Run:
             found = {f"val/{name}/accuracy": summary["accuracy"] for name, summary in summaries.items()}
             self.write_metrics(step, found)
             scores += found.values()
+        self._report()
         return sum(scores) / len(scores)
 
     def keep_if_best(self, step: int, score: float, learner: Learner, prompts: PromptSource) -> None:
