@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 from collections import deque
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -42,8 +44,16 @@ class RolloutData:
     num_steps_left_out: int
 
 
-def pack_rollouts(folder: Path, files: tuple[RolloutFile, ...], budget: int, problems: list[Problem]) -> RolloutData:
-    """Pack steps until `budget` bytes are used: first and last step first, then the middles of the gaps, so that any part spans the run."""
+Census = Callable[[int, Sequence[Group], int], None]  # is told of each step, its groups, and how many of the first of them are on the page
+
+
+def pack_rollouts(
+    folder: Path, files: tuple[RolloutFile, ...], budget: int, problems: list[Problem], censuses: Sequence[Census] = ()
+) -> RolloutData:
+    """Pack steps until `budget` bytes are used: first and last step first, then the middles of the gaps, so that any part spans the run.
+
+    Every file is read once, and one at a time; `censuses` see all of them.
+    """
     share = budget // min(len(files), MIN_STEPS) if files else budget
     pictures = _Pictures(folder)
     ranges = {name: _Range() for name in QUANTITIES}
@@ -53,9 +63,13 @@ def pack_rollouts(folder: Path, files: tuple[RolloutFile, ...], budget: int, pro
     for at in _spread(len(files)):
         if used >= budget:
             steps_left_out += 1
+            for census in censuses:
+                census(files[at].step, read_rollouts(files[at], problems), 0)
             continue
         groups = read_rollouts(files[at], problems)
         kept, packed = _pack_step(groups, pictures, min(share, budget - used))
+        for census in censuses:
+            census(files[at].step, groups, len(kept))
         groups_left_out += len(groups) - len(kept)
         if not kept:
             continue
@@ -98,7 +112,7 @@ def _pack_step(groups: tuple[Group, ...], pictures: _Pictures, room: int) -> tup
 
 def _tokens(group: Group) -> list[dict[str, Any]]:
     return [
-        {"tokens": response.tokens, **{name: [_short(value) for value in values] for name, values in response.traces.items()}}
+        {"tokens": response.tokens, **{name: [short(value) for value in values] for name, values in response.traces.items()}}
         for response in group.responses
     ]
 
@@ -124,20 +138,23 @@ def _response_head(response: Response) -> dict[str, Any]:
         "prediction": response.prediction,
         "verdict": response.verdict,
         "reason": response.reason,
-        "reward": _short(response.reward),
-        "parts": {name: _short(value) for name, value in response.parts.items()},
+        "reward": short(response.reward),
+        "parts": {name: short(value) for name, value in response.parts.items()},
         "finish": response.finish_reason,
         "version": response.policy_version,
         "numTokens": len(response.tokens),
-        "advantage": _short(sum(advantages) / len(advantages)) if advantages else None,
-        "flowReward": _short(sum(rewards)) if "flow_rewards" in response.traces else None,
+        "advantage": short(sum(advantages) / len(advantages)) if advantages else None,
+        "flowReward": short(sum(rewards)) if "flow_rewards" in response.traces else None,
         "numFlowTokens": len(rewards),
     }
 
 
-def _short(value: float | None) -> float | None:
-    """Four significant digits, as many as the page shows."""
-    return None if value is None else float(f"{value:.4g}")
+def short(value: float | None) -> float | None:
+    """Four significant digits, as many as the page shows; nothing for sums that overflowed, which JSON has no word for."""
+    if value is None:
+        return None
+    rounded = float(f"{value:.4g}")
+    return rounded if math.isfinite(rounded) else None
 
 
 def _spread(count: int) -> list[int]:

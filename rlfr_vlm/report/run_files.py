@@ -7,11 +7,13 @@ import math
 import os
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import yaml
+from numpy.typing import NDArray
 
 QUANTITIES = ("flow_rewards", "deviations", "logprobs", "advantages", "entropy")  # per token, the names of the rollout files
 
@@ -73,6 +75,7 @@ class Response:
     policy_version: int | None
     tokens: tuple[str, ...]
     traces: dict[str, tuple[float | None, ...]]  # keys: those of QUANTITIES that were recorded
+    latent: NDArray[np.float32] | None = field(default=None, compare=False)  # as written: of any length, nan for what is no number
 
 
 @dataclass(frozen=True)
@@ -149,7 +152,7 @@ def read_rollouts(file: RolloutFile, problems: list[Problem]) -> tuple[Group, ..
     groups: list[tuple[dict[str, Any], list[Response]]] = []
     open_groups: dict[str, int] = {}
     misfits = 0
-    for row in json_lines(file.path, problems):
+    for row in _rollout_rows(file.path, problems):
         response, fits = _response(row)
         misfits += not fits
         prompt_id = as_text(row.get("prompt_id"))
@@ -161,6 +164,18 @@ def read_rollouts(file: RolloutFile, problems: list[Problem]) -> tuple[Group, ..
     if misfits:
         problems.append(Problem("damaged", _relative(file.path), f"{misfits} responses have arrays that do not fit their tokens; left out"))
     return tuple(_group(file.step, row, responses) for row, responses in groups)
+
+
+def _rollout_rows(path: Path, problems: list[Problem]) -> Iterator[dict[str, Any]]:
+    if path.suffix != ".parquet":
+        yield from json_lines(path, problems)
+        return
+    try:
+        yield from parquet_rows(path)
+    except UnreadableTable as error:
+        problems.append(Problem("damaged", _relative(path), str(error)))
+    except OSError as error:
+        problems.append(_unreadable(path, error))
 
 
 def _group(step: int, row: dict[str, Any], responses: list[Response]) -> Group:
@@ -195,7 +210,15 @@ def _response(row: dict[str, Any]) -> tuple[Response, bool]:
         policy_version=as_whole(row.get("policy_version")),
         tokens=tokens,
         traces=fitting,
+        latent=_latent(row.get("latent")),
     ), len(fitting) == len(traces)
+
+
+def _latent(values: Any) -> NDArray[np.float32] | None:
+    if not isinstance(values, list):
+        return None
+    with np.errstate(over="ignore"):  # numbers too large for float32 become inf
+        return np.array([as_number(value) for value in values], dtype=np.float64).astype(np.float32)  # None becomes nan
 
 
 def _config(path: Path, problems: list[Problem]) -> tuple[str, dict[str, Any]]:
@@ -293,7 +316,11 @@ def _checkpoints(folder: Path, problems: list[Problem]) -> tuple[tuple[int, ...]
 
 
 def _rollout_files(folder: Path, problems: list[Problem]) -> tuple[RolloutFile, ...]:
-    return tuple(RolloutFile(step, path) for step, path in _step_files(folder, ".jsonl", problems))
+    """One per step: where a step has both, the table is the later one."""
+    found = {step: path for suffix in ROLLOUT_SUFFIXES for step, path in _step_files(folder, suffix, [])}
+    if not found:
+        _step_files(folder, ROLLOUT_SUFFIXES[0], problems)  # says what is missing
+    return tuple(RolloutFile(step, found[step]) for step in sorted(found))
 
 
 def _step_files(folder: Path, suffix: str, problems: list[Problem]) -> list[tuple[int, Path]]:
