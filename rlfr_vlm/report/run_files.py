@@ -15,6 +15,9 @@ import numpy as np
 import yaml
 from numpy.typing import NDArray
 
+from rlfr_vlm.report.parquet_rows import UnreadableTable, parquet_rows
+
+ROLLOUT_SUFFIXES = (".jsonl", ".parquet")
 QUANTITIES = ("flow_rewards", "deviations", "logprobs", "advantages", "entropy")  # per token, the names of the rollout files
 
 
