@@ -285,7 +285,7 @@ RESOURCES: dict[str, Any] = {
         "vllm": {"gpu_memory_utilization", "kv_cache_gib", "max_num_seqs", "enforce_eager", "tensor_parallel", "sleep"},
     },
     "reward": {"grader": {"workers"}},
-    "train": {"keep_checkpoints", "save_steps", "log_rollouts", "tokens_per_microbatch", "timeout_s"},
+    "train": {"keep_checkpoints", "save_steps", "log_rollouts", "log_attention", "tokens_per_microbatch", "timeout_s"},
     "deepspeed": True,
     "launcher": True,
     "ray": True,

@@ -366,6 +366,9 @@ class TrainConfig(Section):
     save_steps: int = Field(50, ge=1, description="checkpoint every so many steps, and at the end")
     keep_checkpoints: int = Field(2, ge=2, description="newest ones kept")
     log_rollouts: int = Field(4, ge=0, description="groups per step written to rollouts/; 0: none")
+    log_attention: int = Field(
+        1, ge=0, description="of these, the first ones with pictures: also where each token looked in them, by one more forward; 0: none"
+    )
     timeout_s: float = Field(1800.0, gt=0, description="longest wait for another rank or an engine before the run stops and says which")
 
 

@@ -12,6 +12,7 @@ from rlfr_vlm.ranks import ALONE, Ranks
 from rlfr_vlm.rewards.grader import Grader
 from rlfr_vlm.rollout.engine import RolloutEngine
 from rlfr_vlm.training.credit import Sample, make_samples, needs_scoring
+from rlfr_vlm.training.looks import look
 from rlfr_vlm.training.rollouts import Rollouts
 from rlfr_vlm.training.run import Run
 from rlfr_vlm.training.timing import timed
@@ -41,12 +42,14 @@ def train(cfg: Config, learner: Learner, engine: RolloutEngine, prompts: PromptS
                     with timed("score", clock):
                         samples = score_samples(cfg, learner, samples, clock)
 
+                looks = look(cfg, learner, batch.kept, clock)  # for the page: where in the pictures these responses came from
+
                 # 4. Policy updates; the flow follows the latents of selected responses, by default the correct ones.
                 with timed("update", clock):
                     parts = split_evenly(samples, cfg.algorithm.updates_per_rollout, learner.ranks)
                     results = [update(cfg, learner, part, trains_policy(cfg, step), clock) for part in parts]
 
-            run.log(step, batch, samples, results, clock)
+            run.log(step, batch, samples, results, clock, looks)
             if run.due(step, cfg.train.save_steps):
                 run.save(step, learner, prompts)
             if run.due(step, cfg.eval.every):

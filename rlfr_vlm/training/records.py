@@ -21,7 +21,13 @@ MIN_PAIRED = 8  # responses that have siblings like them
 
 
 def rollout_line(
-    step: int, rollout: Rollout, outcome: Outcome, pictures: Sequence[str], record: TokenRecord | None, token_text: Any
+    step: int,
+    rollout: Rollout,
+    outcome: Outcome,
+    pictures: Sequence[str],
+    record: TokenRecord | None,
+    attention: dict[str, Any] | None,
+    token_text: Any,
 ) -> dict[str, Any]:
     """One response as a JSON object: the contract of the report."""
     prompt = rollout.prompt.prompt
@@ -51,6 +57,7 @@ def rollout_line(
         "deviations": [round(d, 4) for d in record.deviations] if record and record.deviations is not None else None,
         "entropy": [round(e, 4) for e in record.entropy] if record else None,
         "latent": [float(f"{x:.4g}") for x in record.latent] if record and record.latent is not None else None,
+        "attention": attention,
     }
 
 

@@ -25,6 +25,7 @@ from rlfr_vlm.rollout.spread import spread
 from rlfr_vlm.training.checkpoint import PREFIX, commit_checkpoint, list_checkpoints, newest_good, read_best, write_best
 from rlfr_vlm.training.collect import Collected, GradedGroup
 from rlfr_vlm.training.credit import Sample
+from rlfr_vlm.training.looks import Looks
 from rlfr_vlm.training.records import batch_metrics, group_figures, over_updates, rollout_line, save_pictures
 from rlfr_vlm.training.state import environment, load_state, seed_generators, write_state
 from rlfr_vlm.training.update import Learner, TokenRecord
@@ -207,10 +208,11 @@ class Run:
         samples: Sequence[Sample],
         results: Sequence[tuple[dict[str, float], list[TokenRecord]]],
         clock: dict[str, float],
+        looks: Looks,
     ) -> None:
         """Metrics to metrics.jsonl and TensorBoard, some rollouts to rollouts/, one line to the terminal; of all ranks' shares."""
         records = [record for _, part in results for record in part]
-        lines = self._rollout_lines(step, batch.kept, samples, records)
+        lines = self._rollout_lines(step, batch.kept, samples, records, looks)
         sizes = [len(part) for _, part in results]
         shares = self.ranks.gather(([group_figures(g) for g in batch.sampled], sizes, lines), f"metrics of step {step}")
         if not self.ranks.first:
@@ -310,6 +312,7 @@ class Run:
         groups: Sequence[GradedGroup],
         samples: Sequence[Sample],
         records: Sequence[TokenRecord],
+        looks: Looks,
     ) -> list[tuple[tuple[int, int], str]]:
         """Lines of rollouts/step_N.jsonl with their order, for the first groups of the step; their pictures are written here."""
         folder = self.folder / "rollouts" / "images"
@@ -322,8 +325,10 @@ class Run:
                 folder.mkdir(parents=True, exist_ok=True)
                 pictures = save_pictures(graded.group.prompt, folder)
                 for rollout, outcome in zip(graded.group.rollouts, graded.outcomes, strict=True):
-                    line = rollout_line(step, rollout, outcome, pictures, token_records.get(id(rollout)), self._token_text)
-                    lines.append(((graded.position, rollout.sample_index), json.dumps(line) + "\n"))
+                    key = (graded.position, rollout.sample_index)
+                    record, look = token_records.get(id(rollout)), looks.get(key)
+                    line = rollout_line(step, rollout, outcome, pictures, record, look, self._token_text)
+                    lines.append((key, json.dumps(line) + "\n"))
         return lines
 
     tokenizer: Any = None  # set by the command; decodes single tokens for the page

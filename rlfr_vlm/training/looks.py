@@ -1,0 +1,42 @@
+"""Where the policy looked in the pictures of a step's first groups: for the record, and for nothing that learns."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from rlfr_vlm.config import Config, FlowConfig
+from rlfr_vlm.flow.latents import resolve_layers
+from rlfr_vlm.models.attribution import attribute
+from rlfr_vlm.training.collect import GradedGroup
+from rlfr_vlm.training.microbatches import in_step
+from rlfr_vlm.training.timing import timed
+from rlfr_vlm.training.update import Learner
+
+Looks = dict[tuple[int, int], dict[str, Any]]  # (position of the group, sample index) -> the field `attention` of the response's row
+
+
+def look(cfg: Config, learner: Learner, groups: Sequence[GradedGroup], clock: dict[str, float] | None = None) -> Looks:
+    """One more forward of the first `train.log_attention` groups with pictures among those that are logged, by the policy as it is.
+
+    Before the step's update that is the policy that sampled (with rollouts a step ahead, the one after it). All ranks must call it; each
+    gets what is its own.
+    """
+    policy, ranks = learner.policy, learner.ranks
+    if not (cfg.train.log_attention and cfg.train.log_rollouts and policy.processor is not None):
+        return {}
+    with timed("attention", clock):
+        found = ranks.merge([(g.position, bool(g.group.prompt.vision)) for g in groups], "groups whose attention is logged")
+        pictured = [position for position, pictures in sorted(found)[: cfg.train.log_rollouts] if pictures]
+        chosen = set(pictured[: cfg.train.log_attention])
+        own = [(g.position, rollout) for g in groups if g.position in chosen for rollout in g.group.rollouts]
+        fractions = (cfg.flow or FlowConfig()).layers
+        layers = resolve_layers(fractions, len(policy.layers))
+        looks: Looks = {}
+        for part in in_step([rollout for _, rollout in own], cfg.train.tokens_per_microbatch, policy, ranks):
+            rows = [own[i] for i in part.rows]
+            attributions = attribute(policy, part.batch, [rollout for _, rollout in rows], layers)
+            for (position, rollout), attribution in zip(rows, attributions, strict=True):
+                if attribution is not None:
+                    looks[position, rollout.sample_index] = attribution.encoded()
+    return looks
