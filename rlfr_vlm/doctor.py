@@ -22,6 +22,8 @@ PARTS = (
     ("multimodal benchmarks", "vlmeval", "pip install -e '.[eval]'"),
     ("adapters (model.lora)", "peft", "pip install -e '.[lora]'"),
     ("data from the hub, Parquet", "datasets", "pip install -e '.[data]'"),
+    ("Weights & Biases", "wandb", "pip install -e '.[trackers]'"),
+    ("trackio", "trackio", "pip install -e '.[trackers]'"),
     ("demo data", "sklearn", "pip install -e '.[demo]'"),
     ("report charts", "plotly", "pip install -e ."),
 )

@@ -7,7 +7,7 @@ python=${PYTHON:-python3}
 .venv/bin/python -m pip install -q uv
 
 # The engine that fits this machine: vLLM on a GPU, its CPU build on Linux x86-64, otherwise transformers alone.
-extras=demo,data,dev,eval,deepspeed,ray
+extras=demo,data,dev,eval,deepspeed,ray,trackers
 if command -v nvidia-smi >/dev/null 2>&1; then extras=$extras,vllm
 elif [ "$(uname -sm)" = "Linux x86_64" ]; then extras=$extras,cpu
 fi

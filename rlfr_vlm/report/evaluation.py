@@ -19,7 +19,7 @@ from rlfr_vlm.evaluation.statistics import Estimate, estimate, shares
 from rlfr_vlm.report.run_files import Problem, as_number, as_text, as_whole, json_lines, json_object
 
 TRAINING = ("metrics.jsonl", "rollouts", "checkpoints")  # a folder with any of these is a training run's
-NOT_BENCHMARKS = ("rollouts", "checkpoints", "hf", "flow", "tb", "images")  # folders of a run without any in them
+NOT_BENCHMARKS = ("rollouts", "checkpoints", "hf", "flow", "tb", "wandb", "trackio", "images")  # folders of a run without any in them
 DEPTH = 4  # eval/step_000080/vlmeval/NAME
 STEP = re.compile(r"step_(\d+)")
 FINAL = ("correct", "wrong", "unjudged", "failed", "error")
