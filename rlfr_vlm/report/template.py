@@ -14,6 +14,8 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+from rlfr_vlm.errors import UserError
+
 
 def page(template: str, title: str, style: str, data: Sequence[str], scripts: Mapping[str, str]) -> str:
     """The template with its parts. `scripts`: by placeholder; the browser runs these and nothing else."""
@@ -54,6 +56,15 @@ def shown(name: str) -> str:
 def asset(name: str) -> str:
     """A file of this package."""
     return (files("rlfr_vlm.report") / name).read_text(encoding="utf-8")
+
+
+def plotly_script() -> str:
+    """The script that draws curves, from plotly's wheel. Raises UserError where it is not installed."""
+    try:
+        from plotly.offline import get_plotlyjs
+    except ImportError:
+        raise UserError("report: plotly, which draws the curves, is not installed: `pip install plotly`") from None
+    return get_plotlyjs()
 
 
 def _digest(script: str) -> str:
