@@ -15,13 +15,18 @@ from PIL import Image
 MAX_BYTES = 32 * 2**20
 MAX_PIXELS = 50_000_000  # checked in the header, before anything is decoded
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF")
+UNREADABLE = (OSError, SyntaxError, ValueError)  # what Pillow raises at a damaged file
 
 
 BASE64 = re.compile(r"(?:[A-Za-z0-9+/]{4}){16,}(?:[A-Za-z0-9+/]{2}==|[A-Za-z0-9+/]{3}=)?")  # at least 48 bytes
 
 
 class ImageError(Exception):
-    """A picture that cannot be used; the message says which and why."""
+    """A picture that cannot be used; the message says which and why, `fault` names the defect."""
+
+    def __init__(self, message: str, fault: str = "image_broken") -> None:
+        super().__init__(message)
+        self.fault = fault
 
 
 def open_image(source: Any, roots: Sequence[Path], allow_urls: bool = False) -> Image.Image:
@@ -29,33 +34,47 @@ def open_image(source: Any, roots: Sequence[Path], allow_urls: bool = False) -> 
 
     Raises ImageError for a missing or broken file, one outside the roots, one too large, or a format that is not a picture's.
     """
+    return decode(*open_header(source, roots, allow_urls))
+
+
+def open_header(source: Any, roots: Sequence[Path], allow_urls: bool = False) -> tuple[str, Image.Image]:
+    """A name for messages, and the picture as its header describes it: nothing is decoded yet. Raises ImageError like `open_image`."""
     if isinstance(source, Image.Image):
-        try:
-            return source.convert("RGB")
-        except (OSError, SyntaxError, ValueError) as error:
-            raise ImageError(f"the embedded picture is not readable: {error}") from None
+        return "the embedded picture", source
     name, data = read_bytes(source, roots, allow_urls)
     if not data:
         raise ImageError(f"{name} is empty (0 bytes)")
     if len(data) > MAX_BYTES:
-        raise ImageError(f"{name} has {len(data)} bytes, more than {MAX_BYTES}")
+        raise ImageError(f"{name} has {len(data)} bytes, more than {MAX_BYTES}", "image_bytes")
     try:
         image = Image.open(io.BytesIO(data), formats=FORMATS)
-        if image.width * image.height > MAX_PIXELS:
-            raise ImageError(f"{name} has {image.width} x {image.height} pixels, more than {MAX_PIXELS} in all")
+    except Image.DecompressionBombError as error:
+        raise ImageError(f"{name} is not a readable picture: {error}", "image_pixels") from None
+    except UNREADABLE as error:
+        raise ImageError(f"{name} is not a readable picture: {error}") from None
+    if image.width * image.height > MAX_PIXELS:
+        raise ImageError(f"{name} has {image.width} x {image.height} pixels, more than {MAX_PIXELS} in all", "image_pixels")
+    return name, image
+
+
+def decode(name: str, image: Image.Image) -> Image.Image:
+    """The picture's pixels as RGB. Raises ImageError where they cannot be read."""
+    try:
         return image.convert("RGB")
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+    except UNREADABLE as error:
         raise ImageError(f"{name} is not a readable picture: {error}") from None
 
 
 def read_bytes(source: Any, roots: Sequence[Path], allow_urls: bool) -> tuple[str, bytes]:
     """A name for messages, and the encoded picture."""
     if isinstance(source, dict):
-        return read_bytes(source["bytes"] if source.get("bytes") is not None else source.get("path"), roots, allow_urls)
+        source = source["bytes"] if source.get("bytes") is not None else source.get("path")
     if isinstance(source, bytes):
         return "the embedded picture", source
     if not isinstance(source, str):
-        raise ImageError(f"a picture is given as {type(source).__name__}; expected a path, URL, bytes, base64 text or a picture")
+        raise ImageError(
+            f"a picture is given as {type(source).__name__}; expected a path, URL, bytes, base64 text or a picture", "image_source"
+        )
     if source.startswith("data:image/") or len(source) > 512:
         return "the base64 picture", decode_base64(source)
     if source.startswith(("http://", "https://")):
@@ -67,7 +86,7 @@ def read_bytes(source: Any, roots: Sequence[Path], allow_urls: bool) -> tuple[st
             return "the base64 picture", decode_base64(source)
         raise
     if path.stat().st_size > MAX_BYTES:
-        raise ImageError(f"{source} has {path.stat().st_size} bytes, more than {MAX_BYTES}")
+        raise ImageError(f"{source} has {path.stat().st_size} bytes, more than {MAX_BYTES}", "image_bytes")
     return source, path.read_bytes()
 
 
@@ -76,20 +95,20 @@ def decode_base64(text: str) -> bytes:
     try:
         return base64.b64decode(text.partition(",")[2] if text.startswith("data:") else text, validate=True)
     except (binascii.Error, ValueError):
-        raise ImageError("the picture's text is neither a path nor base64") from None
+        raise ImageError("the picture's text is neither a path nor base64", "image_source") from None
 
 
 def fetch(url: str, allow_urls: bool) -> bytes:
     """Download a picture, where the user allowed it, with a limit on time and size."""
     if not allow_urls:
-        raise ImageError(f"{url} is a URL: set data.allow_urls=true to download pictures")
+        raise ImageError(f"{url} is a URL: set data.allow_urls=true to download pictures", "image_url")
     import urllib.request
 
     try:
         with urllib.request.urlopen(url, timeout=20) as response:
             return response.read(MAX_BYTES + 1)
     except OSError as error:
-        raise ImageError(f"{url}: {error}") from None
+        raise ImageError(f"{url}: {error}", "image_url") from None
 
 
 def locate(name: str, roots: Sequence[Path]) -> Path:
@@ -104,8 +123,8 @@ def locate(name: str, roots: Sequence[Path]) -> Path:
             elif path.is_file():
                 return path
         except (OSError, ValueError) as error:
-            raise ImageError(f"{name[:80]!r} is no file name: {error}") from None
+            raise ImageError(f"{name[:80]!r} is no file name: {error}", "image_source") from None
     where = ", ".join(str(root) for root in roots) or "no folder"
     if outside:
-        raise ImageError(f"{name} lies outside {where}: name its folder in data.media_dirs")
-    raise ImageError(f"{name} is missing (searched in {where})")
+        raise ImageError(f"{name} lies outside {where}: name its folder in data.media_dirs", "image_outside")
+    raise ImageError(f"{name} is missing (searched in {where})", "image_missing")

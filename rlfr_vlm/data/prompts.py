@@ -29,12 +29,28 @@ UNSUPPORTED = ("videos", "video", "audios", "audio")
 ROLES = {"human": "user", "gpt": "assistant", "user": "user", "assistant": "assistant", "system": "system"}
 
 
-class RowError(Exception):
-    """A row that cannot be used. `kind` is a short class for counting, the message says what is wrong and where."""
+LONE_SURROGATE = re.compile("[\ud800-\udfff]")
 
-    def __init__(self, kind: str, message: str) -> None:
+
+class RowError(Exception):
+    """A row that cannot be used. `kind` is a short class for counting, `fault` names the defect (rlfr_vlm.data.preflight.kinds lists them);
+    the message says what is wrong and where."""
+
+    def __init__(self, kind: str, message: str, fault: str = "") -> None:
         super().__init__(message)
         self.kind = kind
+        self.fault = fault or kind
+
+
+@dataclass(frozen=True)
+class Unreadable:
+    """Why a line is no row."""
+
+    fault: str
+    reason: str
+
+    def __str__(self) -> str:
+        return self.reason
 
 
 @dataclass(frozen=True)
@@ -70,7 +86,7 @@ class BadRows:
             raise UserError(f"{len(self.rows)} bad rows of {total} exceed data.max_bad_frac={self.max_frac}; the last: {error}")
 
 
-def read_rows(source: str) -> Iterator[tuple[str, dict[str, Any] | None, str]]:
+def read_rows(source: str) -> Iterator[tuple[str, dict[str, Any] | None, Unreadable | None]]:
     """Rows of a file or hub data set as (name, row, problem); `row` is None where the line is not a JSON object, and `problem` says why."""
     path = Path(source)
     if not path.exists():
@@ -91,10 +107,11 @@ def read_rows(source: str) -> Iterator[tuple[str, dict[str, Any] | None, str]]:
         if not isinstance(rows, list):
             raise UserError(f"data file {source}: expected a list of rows")
         for number, row in enumerate(rows):
-            yield (f"{path.name}[{number}]", row, "") if isinstance(row, dict) else (f"{path.name}[{number}]", None, "not an object")
+            name = f"{path.name}[{number}]"
+            yield (name, row, None) if isinstance(row, dict) else (name, None, Unreadable("not_object", "not an object"))
     elif path.suffix in (".parquet", ".arrow"):
         for number, row in enumerate(_table_rows(path)):
-            yield f"{path.name}[{number}]", row, ""
+            yield f"{path.name}[{number}]", row, None
     else:
         raise UserError(f"data file {source}: expected .jsonl, .json, .parquet or .arrow")
 
@@ -113,15 +130,17 @@ def _table_rows(path: Path) -> Iterator[dict[str, Any]]:
         raise UserError(f"data file {path} is not readable {path.suffix[1:].capitalize()}: {' '.join(str(error).split())[:200]}") from None
 
 
-def _json_row(line: bytes) -> tuple[dict[str, Any] | None, str]:
+def _json_row(line: bytes) -> tuple[dict[str, Any] | None, Unreadable | None]:
     try:
         row = json.loads(line)
+    except UnicodeDecodeError as error:
+        return None, Unreadable("utf8_invalid", f"not JSON: {error}")
     except (ValueError, RecursionError) as error:
-        return None, f"not JSON: {error}"
-    return (row, "") if isinstance(row, dict) else (None, "not a JSON object")
+        return None, Unreadable("json_invalid", f"not JSON: {error}")
+    return (row, None) if isinstance(row, dict) else (None, Unreadable("not_object", "not a JSON object"))
 
 
-def _hub_rows(source: str) -> Iterator[tuple[str, dict[str, Any] | None, str]]:
+def _hub_rows(source: str) -> Iterator[tuple[str, dict[str, Any] | None, Unreadable | None]]:
     try:
         from datasets import load_dataset
         from datasets.table import embed_table_storage
@@ -136,7 +155,7 @@ def _hub_rows(source: str) -> Iterator[tuple[str, dict[str, Any] | None, str]]:
     number = 0
     for table in rows.with_format("arrow").iter(batch_size=256):
         for row in embed_table_storage(table).to_pylist():  # pictures stay the bytes that were published, undecoded
-            yield f"{source}[{number}]", row, ""
+            yield f"{source}[{number}]", row, None
             number += 1
 
 
@@ -152,32 +171,50 @@ def load_prompts(
     need: the column that every row must have, "answer" for RL and evaluation or "response" for fitting the flow.
     Raises UserError for an unreadable file, for bad rows as `data.on_bad_row` says, and for a data set without rows.
     """
-    parsed: list[tuple[str, Prompt | None, RowError | None]] = []
+    parsed: list[Prompt | tuple[str, RowError]] = []
     for name, row, unreadable in read_rows(source):
         if limit is not None and len(parsed) >= limit:
             break
-        where = str(Path(source).with_name(name)) if Path(source).exists() else name
+        where = row_origin(source, name)
         try:
-            if row is None:
-                raise RowError("schema", f"{where}: {unreadable}")
-            parsed.append((where, parse_row(row, where, cfg, need, name), None))
+            parsed.append(read_prompt(row, unreadable, where, cfg, need, name))
         except RowError as error:
-            parsed.append((where, None, error))
+            parsed.append((where, error))
     if not parsed:
         raise UserError(f"data {source}: no rows")
     kept: list[Prompt] = []
     seen: dict[str, str] = {}
-    for where, prompt, problem in parsed:
-        if prompt is not None and prompt.id in seen:
-            problem = RowError("duplicate_id", f"{where}: id `{prompt.id}` was already used at {seen[prompt.id]}")
-        if problem is not None or prompt is None:
-            bad.add(where, problem or RowError("schema", where), len(parsed))
-            continue
-        seen[prompt.id] = where
-        kept.append(prompt)
+    for found in parsed:
+        if isinstance(found, Prompt):
+            try:
+                claim_id(found.id, found.origin, seen)
+                kept.append(found)
+            except RowError as error:
+                bad.add(found.origin, error, len(parsed))
+        else:
+            bad.add(*found, len(parsed))
     if not kept:
         raise UserError(f"data {source}: no usable rows")
     return kept
+
+
+def row_origin(source: str, name: str) -> str:
+    """What messages call a row: the path of its file, and its line or index in it."""
+    return str(Path(source).with_name(name)) if Path(source).exists() else name
+
+
+def read_prompt(row: dict[str, Any] | None, problem: Unreadable | None, where: str, cfg: DataConfig, need: str, name: str) -> Prompt:
+    """What `read_rows` found as a Prompt. Raises RowError naming it where it is no row, or one that cannot be used."""
+    if row is None:
+        raise RowError("schema", f"{where}: {problem}", problem.fault if problem else "")
+    return parse_row(row, where, cfg, need, name)
+
+
+def claim_id(row_id: str, where: str, seen: dict[str, str]) -> None:
+    """Notes who has an id. Raises RowError where another usable row of the data set has it already."""
+    if row_id in seen:
+        raise RowError("duplicate_id", f"{where}: id `{row_id}` was already used at {seen[row_id]}")
+    seen[row_id] = where
 
 
 def parse_row(row: dict[str, Any], where: str, cfg: DataConfig, need: str = "answer", default_id: str = "") -> Prompt:
@@ -187,7 +224,7 @@ def parse_row(row: dict[str, Any], where: str, cfg: DataConfig, need: str = "ans
     """
     for name in UNSUPPORTED:
         if any(value is not None for value in _as_list(row.get(name))):
-            raise RowError("media", f"{where}: the row has `{name}`; only pictures are supported")
+            raise RowError("media", f"{where}: the row has `{name}`; only pictures are supported", "media_unsupported")
     images = _as_list(_column(row, "images"))
     messages, closing = _messages(row, where)
     if cfg.system and messages[0]["role"] != "system":
@@ -210,13 +247,20 @@ def parse_row(row: dict[str, Any], where: str, cfg: DataConfig, need: str = "ans
     if need == "answer" and row.get("conversations") is not None and _column(row, "answer") is None:
         answer = closing  # VLM-R1: the last turn is the gold answer
     if need == "answer" and not answer:
-        raise RowError("answer", f"{where}: the answer is empty or missing (columns: {', '.join(COLUMNS['answer'])})")
+        fault = "answer_missing" if _column(row, "answer") in (None, "", [], {}) else "answer_type"
+        raise RowError("answer", f"{where}: the answer is empty or missing (columns: {', '.join(COLUMNS['answer'])})", fault)
     if need == "response" and not (isinstance(response, str) and response.strip()):
-        raise RowError("response", f"{where}: the expert response is empty or missing (columns: {', '.join(COLUMNS['response'])})")
+        columns = ", ".join(COLUMNS["response"])
+        raise RowError("response", f"{where}: the expert response is empty or missing (columns: {columns})", "response_missing")
+    row_id = _row_id(row) or default_id or where
+    texts = [part["text"] for m in messages for part in m["content"] if part["type"] == "text"]
+    for what, text in [*(("prompt", text) for text in texts), ("id", row_id), ("response", response)]:
+        if isinstance(text, str) and LONE_SURROGATE.search(text):
+            raise RowError("schema", f"{where}: the {what} holds half a character (a lone surrogate), which no text can", "text_broken")
     known = {name for names in COLUMNS.values() for name in names}
     clean = tuple({"role": m["role"], "content": [{k: v for k, v in p.items() if k != "source"} for p in m["content"]]} for m in messages)
     return Prompt(
-        id=_row_id(row) or default_id or where,
+        id=row_id,
         messages=clean,
         images=tuple(images),
         answer=answer,
@@ -268,21 +312,21 @@ def _messages(row: dict[str, Any], where: str) -> tuple[list[dict[str, Any]], st
     if isinstance(value, str):
         value = _turns_in(value, where) or [{"role": "user", "content": value}]
     if not isinstance(value, list) or not value or not all(isinstance(m, dict) for m in value):
-        raise RowError("schema", f"{where}: no prompt (columns: {', '.join(COLUMNS['prompt'])})")
+        raise RowError("schema", f"{where}: no prompt (columns: {', '.join(COLUMNS['prompt'])})", "prompt_missing")
     messages: list[dict[str, Any]] = []
     for message in value:
         role = ROLES.get(str(message.get("role", message.get("from"))))
         content = message.get("content", message.get("value"))
         if role is None or content is None:
-            raise RowError("schema", f"{where}: a message needs a role (system, user, assistant) and content")
+            raise RowError("schema", f"{where}: a message needs a role (system, user, assistant) and content", "messages_malformed")
         messages.append({"role": role, "content": _parts(content, where)})
     closing: list[str] = []
     while len(messages) > 1 and messages[-1]["role"] == "assistant":
         closing.insert(0, "".join(part["text"] for part in messages.pop()["content"] if part["type"] == "text").strip())
     if messages[-1]["role"] != "user":
-        raise RowError("schema", f"{where}: the last message must be the user's")
+        raise RowError("schema", f"{where}: the last message must be the user's", "messages_malformed")
     if not any(p["type"] == "image" or p["text"].strip() for p in messages[-1]["content"]):
-        raise RowError("schema", f"{where}: the prompt is empty")
+        raise RowError("schema", f"{where}: the prompt is empty", "prompt_empty")
     return messages, "\n".join(closing)
 
 
@@ -294,7 +338,8 @@ def _turns_in(text: str, where: str) -> list[dict[str, Any]] | None:
         turns = json.loads(text)
     except (ValueError, RecursionError):
         if re.match(r"""\s*\[\s*\{\s*['"](role|from|content|value)['"]""", text):
-            raise RowError("schema", f"{where}: the prompt looks like messages, but is not JSON: {text.strip()[:40]}...") from None
+            problem = f"{where}: the prompt looks like messages, but is not JSON: {text.strip()[:40]}..."
+            raise RowError("schema", problem, "messages_malformed") from None
         return None
     return turns if all(isinstance(turn, dict) and {"content", "value"} & turn.keys() for turn in turns) else None
 
@@ -310,7 +355,7 @@ def _parts(content: Any, where: str) -> list[dict[str, Any]]:
                 parts.append({"type": "text", "text": piece})
         return parts or [{"type": "text", "text": ""}]
     if not isinstance(content, list):
-        raise RowError("schema", f"{where}: message content must be text or a list of parts")
+        raise RowError("schema", f"{where}: message content must be text or a list of parts", "messages_malformed")
     parts = []
     for part in content:
         kind = part.get("type") if isinstance(part, dict) else None
@@ -320,7 +365,7 @@ def _parts(content: Any, where: str) -> list[dict[str, Any]]:
             source = part.get("image", part.get("url", part.get("image_url", part.get("path"))))
             parts.append({"type": "image", "source": source.get("url") if isinstance(source, dict) and "url" in source else source})
         else:
-            raise RowError("schema", f"{where}: a message part is neither text nor an image")
+            raise RowError("schema", f"{where}: a message part is neither text nor an image", "messages_malformed")
     return parts
 
 

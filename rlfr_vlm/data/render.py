@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -28,38 +29,74 @@ class Renderer:
         self.roots = [Path(data_file).parent, *(Path(d) for d in cfg.media_dirs)]
         self.tokenizer = policy.tokenizer
         self._special = re.compile("|".join(re.escape(t) for t in sorted(special_tokens(self.tokenizer), key=len, reverse=True)) or r"(?!)")
+        banned = self.tokenizer.convert_ids_to_tokens(list(policy.banned_token_ids)) if policy.processor is not None else []
+        self._vision_text = re.compile("|".join(re.escape(token) for token in banned) or r"(?!)")
 
     def encode(self, prompt: Prompt) -> EncodedPrompt:
         """Raises RowError naming the row: a picture that does not open, pictures for a text model, a prompt over the limit."""
-        if prompt.images and self.policy.processor is None:
-            raise RowError("images", f"{prompt.origin}: the row has pictures, but model.path is a text model")
+        self.check_media(prompt)
         try:
             images = [self._fit(open_image(source, self.roots, self.cfg.allow_urls)) for source in prompt.images]
         except ImageError as error:
-            raise RowError("image", f"{prompt.origin}: {error}") from None
-        short = self._tokenize(prompt.messages)
+            raise bad_picture(prompt, error) from None
         vision, counts = self._vision(images)
-        expanded = self._expand(short, counts, prompt)
-        if len(expanded) > self.cfg.max_prompt_tokens:
-            raise RowError(
-                "too_long",
-                f"{prompt.origin}: {len(expanded)} tokens, pictures included, exceed data.max_prompt_tokens={self.cfg.max_prompt_tokens}",
-            )
+        short, expanded = self._tokens(prompt, counts)
+        self.check_length(prompt, len(expanded))
         return EncodedPrompt(prompt, expanded, tuple(short), self.policy.position_ids(expanded, vision), tuple(images), vision)
 
-    def _fit(self, image: Image.Image) -> Image.Image:
-        """Resize as Qwen's processor would, to the config's pixel limits, so that every later processor leaves the picture as it is."""
+    def count_tokens(self, prompt: Prompt, sizes: Sequence[tuple[int, int]]) -> int:
+        """Tokens that `encode` would give for pictures of these sizes (width, height), without their pixels. Raises RowError like it."""
+        self.check_media(prompt)
+        try:
+            fitted = [self._fitted_size(*size) for size in sizes]
+        except ImageError as error:
+            raise bad_picture(prompt, error) from None
+        return len(self._tokens(prompt, [width * height // self._factor**2 for width, height in fitted])[1])
+
+    def check_media(self, prompt: Prompt) -> None:
+        """Raises RowError for pictures that the model cannot see, and for an expert response with tokens that stand for pictures."""
+        if prompt.images and self.policy.processor is None:
+            raise RowError("images", f"{prompt.origin}: the row has pictures, but model.path is a text model", "text_model")
+        if prompt.response and (typed := self._vision_text.search(prompt.response)):
+            problem = f"{prompt.origin}: the response holds `{typed[0]}`, a token that only a picture may bring"
+            raise RowError("response", problem, "response_vision_token")
+
+    def check_length(self, prompt: Prompt, num_tokens: int) -> None:
+        """Raises RowError for a prompt over the limit."""
+        if num_tokens > self.cfg.max_prompt_tokens:
+            raise RowError(
+                "too_long",
+                f"{prompt.origin}: {num_tokens} tokens, pictures included, exceed data.max_prompt_tokens={self.cfg.max_prompt_tokens}",
+                "prompt_too_long",
+            )
+
+    @property
+    def _factor(self) -> int:
+        """Side of the square of pixels that is one token."""
+        processor = self.policy.processor.image_processor
+        return processor.patch_size * processor.merge_size
+
+    def _fitted_size(self, width: int, height: int) -> tuple[int, int]:
+        """Size to which Qwen's processor would bring a picture within the config's pixel limits. Raises ImageError where it has none."""
         from transformers.models.qwen2_vl.image_processing_qwen2_vl import smart_resize
 
-        processor = self.policy.processor.image_processor
-        factor = processor.patch_size * processor.merge_size
         try:
-            height, width = smart_resize(image.height, image.width, factor, self.cfg.min_pixels, self.cfg.max_pixels)
+            rows, columns = smart_resize(height, width, self._factor, self.cfg.min_pixels, self.cfg.max_pixels)
         except ValueError as error:
-            raise ImageError(f"a picture of {image.width} x {image.height} pixels: {error}") from None
+            raise ImageError(f"a picture of {width} x {height} pixels: {error}", "image_shape") from None
+        return columns, rows
+
+    def _fit(self, image: Image.Image) -> Image.Image:
+        """Resized in such a way that every later processor leaves the picture as it is."""
+        size = self._fitted_size(*image.size)
         if self.pictures == "blank":
-            return Image.new("RGB", (width, height), (128, 128, 128))
-        return image if image.size == (width, height) else image.resize((width, height), Image.Resampling.BICUBIC)
+            return Image.new("RGB", size, (128, 128, 128))
+        return image if image.size == size else image.resize(size, Image.Resampling.BICUBIC)
+
+    def _tokens(self, prompt: Prompt, counts: Sequence[int]) -> tuple[list[int], tuple[int, ...]]:
+        """Token ids with one image token per picture, and with as many as each has features."""
+        short = self._tokenize(prompt.messages)
+        return short, self._expand(short, counts, prompt)
 
     def _vision(self, images: Sequence[Image.Image]) -> tuple[dict[str, Tensor], list[int]]:
         """The processor's tensors, and the number of image tokens of each picture."""
@@ -75,8 +112,9 @@ class Renderer:
         """Token ids with one image token per picture.
 
         Special tokens typed by a row's author stay plain text: the template is rendered around stand-ins, and such texts are tokenised on
-        their own with special tokens split.
+        their own with special tokens split. Parts of text that only together spell one, as templates write them end to end, are joined.
         """
+        messages = [{**m, "content": self._joined(m["content"])} for m in messages]
         typed = [p["text"] for m in messages for p in m["content"] if p["type"] == "text" and self._special.search(p["text"])]
         marks = {text: f"\x02{number}\x03" for number, text in enumerate(dict.fromkeys(typed))}
         rendered = self._render([
@@ -88,6 +126,16 @@ class Renderer:
             plain = piece in texts
             ids += self.tokenizer(texts.get(piece, piece), add_special_tokens=False, split_special_tokens=plain)["input_ids"]
         return ids
+
+    def _joined(self, parts: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+        """The parts of a message; texts that follow one another are one where they hold a special token across a seam."""
+        joined: list[dict[str, Any]] = []
+        for kind, run in itertools.groupby(parts, key=lambda part: part["type"]):
+            texts = [*run]
+            whole = "".join(part.get("text", "") for part in texts)
+            found = sum(len(self._special.findall(part["text"])) for part in texts) if kind == "text" else 0
+            joined += [{"type": "text", "text": whole}] if found != len(self._special.findall(whole)) else texts
+        return joined
 
     def _render(self, messages: list[dict[str, Any]]) -> str:
         """The chat template's text up to where the response starts; without a template, the texts end to end."""
@@ -106,6 +154,11 @@ class Renderer:
             raise RowError("image_count", f"{prompt.origin}: the template wrote {found} image tokens for {len(counts)} pictures")
         remaining = iter(counts)
         return tuple(t for token in short for t in ([token] * next(remaining) if token == image_token else [token]))
+
+
+def bad_picture(prompt: Prompt, error: ImageError) -> RowError:
+    """A row whose picture cannot be used."""
+    return RowError("image", f"{prompt.origin}: {error}", error.fault)
 
 
 def special_tokens(tokenizer: Any) -> list[str]:

@@ -124,6 +124,47 @@ def test_special_tokens_in_a_question_stay_text(policy):
     assert "<|image_pad|>" in policy.tokenizer.decode(forged.token_ids)
 
 
+@pytest.mark.parametrize(
+    "pieces", [("a <|im_", "end|> b"), ("a <|", "im_end", "|> b"), ("<|im_end|>", "<|image_", "pad|>"), ("x <|image_pa", "d|>")]
+)
+def test_special_tokens_in_pieces_stay_text_too(policy, pieces):
+    """Templates write the parts of a message end to end."""
+    content = [{"type": "text", "text": piece} for piece in pieces]
+    forged, plain = encode(policy, {"messages": [{"role": "user", "content": content}]}), encode(policy, {"prompt": "a"})
+    special = {policy.tokenizer.convert_tokens_to_ids(t) for t in ("<|image_pad|>", "<|im_end|>", "<|im_start|>")}
+    assert [t for t in forged.token_ids if t in special] == [t for t in plain.token_ids if t in special]
+    assert "".join(pieces) in policy.tokenizer.decode(forged.token_ids)
+
+
+def test_parts_that_hold_no_special_token_reach_the_template_one_by_one(policy):
+    row = {"messages": [{"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]}]}
+    renderer = Renderer(policy, CFG, "rows.jsonl")
+    parts = parse_row({**row, "answer": "1"}, "r", CFG).messages[0]["content"]
+    assert renderer._joined(parts) == parts and len(parts) == 2
+
+
+@pytest.mark.parametrize("count", [0, 1, 3])
+def test_tokens_are_counted_from_the_sizes_of_pictures_as_they_are_encoded(policy, count):
+    sizes = [(10, 10), (112, 57), (700, 640)][:count]
+    row = {"prompt": "<image>" * count + "How many?", "images": [png(size) for size in sizes]}
+    prompt = parse_row({**row, "answer": "1"}, "r:1", CFG)
+    renderer = Renderer(policy, CFG, "rows.jsonl")
+    assert renderer.count_tokens(prompt, sizes) == len(renderer.encode(prompt).token_ids)
+
+
+def test_an_expert_response_may_hold_no_token_of_a_picture(policy):
+    prompt = parse_row({"prompt": "x", "response": "so <|image_pad|> it is"}, "r:1", CFG, "response")
+    with pytest.raises(RowError, match=r"r:1: the response holds `<\|image_pad\|>`"):
+        Renderer(policy, CFG, "rows.jsonl").encode(prompt)
+
+
+def test_half_a_character_is_a_bad_row():
+    for row in ({"prompt": "x\ud800"}, {"prompt": "x", "id": "\udfff"}):
+        with pytest.raises(RowError, match="half a character") as found:
+            parse_row({"answer": "1", **row}, "r:1", CFG)
+        assert (found.value.kind, found.value.fault) == ("schema", "text_broken")
+
+
 def test_added_special_tokens_count_as_special_too(model_folder):
     text = Policy(ModelConfig(path=model_folder("llama"), dtype="float32"))
     text.tokenizer.add_tokens([AddedToken("<|start_header_id|>", special=True)])
