@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import gc
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ from transformers import AutoConfig
 from rlfr_vlm.config import Config
 from rlfr_vlm.data.prompts import BadRows, PromptStream, RowError, load_prompts
 from rlfr_vlm.data.render import PromptSource, Renderer, encode_all
-from rlfr_vlm.errors import UserError
+from rlfr_vlm.errors import RolledBack, UserError
 from rlfr_vlm.evaluation.heldout import HeldoutResult, evaluate_heldout
 from rlfr_vlm.evaluation.parity import parity
 from rlfr_vlm.evaluation.suite import (
@@ -47,7 +48,9 @@ from rlfr_vlm.training.learner import make_learner
 from rlfr_vlm.training.loop import train as train_loop
 from rlfr_vlm.training.run import Run
 from rlfr_vlm.training.schedule import check_field, new_field_folder
+from rlfr_vlm.training.trackers import check_recording
 from rlfr_vlm.training.update import Learner
+from rlfr_vlm.training.watch import with_roll_backs
 from rlfr_vlm.types import EncodedPrompt, Prompt
 
 console = Console(stderr=True)
@@ -176,9 +179,21 @@ def train(cfg: Config) -> Path:
 
 
 def train_rank(cfg: Config, ranks: Ranks, make: Callable[[Policy, Ranks], RolloutEngine] | None = None) -> Path:
-    """What each training process does. make: the rollout engine; default: one of its own, as the config says."""
+    """What each training process does. make: the rollout engine; default: one of its own, as the config says.
+
+    Where a monitor rolls the run back everything is made anew: nothing of the steps that went wrong is left in optimisers or engines.
+    """
     if ranks.first:
         _forget_bad_rows(cfg)
+    while True:
+        try:
+            return _train_once(with_roll_backs(cfg), ranks, make)
+        except RolledBack:
+            pass  # said already; leaving this block lets go of what the traceback holds
+        gc.collect()
+
+
+def _train_once(cfg: Config, ranks: Ranks, make: Callable[[Policy, Ranks], RolloutEngine] | None) -> Path:
     prompts, heldout, bad = rl_prompts(cfg)
     if not ranks.first:
         bad.record = None  # written once
@@ -207,7 +222,7 @@ def run_training(
     source = PromptSource(
         kept,
         Renderer(policy, cfg.data, cfg.data.train),
-        PromptStream(len(kept), cfg.seed, cfg.data.shuffle),
+        PromptStream(len(kept), cfg.run_seed, cfg.data.shuffle),
         bad,
         ranks=ranks,
     )
@@ -290,6 +305,7 @@ def _required(value: str | None, field: str) -> str:
 def rl_prompts(cfg: Config) -> tuple[list[Prompt], list[Prompt], BadRows]:
     """Training and held-out rows, read before anything heavy starts."""
     bad = _bad_rows(cfg)
+    check_recording(cfg)
     if cfg.reward.function is not None:
         load_reward_function(cfg.reward.function)
     if cfg.flow is not None and cfg.flow.checkpoint is None and not cfg.flow.online.enabled:

@@ -34,6 +34,7 @@ from rlfr_vlm.sections import (
     LikelihoodShapingConfig,
     LoraConfig,
     ModelConfig,
+    MonitorsConfig,
     OptimConfig,
     RayConfig,
     RewardConfig,
@@ -45,6 +46,7 @@ from rlfr_vlm.sections import (
     ValueConfig,
     VllmConfig,
 )
+from rlfr_vlm.types import request_seed
 
 __all__ = [
     "AlgorithmConfig",
@@ -66,6 +68,7 @@ __all__ = [
     "LikelihoodShapingConfig",
     "LoraConfig",
     "ModelConfig",
+    "MonitorsConfig",
     "OptimConfig",
     "RayConfig",
     "RewardConfig",
@@ -98,6 +101,7 @@ class Config(Section):
     shaping: ShapingConfig = ShapingConfig()
     optim: OptimConfig = OptimConfig()
     train: TrainConfig = TrainConfig()
+    monitors: MonitorsConfig = MonitorsConfig()
     deepspeed: DeepSpeedConfig | None = Field(None, description="shard training over ranks; none: one process")
     launcher: Literal["process", "ray"] = Field("process", description="process: this one, or the ranks of torchrun or deepspeed; or Ray")
     ray: RayConfig = RayConfig()
@@ -157,6 +161,11 @@ class Config(Section):
         if "" in self.rollout.stop:
             raise ValueError("rollout.stop: an empty string would end every response at once")
         return self
+
+    @property
+    def run_seed(self) -> int:
+        """What samples, noise and the order of prompts derive from: the seed, and another one after each roll-back."""
+        return self.seed if not self.monitors.roll_backs else request_seed("roll back", self.seed, self.monitors.roll_backs) % 2**31
 
     def _check_deepspeed(self, settings: DeepSpeedConfig) -> None:
         if settings.offload == "all" and settings.zero_stage != 3:
@@ -285,7 +294,18 @@ RESOURCES: dict[str, Any] = {
         "vllm": {"gpu_memory_utilization", "kv_cache_gib", "max_num_seqs", "enforce_eager", "tensor_parallel", "sleep"},
     },
     "reward": {"grader": {"workers"}},
-    "train": {"keep_checkpoints", "save_steps", "log_rollouts", "log_attention", "tokens_per_microbatch", "timeout_s"},
+    "train": {
+        "keep_checkpoints",
+        "save_steps",
+        "log_rollouts",
+        "log_attention",
+        "rollout_format",
+        "trackers",
+        "project",
+        "tokens_per_microbatch",
+        "timeout_s",
+    },
+    "monitors": True,
     "deepspeed": True,
     "launcher": True,
     "ray": True,

@@ -81,9 +81,7 @@ def _commit(root: Path, temporary: Path, final: Path, keep: int) -> None:
     temporary.rename(final)
     _sync_folder(root)
     faultpoint("checkpoint_rename")
-    _write_durably(root / "latest.tmp", final.name)
-    (root / "latest.tmp").replace(root / "latest")
-    _sync_folder(root)
+    write_latest(root, final.name)
     _clear_temporary(root)
     best = read_best(root)
     spared = {final.name, f"{PREFIX}{best['step']}" if best is not None else ""}
@@ -91,6 +89,13 @@ def _commit(root: Path, temporary: Path, final: Path, keep: int) -> None:
     for old in others[: -(keep - 1)]:
         if old.name not in spared:
             shutil.rmtree(old)
+
+
+def write_latest(root: Path, name: str) -> None:
+    """Let `latest` name this checkpoint."""
+    _write_durably(root / "latest.tmp", name)
+    (root / "latest.tmp").replace(root / "latest")
+    _sync_folder(root)
 
 
 def read_best(root: Path) -> dict[str, float] | None:
@@ -107,6 +112,12 @@ def write_best(root: Path, step: int, score: float) -> None:
     _write_durably(root / "best.tmp", json.dumps({"step": step, "score": score}))
     (root / "best.tmp").replace(root / "best.json")
     _sync_folder(root)
+
+
+def set_aside(root: Path, step: int, why: str) -> None:
+    """Keep a checkpoint, under a name by which nothing resumes from it."""
+    path = root / f"{PREFIX}{step}"
+    path.rename(root / f"{why}-{path.name}-{uuid.uuid4().hex[:8]}")
 
 
 def _clear_temporary(root: Path) -> None:
@@ -196,7 +207,7 @@ def newest_good(root: Path, warn: Callable[[str], None]) -> Path | None:
         try:
             verify(folder)
             for damaged in found[found.index(folder) + 1 :]:
-                damaged.rename(damaged.with_name(f"damaged-{damaged.name}-{uuid.uuid4().hex[:8]}"))
+                set_aside(root, int(damaged.name.removeprefix(PREFIX)), "damaged")
             return folder
         except CheckpointError as error:
             problems.append(str(error))

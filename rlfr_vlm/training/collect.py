@@ -133,5 +133,5 @@ def sampling(cfg: Config, step: int, further_round: int = 0) -> SamplingConfig:
         max_new_tokens=rollout.max_new_tokens,
         stop=rollout.stop,
         ignore_eos=rollout.ignore_eos,
-        seed_key=(cfg.seed, step, further_round) if further_round else (cfg.seed, step),
+        seed_key=(cfg.run_seed, step, further_round) if further_round else (cfg.run_seed, step),
     )

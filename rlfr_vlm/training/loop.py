@@ -27,14 +27,14 @@ def train(cfg: Config, learner: Learner, engine: RolloutEngine, prompts: PromptS
     done = run.restore(learner, prompts)
     if run.owes_evaluation(done):
         evaluate(learner, engine, prompts, run, done)
-    with closing(Rollouts(cfg, learner, engine, prompts, grader)) as rollouts:
+    with closing(Rollouts(cfg, learner, engine, prompts, grader)) as rollouts, run.watch.guard():
         for step in range(done + 1, cfg.train.steps + 1):
             with timed("step") as clock:
                 # 1. Sample G responses to each prompt from the current policy, and verify the answers: one outcome per response.
                 batch = rollouts.next(step, clock)
 
                 # 2. What each outcome is worth: relative to its group, or as it is.
-                samples = make_samples(batch.groups, batch.outcomes, cfg.seed, step, cfg.algorithm, batch.positions)
+                samples = make_samples(batch.groups, batch.outcomes, cfg.run_seed, step, cfg.algorithm, batch.positions)
                 faultpoint("reward")
 
                 # 3. Old log-probs, deviations from the flow, and credit; with one on-policy update, its own forward gives them.

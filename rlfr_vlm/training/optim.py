@@ -46,7 +46,8 @@ class OptimizerSettings:
         """The policy's."""
         optim = cfg.optim
         schedule = (updates, optim.warmup_frac, optim.min_lr_ratio)
-        return cls(optim.lr, optim.betas, optim.weight_decay, optim.max_grad_norm, *schedule, name=optim.name)
+        lr = optim.lr * cfg.monitors.roll_back_lr**cfg.monitors.roll_backs
+        return cls(lr, optim.betas, optim.weight_decay, optim.max_grad_norm, *schedule, name=optim.name)
 
     def lr_at(self, step: int) -> float:
         """Learning rate of the step-th update, from 0."""

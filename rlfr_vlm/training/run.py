@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import FrameType
@@ -26,12 +27,13 @@ from rlfr_vlm.training.checkpoint import PREFIX, commit_checkpoint, list_checkpo
 from rlfr_vlm.training.collect import Collected, GradedGroup
 from rlfr_vlm.training.credit import Sample
 from rlfr_vlm.training.looks import Looks
-from rlfr_vlm.training.records import batch_metrics, group_figures, over_updates, rollout_line, save_pictures
+from rlfr_vlm.training.records import GroupFigures, batch_metrics, group_figures, over_updates, rollout_line, save_pictures
+from rlfr_vlm.training.rollout_files import write_rollouts
 from rlfr_vlm.training.state import environment, load_state, seed_generators, write_state
+from rlfr_vlm.training.trackers import Trackers
 from rlfr_vlm.training.update import Learner, TokenRecord
+from rlfr_vlm.training.watch import Watch
 from rlfr_vlm.types import EncodedPrompt
-
-UNSELECTED_STEPS = 10
 
 
 class Run:
@@ -58,9 +60,9 @@ class Run:
             problem = error
         ranks.agree(problem, "output_dir")
         self._asked_to_stop = False
-        self._unselected = 0  # steps in a row in which the field had no response to follow
         self._previous_handler = signal.signal(signal.SIGTERM, self._on_sigterm)
-        self._writer: Any = None
+        self._trackers: Trackers | None = None
+        self.watch = Watch(cfg, self.folder, ranks, self.warn)
         self._progress: Progress | None = None  # on a terminal; elsewhere one line per step
 
     def _hold(self) -> None:
@@ -79,8 +81,8 @@ class Run:
         signal.signal(signal.SIGTERM, self._previous_handler)
         if self._progress is not None:
             self._progress.stop()
-        if self._writer is not None:
-            self._writer.close()
+        if self._trackers is not None:
+            self._trackers.close(failed=sys.exception() is not None)
         self._lock.release()
 
     def _on_sigterm(self, _signal: int, _frame: FrameType | None) -> None:
@@ -112,6 +114,7 @@ class Run:
             self.say(f"resumed from {found.name}" + ("" if state["ranks"] == self.ranks.size else f", written by {state['ranks']} ranks"))
         else:
             seed_generators(self.cfg.seed)
+        self.watch.resume(step)
         if self.ranks.first:
             self._open_files(step)
         return step
@@ -128,12 +131,10 @@ class Run:
         return found
 
     def _open_files(self, step: int) -> None:
-        self._truncate_metrics(step)
         (self.folder / "config.resolved.yaml").write_text(to_yaml(self.cfg))
         (self.folder / "env.json").write_text(json.dumps(environment(), indent=1))
-        from torch.utils.tensorboard import SummaryWriter
-
-        self._writer = SummaryWriter(str(self.folder / "tb"), purge_step=step + 1)
+        self._trackers = trackers = Trackers(self.cfg, step, self.say, self.warn)
+        self.watch.track = lambda at, event: trackers.event(at, event.monitor, event.line)
         if self.console.is_terminal:
             self._progress = progress_bar(self.console)
             self._progress.add_task("train", total=self.cfg.train.steps, completed=step, figures="")
@@ -175,22 +176,6 @@ class Run:
                 self.save(step, learner, prompts)
             raise Preempted(f"stopped at step {step} on SIGTERM; run the same command to go on")
 
-    def _truncate_metrics(self, step: int) -> None:
-        """Drop lines after the restored step: they are written again."""
-        path = self.folder / "metrics.jsonl"
-        if not path.exists():
-            return
-        kept = []
-        for line in path.read_text().splitlines():
-            try:
-                if json.loads(line)["step"] <= step:
-                    kept.append(line + "\n")
-            except (ValueError, KeyError, TypeError):
-                break  # torn by a kill: nothing after it counts
-        temporary = path.with_suffix(".tmp")
-        temporary.write_text("".join(kept))
-        temporary.replace(path)
-
     # -- writing -------------------------------------------------------------------------------------------------
 
     def say(self, message: str) -> None:
@@ -210,28 +195,39 @@ class Run:
         clock: dict[str, float],
         looks: Looks,
     ) -> None:
-        """Metrics to metrics.jsonl and TensorBoard, some rollouts to rollouts/, one line to the terminal; of all ranks' shares."""
+        """Metrics to metrics.jsonl and the trackers, some rollouts to rollouts/, one line to the terminal; of all ranks' shares.
+
+        Raises StoppedError where a monitor stops the run, or takes it back.
+        """
         records = [record for _, part in results for record in part]
         lines = self._rollout_lines(step, batch.kept, samples, records, looks)
         sizes = [len(part) for _, part in results]
         shares = self.ranks.gather(([group_figures(g) for g in batch.sampled], sizes, lines), f"metrics of step {step}")
-        if not self.ranks.first:
-            return
+        metrics, refrain = ({}, "") if not self.ranks.first else self._write(step, batch.rounds, results, clock, shares)
+        self.watch.look(step, metrics, refrain)
+
+    def _write(
+        self,
+        step: int,
+        rounds: int,
+        results: Sequence[tuple[dict[str, float], list[TokenRecord]]],
+        clock: dict[str, float],
+        shares: Sequence[tuple[list[GroupFigures], list[int], list[tuple[tuple[int, int], str]]]],
+    ) -> tuple[dict[str, float], str]:
+        """The step's metrics, written, and the 4-gram that repeats most in one of its responses."""
         sampled = sorted((found for part, _, _ in shares for found in part), key=lambda found: found.position)
         metrics = batch_metrics(sampled)
         if self.cfg.rollout.max_rounds > 1:
-            metrics["rollout/rounds"] = batch.rounds
+            metrics["rollout/rounds"] = rounds
             metrics["rollout/num_prompts"] = len(sampled)
         sizes = [sum(column) for column in zip(*(part for _, part, _ in shares), strict=True)]
         metrics |= over_updates([(figures, size) for (figures, _), size in zip(results, sizes, strict=True)])
         metrics |= clock
-        self._watch_selection(metrics.get("flow/selected_frac"))
         metrics["perf/tokens_per_s"] = sum(sum(found.lengths) for found in sampled) / clock["timing_s/step"]
         self.write_metrics(step, metrics)
         if self.cfg.train.log_rollouts:
             text = [line for _, line in sorted((key, line) for _, _, part in shares for key, line in part)]
-            (self.folder / "rollouts").mkdir(exist_ok=True)
-            (self.folder / "rollouts" / f"step_{step:06d}.jsonl").write_text("".join(text))
+            write_rollouts(self.folder / "rollouts", step, text, self.cfg.train.rollout_format)
         figures = (
             f"reward {metrics['reward/mean']:.3f}  accuracy {metrics['reward/accuracy']:.3f}  "
             f"length {metrics['response_length/mean']:.1f}  {metrics['perf/tokens_per_s']:.0f} tokens/s"
@@ -240,25 +236,17 @@ class Run:
             self._progress.update(self._progress.task_ids[0], completed=step, figures=figures)
         else:
             self.say(f"step {step}/{self.cfg.train.steps}  {figures}  {clock['timing_s/step']:.2f} s")
-
-    def _watch_selection(self, share: float | None) -> None:
-        """Say it when the field learns nothing: no response has counted as right for a while."""
-        self._unselected = self._unselected + 1 if share == 0 else 0
-        if self._unselected == UNSELECTED_STEPS:
-            self.warn(
-                f"the flow field has learnt nothing for {UNSELECTED_STEPS} steps: no response is verified as correct "
-                "(flow.online.select=[] follows all of them; a reward function may report its accuracy)"
-            )
+        refrain, _ = max((found.refrain for found in sampled), key=lambda pair: pair[1])
+        return metrics, "".join(self._token_text(token) for token in refrain)
 
     def write_metrics(self, step: int, metrics: dict[str, float]) -> None:
-        """Append one line to metrics.jsonl and the same to TensorBoard."""
+        """Append one line to metrics.jsonl and the same to the trackers."""
         if not self.ranks.first:
             return
         with (self.folder / "metrics.jsonl").open("a") as file:
             file.write(json.dumps({"step": step, **metrics}) + "\n")
-        if self._writer is not None:
-            for name, value in metrics.items():
-                self._writer.add_scalar(name, value, step)
+        if self._trackers is not None:
+            self._trackers.write(step, metrics)
 
     benchmarks: Callable[[Sampler, Path], dict[str, dict[str, Any]]] | None = None  # set by the command
     report: Callable[[bool], None] | None = None  # likewise; writes report.html, unless it did so a moment ago or is told that the run ends

@@ -13,6 +13,7 @@ from rlfr_vlm.errors import UserError
 from rlfr_vlm.training.checkpoint import list_checkpoints
 from rlfr_vlm.training.memory import bytes_per_parameter, element
 from rlfr_vlm.training.shapes import hidden_size, num_field_parameters, num_parameters
+from rlfr_vlm.training.trackers import STATE_FILE, check_recording
 
 HELDOUT_FRAC, MOST_HELDOUT = 0.05, 64  # of the expert rows
 FIT_WARMUP_FRAC = 0.1
@@ -45,6 +46,7 @@ def schedule(verb: str, cfg: Config) -> str:
 
 
 def _train(cfg: Config) -> tuple[Lines, Lines, Lines]:
+    check_recording(cfg)
     rows = count_rows(_required(cfg.data.train, "data.train"), cfg.data.limit)
     rollout, steps = cfg.rollout, cfg.train.steps
     if rows.count is not None and rollout.num_prompts > rows.count:
@@ -108,11 +110,15 @@ def _train_files(cfg: Config, evaluated: list[int], saved: list[int]) -> Lines:
         (f"{out}/config.resolved.yaml", ""),
         (f"{out}/env.json", "versions and devices"),
         (f"{out}/metrics.jsonl", f"a line per step{' and per evaluation' if evaluated else ''}"),
-        (f"{out}/tb/", "the same for TensorBoard"),
     ]
+    places = {"tensorboard": ("tb/", "TensorBoard"), "wandb": ("wandb/", "Weights & Biases"), "trackio": ("trackio/", "trackio")}
+    files += [(f"{out}/{place}", f"the same for {name}") for tracker, (place, name) in places.items() if tracker in cfg.train.trackers]
+    if {"wandb", "trackio"} & set(cfg.train.trackers):
+        files.append((f"{out}/{STATE_FILE}", "what they know of the run by, so that a resumed one goes on"))
     if cfg.train.log_rollouts:
         shown = min(cfg.train.log_rollouts, cfg.rollout.num_prompts)
-        names = f"step_{1:06d}.jsonl" + (f" to step_{steps:06d}.jsonl" if steps > 1 else "")
+        form = cfg.train.rollout_format
+        names = f"step_{1:06d}.{form}" + (f" to step_{steps:06d}.{form}" if steps > 1 else "")
         files.append((f"{out}/rollouts/", f"{names}: {shown} of the {cfg.rollout.num_prompts} groups of each step, with their pictures"))
     if evaluated:
         files.append((f"{out}/eval/", f"step_N.json and step_N.jsonl, N = {_listed(evaluated, '{:06d}')}"))

@@ -211,9 +211,7 @@ class WandB:
         self._wandb, self._memory = wandb, memory
         folder = Path(cfg.output_dir)
         silent = wandb.Settings(silent=True, console="off")  # it would take over the terminal
-        settings = wandb.Settings(
-            silent=True, console="off", init_timeout=60, finish_timeout=FINISH_S, x_transaction_log_flush_interval=FLUSH_S
-        )
+        settings = wandb.Settings(silent=True, console="off", finish_timeout=FINISH_S, x_transaction_log_flush_interval=FLUSH_S)
         given: dict[str, Any] = {
             "project": cfg.train.project,
             "name": memory.run_name(folder),
@@ -233,6 +231,7 @@ class WandB:
         except wandb.Error as error:
             warn(f"W&B does not answer, so the run is kept offline: {' '.join(str(error).split())[:300]}")
             mode = "offline"
+            wandb.teardown()  # its process still holds the run's id
             self._run = wandb.init(mode="offline", **given)
         self._run.define_metric("step", hidden=True)
         self._run.define_metric("*", step_metric="step")

@@ -7,7 +7,7 @@ import pytest
 from rlfr_vlm.config import parse_config
 from rlfr_vlm.rewards.grader import Grader
 from rlfr_vlm.training.records import over_updates
-from rlfr_vlm.training.run import UNSELECTED_STEPS, Run
+from rlfr_vlm.training.run import Run
 
 
 def test_metrics_of_several_updates_weigh_by_their_samples():
@@ -31,12 +31,3 @@ def test_an_evaluation_lost_to_a_kill_is_owed(run):
     lines = [{"step": 1}, {"step": 2}, {"step": 2, "val/accuracy": 0.5}, {"step": 4}, {"step": 5}]
     (run.folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     assert [run.owes_evaluation(step) for step in (0, 1, 2, 4, 5)] == [False, False, False, True, True]
-
-
-def test_a_field_that_has_nothing_to_follow_is_said_once(run, capsys):
-    for _ in range(UNSELECTED_STEPS + 5):
-        run._watch_selection(0.0)
-    assert capsys.readouterr().err.count("the flow field has learnt nothing") == 1
-    run._watch_selection(0.5)
-    run._watch_selection(None)
-    assert "learnt" not in capsys.readouterr().err

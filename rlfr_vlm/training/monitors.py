@@ -1,0 +1,304 @@
+"""Watching a run: what looks wrong, since when, why, and what to do. Each monitor is a function of the steps' figures."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from statistics import fmean, median
+from typing import Any
+
+from rlfr_vlm.config import Config
+from rlfr_vlm.training.mismatch import SURPRISE_NATS, likely_cause, not_from_policy, tolerance
+
+Figures = Mapping[str, float]  # of a step; `step` among them
+
+WINDOW = 5  # steps that are averaged where single ones are noisy
+CLIFF = 2.0  # responses so many times longer or shorter than before
+PAID_LENGTH = 0.5  # correlation of reward and length, verdict and format being equal
+FALL = 0.5  # of the best accuracy
+LEAST_ACCURACY = 0.1  # below this best there is nothing to fall from
+HOT = 2.0  # times the entropy that the run began with
+
+
+@dataclass(frozen=True)
+class Sign:
+    """Something that looks wrong in the last step."""
+
+    value: float
+    limit: float
+    what: str
+    cause: str
+    do: str
+
+
+@dataclass(frozen=True)
+class Event:
+    """What a monitor says; a line of events.jsonl."""
+
+    step: int
+    since: int  # first step that looked wrong
+    monitor: str
+    action: str
+    value: float
+    limit: float
+    what: str
+    cause: str
+    do: str
+    to: int | None = None  # step that a roll-back went back to
+
+    @property
+    def line(self) -> str:
+        """For the terminal."""
+        since = f", since step {self.since}" if self.since < self.step else ""
+        cause = f". Likely cause: {self.cause}" if self.cause else ""
+        return f"step {self.step}{since}: {self.monitor}: {self.what}{cause}. {self.do}"
+
+
+Check = Callable[[Config, Sequence[Figures], str], Sign | None]  # config, steps so far, commonest refrain
+
+
+def check_non_finite(cfg: Config, rows: Sequence[Figures], _refrain: str) -> Sign | None:
+    """A figure that is no number."""
+    bad = [name for name, value in rows[-1].items() if not math.isfinite(value)]
+    if not bad:
+        return None
+    do = "Lower optim.lr and flow.online.lr; look at the responses of this step"
+    return Sign(math.nan, 0.0, f"{', '.join(bad[:3])} {'is' if len(bad) == 1 else 'are'} no finite number", "", do)
+
+
+def check_update(cfg: Config, rows: Sequence[Figures], _refrain: str) -> Sign | None:
+    """Weights that change by more than a few percent in a step."""
+    value, limit = rows[-1].get("actor/update_ratio", 0.0), cfg.monitors.max_update
+    if value <= limit:
+        return None
+    what = f"the step changed the weights by {value:.1%} of their size, more than {limit:.1%}"
+    cause = f"the learning rate, optim.lr={cfg.optim.lr:g} (now {rows[-1].get('actor/lr', cfg.optim.lr):.2g})"
+    return Sign(value, limit, what, cause, f"Try optim.lr={cfg.optim.lr * limit / value / 10:.0e}")
+
+
+def check_accuracy(cfg: Config, rows: Sequence[Figures], _refrain: str) -> Sign | None:
+    """Accuracy that falls to half of its best."""
+    values = _column(rows, "reward/accuracy")
+    if len(values) < 2 * WINDOW:
+        return None
+    best = max(fmean(values[at : at + WINDOW]) for at in range(len(values) - WINDOW))
+    now = fmean(values[-3:])
+    if best < LEAST_ACCURACY or now >= FALL * best:
+        return None
+    what = f"accuracy fell to {now:.1%}, from {best:.1%} at its best"
+    return Sign(now, FALL * best, what, _cause_of_fall(cfg, rows), "Go back to an older checkpoint; read the responses since then")
+
+
+def _cause_of_fall(cfg: Config, rows: Sequence[Figures]) -> str:
+    now = rows[-1]
+    if max(_column(rows[-2 * WINDOW :], "actor/update_ratio"), default=0.0) > cfg.monitors.max_update / 3:
+        return f"the learning rate, optim.lr={cfg.optim.lr:g}"
+    if now.get("flow/advantage_share", 0.0) > cfg.monitors.max_flow_share / 2:
+        return "flow rewards outweigh the answers"
+    if now.get("response/repetition", 0.0) > cfg.monitors.max_repetition / 2:
+        return "responses repeat themselves"
+    if now["response_length/clip_ratio"] > 0.5:
+        return "responses are cut off before their answer"
+    return ""
+
+
+def check_entropy(cfg: Config, rows: Sequence[Figures], _refrain: str) -> Sign | None:
+    """A policy that no longer explores, or one that has become noise."""
+    values = _column(rows, "actor/entropy")
+    if not values:
+        return None
+    now, floor = values[-1], cfg.monitors.entropy_floor
+    if now < floor:
+        what = f"entropy is {now:.3g} nats per token, below {floor:g}: the policy explores no more"
+        return Sign(now, floor, what, "", "Raise algorithm.clip_high, add shaping.entropy or kl, or lower optim.lr")
+    begin = median(values[:WINDOW])
+    if len(values) > WINDOW and now > HOT * begin and now > begin + 1.0:
+        what = f"entropy rose to {now:.3g} nats per token from {begin:.3g}: the policy dissolves into noise"
+        cause = _cause_of_fall(cfg, rows)
+        return Sign(now, HOT * begin, what, cause, "Lower optim.lr; go back to an older checkpoint")
+    return None
+
+
+def check_length(cfg: Config, rows: Sequence[Figures], _refrain: str) -> Sign | None:
+    """A reward that pays for length, or responses that get much longer or shorter without getting better."""
+    paid = rows[-1].get("reward/length_corr", 0.0)
+    if paid > PAID_LENGTH:
+        what = f"the reward rises with length (correlation {paid:.2f}) among siblings whose verdict and format are the same"
+        cause = f"the reward pays for length: {cfg.reward.function}" if cfg.reward.function else "the reward pays for length"
+        return Sign(paid, PAID_LENGTH, what, cause, "Take length out of the reward, or charge for it (reward.overlong_buffer)")
+    lengths, accuracy = _column(rows, "response_length/mean"), _column(rows, "reward/accuracy")
+    if len(lengths) < 2 * WINDOW:
+        return None
+    before, now = median(lengths[-4 * WINDOW : -WINDOW]), fmean(lengths[-3:])
+    better = fmean(accuracy[-3:]) - median(accuracy[-4 * WINDOW : -WINDOW])
+    if 1 / CLIFF < now / max(before, 1e-9) < CLIFF or better > 0.02:
+        return None
+    longer = now > before
+    what = f"responses went from {before:.0f} to {now:.0f} tokens while accuracy did not rise"
+    do = "Read them; set reward.overlong_buffer" if longer else "Use algorithm.loss_aggregation=token or method=dr_grpo; read them"
+    per_response = cfg.algorithm.loss_aggregation == "sequence" and not longer
+    cause = "per-response means of the loss favour short answers" if per_response else ""
+    return Sign(now, before * CLIFF if longer else before / CLIFF, what, cause, do)
+
+
+def check_truncation(cfg: Config, rows: Sequence[Figures], _refrain: str) -> Sign | None:
+    """Responses that are cut off before they can answer."""
+    value, limit = rows[-1].get("response_length/clip_ratio", 0.0), cfg.monitors.max_truncated
+    if value <= limit:
+        return None
+    budget = cfg.rollout.max_new_tokens
+    grown = rows[0].get("response_length/clip_ratio", 0.0) < limit / 2
+    cause = "the policy has unlearnt to stop" if grown else f"the budget, rollout.max_new_tokens={budget}, is too small"
+    do = "Set reward.overlong_buffer, or lower optim.lr" if grown else f"Try rollout.max_new_tokens={2 * budget}"
+    return Sign(value, limit, f"{value:.0%} of the responses are cut off at {budget} tokens", cause, do)
+
+
+def check_repetition(cfg: Config, rows: Sequence[Figures], refrain: str) -> Sign | None:
+    """Responses that go round in circles."""
+    value, limit = rows[-1].get("response/repetition", 0.0), cfg.monitors.max_repetition
+    if value <= limit:
+        return None
+    most = f", most of all {refrain!r}" if refrain else ""
+    grown = rows[0].get("response/repetition", 0.0) < limit / 2
+    cause = "training broke the policy: it repeats tokens" if grown else "the model itself repeats tokens, from the first step on"
+    do = "Go back to an older checkpoint and lower optim.lr" if grown else "Look at model.path, its chat template and its stop tokens"
+    return Sign(value, limit, f"{value:.0%} of the 4-grams of responses repeat{most}", cause, do)
+
+
+def check_format(cfg: Config, rows: Sequence[Figures], _refrain: str) -> Sign | None:
+    """Format that is learnt in place of answers."""
+    form, accuracy = _column(rows, "reward/format"), _column(rows, "reward/accuracy")
+    if len(form) < 4 * WINDOW:
+        return None
+    was, now = (slice(-4 * WINDOW, -3 * WINDOW), slice(-WINDOW, None))
+    rise, better = fmean(form[now]) - fmean(form[was]), fmean(accuracy[now]) - fmean(accuracy[was])
+    if rise < 0.1 or better > 0.01:
+        return None
+    what = f"in {3 * WINDOW} steps the format rose by {rise:.0%} while accuracy went {better:+.1%}"
+    return Sign(rise, 0.1, what, f"reward.format_weight={cfg.reward.format_weight:g} is earned without solving anything", "Lower it")
+
+
+def check_zero_variance(cfg: Config, rows: Sequence[Figures], _refrain: str) -> Sign | None:
+    """Groups that teach nothing, since all siblings earn the same."""
+    value, limit = rows[-1].get("reward/frac_zero_std", 0.0), cfg.monitors.max_zero_variance
+    if value <= limit:
+        return None
+    easy = rows[-1]["reward/accuracy"] > 0.5
+    what = f"in {value:.0%} of the groups all siblings earn the same: they give no advantage"
+    cause = "the problems are too easy for this policy" if easy else "the problems are too hard for this policy, or no answer is recognised"
+    do = "Use harder data" if easy else "Use easier data; read responses; check reward.answer"
+    return Sign(value, limit, what, cause, f"{do}; rollout.max_rounds=3 samples such groups anew; a larger rollout.group_size helps")
+
+
+def check_mismatch(cfg: Config, rows: Sequence[Figures], _refrain: str) -> Sign | None:
+    """Tokens that were not drawn from the policy which is trained. Not judged where rollouts are older than the weights by design."""
+    now, limit = rows[-1], tolerance(cfg)
+    gap = now.get("rollout/logprob_diff_mean")
+    if gap is None or cfg.rollout.staleness or cfg.rollout.ignore_eos:
+        return None
+    if gap > limit:
+        what = f"the engine's log-probs are {gap:.3g} nats from the trainer's on average, more than {limit:g}"
+    elif not_from_policy(now):
+        gap, limit = now["rollout/surprisal_gap"], SURPRISE_NATS
+        what = f"sampled tokens are {gap:+.3g} nats off the policy's entropy, {abs(now['rollout/surprisal_z']):.0f} standard errors"
+    else:
+        return None
+    return Sign(
+        gap,
+        limit,
+        what,
+        likely_cause(cfg, rows),
+        "Until it is mended, training is off-policy; algorithm.importance_cap=2 corrects some of it",
+    )
+
+
+def check_flow_share(cfg: Config, rows: Sequence[Figures], _refrain: str) -> Sign | None:
+    """Flow rewards that drown the answers."""
+    value, limit = rows[-1].get("flow/advantage_share", 0.0), cfg.monitors.max_flow_share
+    if value <= limit or cfg.flow is None:
+        return None
+    coef, flat = cfg.flow.reward.coef, rows[-1].get("reward/frac_zero_std", 0.0)
+    what = f"{value:.0%} of the advantages' size comes from the flow"
+    if flat > cfg.monitors.max_zero_variance / 1.5 and value < 2 * limit:
+        cause = f"answers give little: in {flat:.0%} of the groups all siblings earn the same (flow.reward.coef={coef:g})"
+    else:
+        cause = f"the weight of the flow reward, flow.reward.coef={coef:g}"
+    return Sign(value, limit, what, cause, f"Try flow.reward.coef={coef * 0.05 / value:.0e}; published: 0.01")
+
+
+def check_flow_collapse(cfg: Config, rows: Sequence[Figures], _refrain: str) -> Sign | None:
+    """A field that tells tokens apart no longer, or whose loss runs away."""
+    now = rows[-1]
+    spread, rewarded = now.get("flow/deviation_spread", math.inf), now.get("flow/num_reward_tokens", math.inf)
+    if spread < 0.01:
+        what = f"deviations differ by {spread:.2%} of their mean within a response: flow rewards are noise"
+        return Sign(spread, 0.01, what, "the field or the policy's latents have collapsed", "Lower flow.online.lr; fit the field anew")
+    if rewarded == 0 and cfg.flow is not None and cfg.flow.reward.coef > 0:
+        cause = f"flow.reward.threshold={cfg.flow.reward.threshold:g} keeps nothing"
+        return Sign(0.0, 0.0, "no token has a flow reward", cause, "Lower it")
+    selected = _column(rows[-2 * WINDOW :], "flow/selected_frac")
+    if len(selected) == 2 * WINDOW and not any(selected):
+        what = f"the flow field has learnt nothing for {2 * WINDOW} steps: no response is verified as correct"
+        return Sign(0.0, 0.0, what, "", "flow.online.select=[] follows all of them; a reward function may report its accuracy")
+    losses = _column(rows, "flow/loss")
+    if len(losses) > WINDOW and losses[-1] > 3 * (begin := median(losses[:WINDOW])):
+        what = f"the flow loss rose to {losses[-1]:.3g} from {begin:.3g}"
+        cause = "the policy's latents move faster than the field can follow, or flow.online.lr is too high"
+        return Sign(losses[-1], 3 * begin, what, cause, "Lower optim.lr or flow.online.lr")
+    return None
+
+
+CHECKS: dict[str, Check] = {
+    "non_finite": check_non_finite,
+    "update": check_update,
+    "mismatch": check_mismatch,
+    "accuracy": check_accuracy,
+    "entropy": check_entropy,
+    "length": check_length,
+    "truncation": check_truncation,
+    "repetition": check_repetition,
+    "format": check_format,
+    "zero_variance": check_zero_variance,
+    "flow_share": check_flow_share,
+    "flow_collapse": check_flow_collapse,
+}
+
+
+class Monitors:
+    """All of them, with the steps that they have seen."""
+
+    def __init__(self, cfg: Config) -> None:
+        self.cfg = cfg
+        self.rows: list[Figures] = []
+        self.streaks: dict[str, int] = dict.fromkeys(CHECKS, 0)  # steps in a row that look wrong, or minus those that do not
+        self.quiet: dict[str, bool] = dict.fromkeys(CHECKS, False)  # it has spoken, and speaks again after as many good steps
+
+    def replay(self, rows: Sequence[Mapping[str, Any]]) -> None:
+        """See the steps before a resumed run's first; what they gave rise to was said before."""
+        for row in rows:
+            self.see({name: float(value) for name, value in row.items() if isinstance(value, int | float)})
+
+    def see(self, figures: Figures, refrain: str = "") -> list[Event]:
+        """What a further step gives rise to. figures: its metrics, `step` among them; refrain: text of the commonest repeated 4-gram."""
+        self.rows.append(figures)
+        found = []
+        for name, check in CHECKS.items():
+            action = getattr(self.cfg.monitors, name)
+            sign = None if action == "off" else check(self.cfg, self.rows, refrain)
+            patience = 1 if name == "non_finite" else self.cfg.monitors.patience
+            if sign is None:
+                self.streaks[name] = min(0, self.streaks[name]) - 1
+                self.quiet[name] &= -self.streaks[name] < patience
+                continue
+            self.streaks[name] = max(0, self.streaks[name]) + 1
+            if self.streaks[name] >= patience and not self.quiet[name]:
+                self.quiet[name] = True
+                step = int(figures["step"])
+                since = int(self.rows[-self.streaks[name]]["step"])
+                found.append(Event(step, since, name, action, sign.value, sign.limit, sign.what, sign.cause, sign.do))
+        return found
+
+
+def _column(rows: Sequence[Figures], name: str) -> list[float]:
+    return [row[name] for row in rows if name in row]
