@@ -92,8 +92,8 @@ def check_accuracy(cfg: Config, rows: Sequence[Figures], _refrain: str) -> Sign 
 
 def _cause_of_fall(cfg: Config, rows: Sequence[Figures]) -> str:
     now = rows[-1]
-    if max(_column(rows[-2 * WINDOW :], "actor/update_ratio"), default=0.0) > cfg.monitors.max_update / 3:
-        return f"the learning rate, optim.lr={cfg.optim.lr:g}"
+    if rate := _broken_by_rate(cfg, rows):
+        return rate
     if now.get("flow/advantage_share", 0.0) > cfg.monitors.max_flow_share / 2:
         return "flow rewards outweigh the answers"
     if now.get("response/repetition", 0.0) > cfg.monitors.max_repetition / 2:
@@ -101,6 +101,12 @@ def _cause_of_fall(cfg: Config, rows: Sequence[Figures]) -> str:
     if now["response_length/clip_ratio"] > 0.5:
         return "responses are cut off before their answer"
     return ""
+
+
+def _broken_by_rate(cfg: Config, rows: Sequence[Figures]) -> str:
+    """The learning rate, where it moved the weights too far in one of the steps before: whatever else looks wrong comes from that."""
+    moved = max(_column(rows[-3 * WINDOW :], "actor/update_ratio"), default=0.0)
+    return f"the learning rate, optim.lr={cfg.optim.lr:g}: it broke the policy" if moved > cfg.monitors.max_update else ""
 
 
 def check_entropy(cfg: Config, rows: Sequence[Figures], _refrain: str) -> Sign | None:
@@ -138,7 +144,7 @@ def check_length(cfg: Config, rows: Sequence[Figures], _refrain: str) -> Sign | 
     what = f"responses went from {before:.0f} to {now:.0f} tokens while accuracy did not rise"
     do = "Read them; set reward.overlong_buffer" if longer else "Use algorithm.loss_aggregation=token or method=dr_grpo; read them"
     per_response = cfg.algorithm.loss_aggregation == "sequence" and not longer
-    cause = "per-response means of the loss favour short answers" if per_response else ""
+    cause = _broken_by_rate(cfg, rows) or ("per-response means of the loss favour short answers" if per_response else "")
     return Sign(now, before * CLIFF if longer else before / CLIFF, what, cause, do)
 
 
@@ -149,7 +155,11 @@ def check_truncation(cfg: Config, rows: Sequence[Figures], _refrain: str) -> Sig
         return None
     budget = cfg.rollout.max_new_tokens
     grown = rows[0].get("response_length/clip_ratio", 0.0) < limit / 2
-    cause = "the policy has unlearnt to stop" if grown else f"the budget, rollout.max_new_tokens={budget}, is too small"
+    cause = (
+        _broken_by_rate(cfg, rows) or "the policy has unlearnt to stop"
+        if grown
+        else f"the budget, rollout.max_new_tokens={budget}, is too small"
+    )
     do = "Set reward.overlong_buffer, or lower optim.lr" if grown else f"Try rollout.max_new_tokens={2 * budget}"
     return Sign(value, limit, f"{value:.0%} of the responses are cut off at {budget} tokens", cause, do)
 
@@ -161,7 +171,9 @@ def check_repetition(cfg: Config, rows: Sequence[Figures], refrain: str) -> Sign
         return None
     most = f", most of all {refrain!r}" if refrain else ""
     grown = rows[0].get("response/repetition", 0.0) < limit / 2
-    cause = "training broke the policy: it repeats tokens" if grown else "the model itself repeats tokens, from the first step on"
+    cause = (
+        _broken_by_rate(cfg, rows) or "training broke the policy" if grown else "the model itself repeats tokens, from the first step on"
+    )
     do = "Go back to an older checkpoint and lower optim.lr" if grown else "Look at model.path, its chat template and its stop tokens"
     return Sign(value, limit, f"{value:.0%} of the 4-grams of responses repeat{most}", cause, do)
 
@@ -186,7 +198,8 @@ def check_zero_variance(cfg: Config, rows: Sequence[Figures], _refrain: str) -> 
         return None
     easy = rows[-1]["reward/accuracy"] > 0.5
     what = f"in {value:.0%} of the groups all siblings earn the same: they give no advantage"
-    cause = "the problems are too easy for this policy" if easy else "the problems are too hard for this policy, or no answer is recognised"
+    hard = _broken_by_rate(cfg, rows) or "the problems are too hard for this policy, or no answer is recognised"
+    cause = "the problems are too easy for this policy" if easy else hard
     do = "Use harder data" if easy else "Use easier data; read responses; check reward.answer"
     return Sign(value, limit, what, cause, f"{do}; rollout.max_rounds=3 samples such groups anew; a larger rollout.group_size helps")
 
@@ -220,7 +233,7 @@ def check_flow_share(cfg: Config, rows: Sequence[Figures], _refrain: str) -> Sig
         return None
     coef, flat = cfg.flow.reward.coef, rows[-1].get("reward/frac_zero_std", 0.0)
     what = f"{value:.0%} of the advantages' size comes from the flow"
-    if flat > cfg.monitors.max_zero_variance / 1.5 and value < 2 * limit:
+    if flat > cfg.monitors.max_zero_variance / 1.5:
         cause = f"answers give little: in {flat:.0%} of the groups all siblings earn the same (flow.reward.coef={coef:g})"
     else:
         cause = f"the weight of the flow reward, flow.reward.coef={coef:g}"
@@ -240,7 +253,8 @@ def check_flow_collapse(cfg: Config, rows: Sequence[Figures], _refrain: str) -> 
     selected = _column(rows[-2 * WINDOW :], "flow/selected_frac")
     if len(selected) == 2 * WINDOW and not any(selected):
         what = f"the flow field has learnt nothing for {2 * WINDOW} steps: no response is verified as correct"
-        return Sign(0.0, 0.0, what, "", "flow.online.select=[] follows all of them; a reward function may report its accuracy")
+        cause = _broken_by_rate(cfg, rows)
+        return Sign(0.0, 0.0, what, cause, "flow.online.select=[] follows all of them; a reward function may report its accuracy")
     losses = _column(rows, "flow/loss")
     if len(losses) > WINDOW and losses[-1] > 3 * (begin := median(losses[:WINDOW])):
         what = f"the flow loss rose to {losses[-1]:.3g} from {begin:.3g}"

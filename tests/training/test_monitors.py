@@ -1,0 +1,266 @@
+"""Each monitor on figures made by hand: what it sees, when it speaks, what it says, and that it is silent where all is well."""
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+
+from rlfr_vlm.config import parse_config
+from rlfr_vlm.errors import NonFiniteError, RolledBack, StoppedError
+from rlfr_vlm.ranks import ALONE
+from rlfr_vlm.training.mismatch import likely_cause
+from rlfr_vlm.training.monitors import CHECKS, Monitors
+from rlfr_vlm.training.watch import Watch, count_roll_backs, read_lines, with_roll_backs
+
+HEALTHY = {
+    "reward/mean": 0.5, "reward/accuracy": 0.5, "reward/frac_zero_std": 0.2, "reward/length_corr": 0.1, "reward/format": 0.9,
+    "response_length/mean": 100.0, "response_length/clip_ratio": 0.05, "response/repetition": 0.05,
+    "actor/entropy": 0.3, "actor/update_ratio": 1e-3, "actor/lr": 1e-4,
+    "flow/advantage_share": 0.03, "flow/deviation_spread": 0.3, "flow/num_reward_tokens": 2.0, "flow/loss": 2.0, "flow/selected_frac": 0.5,
+    "rollout/logprob_diff_mean": 1e-6, "rollout/ratio_mean": 1.0, "rollout/surprisal_gap": 0.002, "rollout/surprisal_z": 1.0,
+}  # fmt: skip
+
+
+def config(tmp_path="unused", **sections):
+    tree = {"output_dir": str(tmp_path), "model": {"path": "m", "dtype": "float32"}, "flow": {}, "train": {"steps": 50}}
+    return parse_config({**tree, **sections})
+
+
+def said(changes, steps=3, cfg=None, before=0, refrain=""):
+    """Events of `before` healthy steps and then so many with these changes (or a function of the step's number from 0)."""
+    monitors = Monitors(cfg or config())
+    events = []
+    for step in range(1, before + steps + 1):
+        found = changes(step - before - 1) if callable(changes) else changes
+        figures = {**HEALTHY, "step": step, **(found if step > before else {})}
+        events += monitors.see({k: v for k, v in figures.items() if v is not None}, refrain)
+    return events
+
+
+PLANTED = [
+    ("update", {"actor/update_ratio": 0.2}, "the learning rate, optim.lr=1e-06"),
+    ("accuracy", {"reward/accuracy": 0.1, "response_length/clip_ratio": 0.6}, "responses are cut off before their answer"),
+    ("entropy", {"actor/entropy": 0.001}, ""),
+    ("entropy", {"actor/entropy": 3.0}, ""),
+    ("length", {"reward/length_corr": 0.9}, "the reward pays for length"),
+    ("length", {"response_length/mean": 20.0}, ""),
+    ("length", {"response_length/mean": 300.0}, ""),
+    ("truncation", {"response_length/clip_ratio": 0.97}, "the policy has unlearnt to stop"),
+    ("repetition", {"response/repetition": 0.8}, "training broke the policy"),
+    ("zero_variance", {"reward/frac_zero_std": 1.0, "reward/accuracy": 0.9}, "the problems are too easy for this policy"),
+    ("zero_variance", {"reward/frac_zero_std": 1.0}, "the problems are too hard for this policy, or no answer is recognised"),
+    ("flow_share", {"flow/advantage_share": 0.8}, "the weight of the flow reward, flow.reward.coef=0.01"),
+    ("flow_share", {"flow/advantage_share": 0.8, "reward/frac_zero_std": 0.9}, "answers give little: in 90% of the groups"),
+    ("flow_collapse", {"flow/deviation_spread": 0.001}, "the field or the policy's latents have collapsed"),
+    ("flow_collapse", {"flow/num_reward_tokens": 0.0}, "flow.reward.threshold=0.6 keeps nothing"),
+    ("flow_collapse", {"flow/loss": 9.0}, "the policy's latents move faster than the field can follow"),
+    ("mismatch", {"rollout/logprob_diff_mean": 0.05}, "stale weights or a stale prefix cache: the engine was right at step 1"),
+    ("mismatch", {"rollout/surprisal_gap": -0.09, "rollout/surprisal_z": -28.0}, "sampling settings: log-probs agree"),
+]
+
+
+@pytest.mark.parametrize(("monitor", "changes", "cause"), PLANTED)
+def test_a_monitor_speaks_after_three_steps_and_names_the_cause(monitor, changes, cause):
+    events = said(changes, steps=8, before=12)
+    assert [event.monitor for event in events] == [monitor]
+    assert (event := events[0]).cause.startswith(cause) and event.do and event.what
+    assert 13 <= event.since <= event.step - 2
+    assert "\n" not in event.line and len(event.line) < 500
+
+
+def test_nothing_is_said_of_a_healthy_run():
+    assert said({}, steps=60) == []
+    learning = lambda step: {  # noqa: E731
+        "reward/accuracy": 0.3 + 0.006 * step, "actor/entropy": 0.3 * 0.97**step + 0.02, "response_length/mean": 100 + 2 * step,
+    }  # fmt: skip
+    assert said(learning, steps=60) == []
+
+
+def test_responses_that_get_shorter_and_better_are_no_cliff():
+    assert said({"response_length/mean": 20.0, "reward/accuracy": 0.7}, before=12, steps=8) == []
+
+
+def test_a_format_without_answers_is_seen():
+    rising = lambda step: {"reward/format": min(0.9, 0.1 + 0.04 * step)}  # noqa: E731
+    (event,) = said(rising, steps=22)
+    assert event.monitor == "format" and "while accuracy went +0.0%" in event.what
+    better = lambda step: {"reward/format": min(0.9, 0.1 + 0.04 * step), "reward/accuracy": 0.3 + 0.01 * step}  # noqa: E731
+    assert said(better, steps=22) == []
+
+
+def test_a_field_without_a_right_response_is_said_once():
+    (event,) = said({"flow/selected_frac": 0.0, "flow/loss": None}, steps=40)
+    assert event.monitor == "flow_collapse" and "the flow field has learnt nothing for 10 steps" in event.what
+
+
+def test_a_monitor_is_patient_and_does_not_repeat_itself():
+    bad = {"response/repetition": 0.8}
+    assert said(lambda step: bad if step % 3 else {}, steps=30) == []  # never three in a row
+    assert len(said(bad, steps=30)) == 1
+    again = said(lambda step: {} if 10 <= step < 20 else bad, steps=30)
+    assert [(event.since, event.step) for event in again] == [(1, 3), (21, 23)]
+    flickers = said(lambda step: {} if step == 10 else bad, steps=30)  # one good step is no recovery
+    assert len(flickers) == 1
+    impatient = config(monitors={"patience": 1})
+    assert said(bad, steps=1, cfg=impatient)[0].step == 1
+
+
+def test_a_figure_that_is_no_number_is_said_at_once():
+    (event,) = said({"actor/grad_norm": math.nan}, steps=1)
+    assert event.monitor == "non_finite" and event.what == "actor/grad_norm is no finite number" and event.action == "stop"
+
+
+def test_a_monitor_that_is_off_is_silent_and_every_check_has_a_setting():
+    off = config(monitors={name: "off" for name in CHECKS if name != "non_finite"})
+    for _, changes, _ in PLANTED:
+        assert said(changes, steps=8, before=12, cfg=off) == []
+
+
+def test_the_refrain_is_quoted():
+    (event,) = said({"response/repetition": 0.8}, refrain=" the the the the")
+    assert event.what == "80% of the 4-grams of responses repeat, most of all ' the the the the'"
+    assert event.cause == "the model itself repeats tokens, from the first step on"
+
+
+# -- why engine and trainer disagree ---------------------------------------------------------------------------------------
+
+
+def mismatch(first, now, **sections):
+    rows = [{**HEALTHY, "step": 1, **first}, {**HEALTHY, "step": 2, **now}]
+    return likely_cause(config(**sections), rows)
+
+
+GAP = {"rollout/logprob_diff_mean": 0.2}
+PICTURES = {**GAP, "rollout/logprob_diff_pictures": 0.3, "rollout/logprob_diff_text": 0.001}
+
+
+@pytest.mark.parametrize(
+    ("first", "now", "cause"),
+    [
+        (
+            {},
+            {"rollout/surprisal_gap": 0.2, "rollout/surprisal_z": 20.0},
+            "sampling settings: log-probs agree, but the tokens are 0.2 nats more",
+        ),
+        (GAP, {**GAP, "rollout/ratio_mean": 0.6}, "sampling settings: the engine's log-probs are of only 60% of the distribution"),
+        (
+            GAP,
+            {**GAP, "rollout/surprisal_gap": -0.3, "rollout/surprisal_z": -20.0},
+            "sampling settings: the tokens are 0.3 nats less surprising",
+        ),
+        ({}, GAP, "stale weights or a stale prefix cache"),
+        ({}, PICTURES, "a stale cache of pictures"),
+        (PICTURES, PICTURES, "position ids of pictures (M-RoPE)"),
+        (GAP, GAP, "the engine computes something else with the same weights"),
+    ],
+)
+def test_marks_of_a_mismatch(first, now, cause):
+    assert mismatch(first, now).startswith(cause)
+
+
+def test_an_engine_in_another_dtype_is_named():
+    sections = {"rollout": {"engine": "vllm", "vllm": {"dtype": "bfloat16"}}}
+    assert mismatch(GAP, GAP, **sections) == "dtype: the engine computes in bfloat16, the policy in float32"
+    # its rounding is no event
+    assert said({"rollout/logprob_diff_mean": 0.03}, cfg=config(**sections)) == []
+    assert said({"rollout/logprob_diff_mean": 0.03}, cfg=config(monitors={"max_mismatch": 0.05})) == []
+
+
+def test_rollouts_that_are_older_by_design_are_not_judged():
+    sections = {"launcher": "ray", "ray": {"engines": 1}, "rollout": {"staleness": 1}, "algorithm": {"importance_cap": 2}}
+    assert said(GAP, cfg=config(**sections)) == []
+
+
+# -- what follows ----------------------------------------------------------------------------------------------------------
+
+
+def watch(cfg):
+    warnings = []
+    return Watch(cfg, Path(cfg.output_dir), ALONE, warnings.append), warnings
+
+
+def write_metrics(folder, steps):
+    rows = [{"step": step, **HEALTHY, "reward/mean": float(step)} for step in steps]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def bad_steps(found, first, count=3):
+    for step in range(first, first + count):
+        with (found.folder / "metrics.jsonl").open("a") as file:
+            file.write(json.dumps({"step": step, **HEALTHY, "response/repetition": 0.9}) + "\n")
+        found.look(step, {**HEALTHY, "response/repetition": 0.9}, "x x")
+
+
+def test_a_warning_is_a_line_and_the_run_goes_on(tmp_path):
+    found, warnings = watch(config(tmp_path))
+    bad_steps(found, 1, 5)
+    (row,) = read_lines(tmp_path / "events.jsonl")
+    assert (row["step"], row["since"], row["monitor"], row["action"], row["to"]) == (3, 1, "repetition", "warn", None)
+    assert len(warnings) == 1 and warnings[0].startswith("step 3, since step 1: repetition: 90% of the 4-grams")
+
+
+def test_a_stop_raises_and_stays_on_record_when_the_run_goes_on_without_it(tmp_path):
+    found, _ = watch(config(tmp_path, monitors={"repetition": "stop"}))
+    with pytest.raises(StoppedError, match=r"repetition: 90% .*\(monitors.repetition=stop\)"):
+        bad_steps(found, 1)
+    again, _ = watch(config(tmp_path, monitors={"repetition": "off"}))
+    again.resume(0)
+    assert [row["action"] for row in read_lines(tmp_path / "events.jsonl")] == ["stop"]
+
+
+def test_a_roll_back_sets_aside_what_came_after_and_is_counted(tmp_path):
+    cfg = config(tmp_path, monitors={"repetition": "roll_back", "max_roll_backs": 1})
+    for step in (2, 4, 6):
+        (tmp_path / f"checkpoints/global_step_{step}").mkdir(parents=True)
+    write_metrics(tmp_path, range(1, 5))
+    found, _ = watch(cfg)
+    found.resume(4)
+    with pytest.raises(RolledBack, match="the run stands at step 4; the same command goes on"):
+        bad_steps(found, 5)
+    assert (tmp_path / "checkpoints/latest").read_text() == "global_step_4"
+    assert [p.name[:28] for p in (tmp_path / "checkpoints").glob("rolled-back*")] == ["rolled-back-1-global_step_6-"]
+    assert [row["step"] for row in read_lines(tmp_path / "metrics.jsonl")] == [1, 2, 3, 4]
+    assert [(row["step"], row["roll_back"]) for row in read_lines(tmp_path / "rolled_back.jsonl")] == [(5, 1), (6, 1), (7, 1)]
+    assert count_roll_backs(tmp_path) == 1
+    changed = with_roll_backs(cfg)
+    assert changed.monitors.roll_backs == 1 and changed.run_seed != cfg.run_seed and cfg.run_seed == cfg.seed
+    # a second time is one too many
+    again, _ = watch(changed)
+    again.resume(4)
+    assert [(row["action"], row["to"]) for row in read_lines(tmp_path / "events.jsonl")] == [("roll_back", 4)]
+    with pytest.raises(StoppedError, match="It was rolled back 1 times already"):
+        bad_steps(again, 5)
+
+
+def test_without_a_checkpoint_from_before_a_roll_back_is_a_stop(tmp_path):
+    (tmp_path / "checkpoints/global_step_2").mkdir(parents=True)
+    found, _ = watch(config(tmp_path, monitors={"repetition": "roll_back"}))
+    with pytest.raises(StoppedError, match="no checkpoint from before step 1 to go back to"):
+        bad_steps(found, 1)
+    assert count_roll_backs(tmp_path) == 0
+
+
+def test_a_loss_that_is_not_finite_is_an_event(tmp_path):
+    found, _ = watch(config(tmp_path))
+    found.resume(7)
+    with pytest.raises(StoppedError, match="step 8: non_finite: the policy loss is not finite"), found.guard():
+        raise NonFiniteError("the policy loss is not finite; responses: ['a']")
+    (row,) = read_lines(tmp_path / "events.jsonl")
+    assert (row["step"], row["value"]) == (8, None)
+
+
+def test_a_resumed_run_remembers_what_was_seen(tmp_path):
+    """Killed after two bad steps, the third one speaks; what was said after the restored step is said again, and once."""
+    found, _ = watch(config(tmp_path))
+    bad_steps(found, 1, 4)
+    resumed, _ = watch(config(tmp_path))
+    resumed.resume(2)
+    assert read_lines(tmp_path / "events.jsonl") == [] and [row["step"] for row in read_lines(tmp_path / "metrics.jsonl")] == [1, 2]
+    bad_steps(resumed, 3, 2)
+    (row,) = read_lines(tmp_path / "events.jsonl")
+    assert (row["step"], row["since"]) == (3, 1)
+    later, _ = watch(config(tmp_path))
+    later.resume(4)
+    bad_steps(later, 5, 5)
+    assert len(read_lines(tmp_path / "events.jsonl")) == 1
