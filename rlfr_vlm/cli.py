@@ -58,8 +58,13 @@ def build_parser() -> argparse.ArgumentParser:
     export.add_argument("--out", required=True, metavar="DIR", help="folder to write")
     export.add_argument("--best", action="store_true", help="of a run: the checkpoint with the best evaluation instead of the newest")
     export.add_argument("--model", metavar="PATH", help="where the model that training started from lies now; default: as in the run")
-    report = verbs.add_parser("report", help="write report.html of a run or an evaluation")
-    report.add_argument("run", help="its folder")
+    report = verbs.add_parser("report", help="write report.html of a run or an evaluation, or compare runs")
+    report.add_argument("runs", nargs="+", metavar="RUN", help="its folder; several: they are compared with the first")
+    report.add_argument("--out", metavar="FILE", help="default: report.html in the run's folder; of a comparison ./comparison.html")
+    report.add_argument(
+        "--serve", action="store_true", help="serve the page on 127.0.0.1 instead, and keep it up to date while the run writes"
+    )
+    report.add_argument("--port", type=int, metavar="N", help="of --serve; default: a free one")
     bench = verbs.add_parser("bench", help="time the GRPO step on a fixed workload; one JSON line")
     bench.add_argument("--model", required=True, help="folder of a Hugging Face model")
     bench.add_argument("--task", choices=("text", "vision"), default="text")
@@ -132,10 +137,7 @@ def run(arguments: argparse.Namespace) -> int:
 
         return doctor()
     if arguments.verb == "report":
-        from rlfr_vlm.report.html import write_report
-
-        print(write_report(Path(arguments.run)))
-        return 0
+        return run_report(arguments)
     if arguments.verb == "compare":
         return run_compare(arguments)
     if arguments.verb == "bench":
@@ -175,6 +177,26 @@ def run(arguments: argparse.Namespace) -> int:
         print(json.dumps(commands.evaluate_benchmarks(cfg), indent=1))
     else:
         print(json.dumps(asdict(commands.evaluate(cfg)), indent=1))
+    return 0
+
+
+def run_report(arguments: argparse.Namespace) -> int:
+    """Carry out report. Returns the exit code."""
+    from rlfr_vlm.report.comparison_page import write_comparison
+    from rlfr_vlm.report.html import write_report
+    from rlfr_vlm.report.serve import serve
+
+    folders = [Path(run) for run in arguments.runs]
+    if arguments.serve:
+        if arguments.out is not None:
+            raise UserError("--out writes a file, --serve writes none: leave one of them out")
+        return serve(folders, arguments.port or 0, lambda text: print(text, flush=True))
+    if arguments.port is not None:
+        raise UserError("--port is the port of --serve, which is not given")
+    if len(folders) == 1:
+        print(write_report(folders[0], None if arguments.out is None else Path(arguments.out)))
+    else:
+        print(write_comparison(folders, Path(arguments.out or "comparison.html")))
     return 0
 
 

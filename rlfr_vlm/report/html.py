@@ -8,12 +8,12 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from rlfr_vlm.errors import UserError
 from rlfr_vlm.report.evaluation import find_benchmarks, is_training_run
 from rlfr_vlm.report.evaluation_page import write_evaluation
+from rlfr_vlm.report.folders import existing_folder, writable_file
 from rlfr_vlm.report.rollout_data import RolloutData, pack_rollouts
 from rlfr_vlm.report.run_files import Evaluation, Metrics, Problem, RunFiles, read_run
-from rlfr_vlm.report.template import asset, json_block, page, text_block, write_page
+from rlfr_vlm.report.template import asset, json_block, page, plotly_script, text_block, write_page
 
 ROLLOUT_BYTES = 9_000_000  # of rollouts and pictures; with plotly's 4.8 MB the page stays below 15 MB
 CURVE_POINTS = 3000  # longer curves are thinned
@@ -22,22 +22,21 @@ EVALUATION_PAGE = "evaluation.html"  # of the benchmarks that a training run hol
 VIEWS = ("shared.js", "page.js", "overview.js", "curves.js", "shading.js", "group.js", "rollouts.js")  # in the order they are loaded
 
 
-def write_report(folder: Path) -> Path:
+def write_report(folder: Path, path: Path | None = None) -> Path:
     """Write `report.html` of a run or an evaluation, finished or not, into its folder. Raises UserError where there is no such folder.
 
     A training run that also holds benchmarks gets a second page, `evaluation.html`, and a table that leads to it.
     """
-    folder = Path(folder)
-    if not folder.is_dir():
-        raise UserError(f"report: there is no run folder {folder}")
+    folder = existing_folder(Path(folder))
+    path = folder / "report.html" if path is None else writable_file(path)
     benchmarks = find_benchmarks(folder)
     if benchmarks and not is_training_run(folder):
-        return write_evaluation(folder, benchmarks, folder / "report.html")[0]
+        return write_evaluation(folder, benchmarks, path)[0]
     run = read_run(folder)
     problems = list(run.problems)
     rollouts = pack_rollouts(folder, run.rollout_files, ROLLOUT_BYTES, problems)
-    evaluated = write_evaluation(folder, benchmarks, folder / EVALUATION_PAGE)[1] if benchmarks else []
-    return write_page(folder / "report.html", _page(run, rollouts, problems, evaluated))
+    evaluated = write_evaluation(folder, benchmarks, path.with_name(EVALUATION_PAGE))[1] if benchmarks else []
+    return write_page(path, _page(run, rollouts, problems, evaluated))
 
 
 def _page(run: RunFiles, rollouts: RolloutData, problems: list[Problem], evaluated: list[dict[str, Any]]) -> str:
@@ -56,7 +55,7 @@ def _page(run: RunFiles, rollouts: RolloutData, problems: list[Problem], evaluat
     blocks = [json_block("run-data", data), text_block("rollout-index", rollouts.index)]
     blocks += [text_block(f"rollout-step-{step}", packed) for step, packed in rollouts.steps.items()]
     blocks += [text_block(f"picture-{key}", url) for key, url in rollouts.pictures.items()]
-    scripts = {"plotly": _plotly_script(), "script": "\n".join(map(asset, VIEWS))}
+    scripts = {"plotly": plotly_script(), "script": "\n".join(map(asset, VIEWS))}
     return page("page.html", run.name, asset("page.css"), blocks, scripts)
 
 
@@ -126,11 +125,3 @@ def _columns(metrics: Metrics) -> dict[str, Any]:
 
 def _rounded(value: float | None) -> float | None:
     return None if value is None else float(f"{value:.6g}")
-
-
-def _plotly_script() -> str:
-    try:
-        from plotly.offline import get_plotlyjs
-    except ImportError:
-        raise UserError("report: plotly, which draws the curves, is not installed: `pip install plotly`") from None
-    return get_plotlyjs()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import errno
 import gzip
 import hashlib
 import html
@@ -10,6 +11,7 @@ import json
 import os
 import re
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -25,11 +27,25 @@ def page(template: str, title: str, style: str, data: Sequence[str], scripts: Ma
 
 
 def write_page(path: Path, text: str) -> Path:
-    """Write it whole or not at all."""
-    unfinished = path.with_suffix(".html.tmp")
-    unfinished.write_text(text, encoding="utf-8")
-    os.replace(unfinished, path)
+    """Write it whole or not at all. Raises UserError where it cannot be written; a full disk stays an OSError."""
+    unfinished = path.with_name(f"{path.name}.{os.getpid()}.tmp")  # two writers, such as a run and a user, do not mix
+    try:
+        unfinished.write_text(text, encoding="utf-8")
+        os.replace(unfinished, path)
+    except OSError as error:
+        with suppress(OSError):
+            unfinished.unlink()
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise UserError(f"{path} cannot be written: {error.strerror}; --out FILE puts it elsewhere") from None
     return path
+
+
+def live(text: str, script: str) -> str:
+    """A page with one more script, which may ask the server that the page came from, and nobody else."""
+    head, _, rest = text.partition("script-src ")  # the first one is the policy's
+    body, _, end = rest.rpartition("</body>")
+    return f"{head}connect-src 'self'; script-src {_digest(script)} {body}<script>{script}</script>\n</body>{end}"
 
 
 def json_block(name: str, tree: Any) -> str:

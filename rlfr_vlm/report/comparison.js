@@ -1,0 +1,264 @@
+// The comparison of runs: tabs, the table, and what differs between the runs.
+
+const VIEWS = { runs: showRuns, curves: showCurves, flips: showFlips };
+const DATA = JSON.parse(byId("comparison-data").textContent);
+const HUES = [1, 2, 3, 4, 5, 6, 7, 8].map((number) => `--series-${number}`);
+const DASHES = ["solid", "dash", "dot"]; // for more groups than hues
+const shownViews = new Set();
+
+// A group is a run, or runs that differ in their seed alone; it has one colour everywhere.
+const GROUPS = DATA.groups.map((group, at) => ({
+  ...group,
+  at,
+  name: groupName(group.runs),
+  hue: HUES[at % HUES.length],
+  dash: DASHES[Math.floor(at / HUES.length) % DASHES.length],
+  pooled: group.runs.length > 1,
+}));
+
+function groupName(runs) {
+  const names = runs.map((number) => DATA.runs[number].name);
+  if (names.length === 1) return names[0];
+  let shared = names[0];
+  while (!names.every((name) => name.startsWith(shared))) shared = shared.slice(0, -1);
+  shared = shared.replace(/[-_./ ]*(seed|s)?[-_./ =]*$/, "");
+  return shared.length >= 2 ? `${shared}, ${names.length} seeds` : names.join(", ");
+}
+
+// The address bar holds the view and its settings (#curves?x=hours), so that a reload or a copied address shows the same.
+function readAddress() {
+  const [view, settings] = location.hash.slice(1).split("?");
+  return { view: view in VIEWS ? view : "runs", settings: new URLSearchParams(settings || "") };
+}
+
+function writeAddress(view, settings = {}) {
+  const text = new URLSearchParams(Object.entries(settings).filter(([, value]) => value !== "" && value !== null)).toString();
+  history.replaceState(null, "", `#${view}${text ? `?${text}` : ""}`);
+}
+
+function openView(view) {
+  for (const name of Object.keys(VIEWS)) {
+    byId(name).hidden = name !== view;
+    byId(`tab-${name}`).setAttribute("aria-selected", String(name === view));
+  }
+  if (!shownViews.has(view)) VIEWS[view]();
+  shownViews.add(view);
+}
+
+function swatch({ hue, dash }) {
+  const line = h("i", { class: "swatch" });
+  line.style.borderColor = `var(${hue})`;
+  line.style.borderTopStyle = dash === "solid" ? "solid" : dash === "dash" ? "dashed" : "dotted";
+  return line;
+}
+
+// A table whose columns are [title, class, cell].
+function compareTable(name, columns, rows) {
+  return h(
+    "table",
+    { class: name },
+    h(
+      "thead",
+      {},
+      h(
+        "tr",
+        {},
+        columns.map(([title, kind]) => h("th", { class: kind }, title)),
+      ),
+    ),
+    h(
+      "tbody",
+      {},
+      rows.map((row) =>
+        h(
+          "tr",
+          { class: row.kind },
+          columns.map(([, kind, cell]) => h("td", { class: kind }, cell(row))),
+        ),
+      ),
+    ),
+  );
+}
+
+function showRuns() {
+  byId("runs").append(
+    ...[
+      problemPanel(DATA, "Not there: "),
+      h("div", { class: "card" }, h("h2", {}, "Runs"), h("div", { class: "wide-scroll" }, runsTable()), words()),
+      headline(),
+      settingsPanel(),
+      h("p", { class: "foot" }, `Comparison written ${DATA.writtenAt}.`),
+    ].filter(Boolean),
+  );
+  drawHeadline();
+}
+
+function runsTable() {
+  const rows = GROUPS.flatMap((group) => [
+    ...(group.pooled ? [{ kind: "pool", group }] : []),
+    ...group.runs.map((number) => ({ kind: group.pooled ? "member" : "", group, run: DATA.runs[number], number })),
+  ]);
+  const several = DATA.runs.length > 1;
+  const reach = Math.max(
+    0.05,
+    ...DATA.runs.flatMap(({ versus }) => (versus?.difference ? [Math.abs(versus.difference.low), Math.abs(versus.difference.high)] : [])),
+  );
+  const of = (cell) => (row) => (row.run ? cell(row.run, row.number) : "");
+  const columns = [
+    ["Run", "name", nameCell],
+    ["Method", "", of((run) => run.method || "–")],
+    ["Seed", "num", of((run) => (run.seed === null ? "–" : String(run.seed)))],
+    ["Steps", "num", of(stepsCell)],
+    ["Training", "num", of((run) => (isNumber(run.hours) ? duration(3600 * run.hours) : "–"))],
+    ["Best held-out", "num", of((run) => pointCell(run.best))],
+    ["Last held-out", "num strong", lastCell],
+    ["Greedy", "num", of((run) => percent(run.last?.greedy))],
+    several && ["Against the first", "num", of(differenceCell)],
+    several && [`± ${(100 * reach).toFixed(0)} points`, "", of(({ versus }) => againstBar(versus, reach))],
+    several && ["p", "num", of(({ versus }) => pValue(versus))],
+    several && ["Greedy flips", "num", of(flipsCell)],
+  ].filter(Boolean);
+  return compareTable("compared", columns, rows);
+}
+
+function nameCell({ group, run }) {
+  if (!run) return [swatch(group), h("b", {}, group.name)];
+  return [swatch(group), group.pooled ? run.name : h("b", {}, run.name), run === DATA.runs[0] && h("small", {}, "the first run")];
+}
+
+function stepsCell({ numSteps, plannedSteps }) {
+  if (numSteps === null) return "none";
+  return [count(numSteps), isNumber(plannedSteps) && plannedSteps !== numSteps && h("small", {}, `of ${count(plannedSteps)}`)];
+}
+
+function pointCell(point) {
+  return point ? [percent(point.accuracy), h("small", {}, `step ${count(point.step)}`)] : "–";
+}
+
+function lastCell({ group, run }) {
+  const point = run ? run.last : group.last;
+  if (!point) return "–";
+  const [value, note] = run ? [point.accuracy, ""] : [point.mean, `${group.runs.length} seeds, `];
+  return [
+    percent(value),
+    h("small", {}, `${note}step ${count(point.step)}`),
+    isNumber(point.low) && h("small", { title: run ? "95 % interval over problems" : "95 % t-interval over seeds" }, bounds(point)),
+  ];
+}
+
+function points(value) {
+  return `${value > 0 ? "+" : value < 0 ? "−" : ""}${Math.abs(100 * value).toFixed(1)}`;
+}
+
+function differenceCell({ versus }) {
+  if (!versus) return "";
+  if (!versus.difference) return h("span", { class: "cut" }, "not compared");
+  const { value, low, high } = versus.difference;
+  return [
+    h("span", { class: `change ${low > 0 ? "up" : high < 0 ? "down" : ""}` }, points(value)),
+    h("small", {}, `${points(low)} to ${points(high)}`),
+  ];
+}
+
+// The difference with its interval around zero.
+function againstBar(versus, reach) {
+  if (!versus?.difference) return "";
+  const { value, low, high } = versus.difference;
+  const place = (name, from, to) => {
+    const mark = h("i", { class: name });
+    mark.style.left = `${50 + (50 * from) / reach}%`;
+    if (to !== undefined) mark.style.width = `${(50 * (to - from)) / reach}%`;
+    return mark;
+  };
+  const kind = low > 0 ? "up" : high < 0 ? "down" : "";
+  return h("div", { class: "against" }, place("zero", 0), place(`interval ${kind}`, low, high), place("at", value));
+}
+
+function pValue(versus) {
+  if (!isNumber(versus?.p)) return "";
+  return h("span", { title: versus.test }, versus.p < 0.001 ? "< 0.001" : versus.p.toFixed(3));
+}
+
+function flipsCell({ versus }, number) {
+  if (!versus?.difference) return "";
+  return h(
+    "button",
+    {
+      class: "link",
+      title: `${versus.gained} problems that the first run's greedy answer misses are solved here, ${versus.lost} the other way`,
+      onclick: () => chooseFlips(number),
+    },
+    `+${count(versus.gained)} −${count(versus.lost)}`,
+  );
+}
+
+// What a table cannot say.
+function words() {
+  const lines = DATA.runs.flatMap(({ name, versus }) => (versus?.words || []).map((text) => [h("b", {}, name), `: ${text}.`]));
+  const compared = DATA.runs.filter(({ versus }) => versus?.difference);
+  if (compared.length) {
+    const tests = [...new Set(compared.map(({ versus }) => versus.test))].join(" or ");
+    lines.push([
+      `Against the first: points of held-out accuracy, paired by problem, with 95 % interval; p of no difference (${tests}). `,
+      "The problems vary, not the training: other seeds could give other differences.",
+      compared.length > 1 && ` With ${compared.length} comparisons some p values are small by chance.`,
+    ]);
+  }
+  if (GROUPS.some(({ pooled }) => pooled))
+    lines.push(["Runs that differ in their seed alone are pooled: mean over seeds and 95 % t-interval, wide for few seeds."]);
+  return lines.length > 0 && h("ul", { class: "words" }, lines.map((line) => h("li", {}, line)));
+}
+
+function settingsPanel() {
+  const rows = DATA.settings;
+  const card = h("div", { class: "card", id: "settings" }, h("h2", {}, "What differs"));
+  if (!rows.length) {
+    card.append(h("p", { class: "empty" }, DATA.runs.some(({ method }) => method) ? "The configs are equal." : "No run here has a config."));
+    return card;
+  }
+  const columns = [
+    ["Setting", "", ({ key }) => key],
+    ...DATA.runs.map(({ name }, at) => [name, "", ({ values }) => values[at]]),
+  ];
+  const unknown = rows.filter((row) => row.unknown);
+  card.append(
+    h("p", { class: "hint" }, "Settings and versions that are not the same in all runs; what is not listed is equal. Bold: unlike the first run."),
+    settingsTable(
+      columns,
+      rows.filter((row) => !row.unknown),
+    ),
+    unknown.length === 0
+      ? ""
+      : h(
+        "details",
+        { class: "section" },
+        h("summary", {}, `${plural(unknown.length, "setting")} that some configs do not have, written by another version`),
+        settingsTable(columns, unknown),
+      ),
+  );
+  return card;
+}
+
+function settingsTable(columns, rows) {
+  const table = compareTable("settings", columns, rows);
+  [...table.tBodies[0].rows].forEach((line, row) =>
+    [...line.cells].slice(1).forEach((cell, at) => cell.classList.add(rows[row].values[at] === rows[row].values[0] ? "same" : "other")),
+  );
+  return h("div", { class: "wide-scroll" }, table);
+}
+
+function start() {
+  byId("comparison-name").textContent = DATA.name;
+  byId("num-runs").textContent = plural(DATA.runs.length, "run");
+  for (const name of Object.keys(VIEWS)) {
+    byId(`tab-${name}`).addEventListener("click", () => {
+      writeAddress(name);
+      openView(name);
+    });
+  }
+  window.addEventListener("hashchange", () => openView(readAddress().view));
+  matchMedia("(prefers-color-scheme: dark)").addEventListener("change", redraw);
+  openView(readAddress().view);
+}
+
+document.addEventListener("DOMContentLoaded", start);
