@@ -33,6 +33,8 @@ const SECTIONS = [
       },
       { title: "Truncated responses", lines: [["response_length/clip_ratio", "share"]], percent: true },
       { title: "Entropy", unit: "nats per token", lines: [["actor/entropy", "policy"]] },
+      { title: "Repeated 4-grams", lines: [["response/repetition", "share"]], percent: true },
+      { title: "Reward and length", unit: "correlation among siblings", lines: [["reward/length_corr", "correlation"]], level: 0 },
     ],
   },
   {
@@ -43,16 +45,30 @@ const SECTIONS = [
       { title: "Clipped tokens", lines: [["actor/pg_clipfrac", "share"]], percent: true },
       { title: "KL to sampling policy", unit: "nats", lines: [["actor/ppo_kl", "approximate"]] },
       { title: "Learning rate", lines: [["actor/lr", "policy"]] },
+      { title: "Size of the update", unit: "of the weights", lines: [["actor/update_ratio", "relative"]] },
     ],
   },
   {
     title: "Flow field",
     charts: [
       { title: "Flow loss", lines: [["flow/loss", "online"]] },
+      {
+        title: "Wrong strays further",
+        unit: "AUC",
+        lines: [
+          ["flow/auc", "all pairs"],
+          ["flow/auc_in_group", "siblings"],
+        ],
+        level: 0.5,
+      },
       { title: "Flow reward", unit: "per response", lines: [["flow/reward_mean", "sum over its tokens"]] },
       { title: "Velocity deviation", lines: [["flow/deviation_mean", "mean"]] },
       { title: "Rewarded tokens", unit: "per response", lines: [["flow/num_reward_tokens", "with a flow reward"]] },
+      { title: "Spread of deviations", unit: "within a response", lines: [["flow/deviation_spread", "relative to their mean"]] },
       { title: "Flow share of advantage", lines: [["flow/advantage_share", "share"]], percent: true },
+      { title: "Groups moved by the flow alone", lines: [["flow/only_groups_frac", "share"]], percent: true },
+      { title: "Drift of the field", lines: [["flow/drift", "of the weights"]], percent: true },
+      { title: "Responses learned from", lines: [["flow/selected_frac", "share"]], percent: true },
       { title: "Flow gradient norm", lines: [["flow/grad_norm", "online"]] },
       { title: "Flow learning rate", lines: [["flow/lr", "online"]] },
       {
@@ -70,6 +86,8 @@ const SECTIONS = [
     title: "Engine and speed",
     charts: [
       { title: "Rollout–trainer gap", unit: "log-prob", lines: [["rollout/logprob_diff_mean", "mean"]] },
+      { title: "Rollout–trainer ratio", lines: [["rollout/ratio_mean", "mean"]], level: 1 },
+      { title: "Surprise of sampled tokens", unit: "nats", lines: [["rollout/surprisal_gap", "beyond the entropy"]], level: 0 },
       { title: "Throughput", unit: "tokens/s", lines: [["perf/tokens_per_s", "response tokens"]] },
       {
         title: "Time per step",
@@ -125,6 +143,7 @@ function showCurves() {
     return;
   }
   view.append(
+    eventPanel(true) || "",
     h(
       "div",
       { class: "bar" },
@@ -151,19 +170,7 @@ function showCurves() {
     );
     if (!charts.length) continue;
     const grid = h("div", { class: "grid" });
-    for (const chart of charts) {
-      const plot = h("div", { class: "plot" });
-      grid.append(
-        h(
-          "figure",
-          { class: "card" },
-          h("figcaption", {}, h("h3", {}, chart.title, chart.unit && h("small", {}, ` ${chart.unit}`)), lastValue(chart)),
-          chartKey(chart),
-          plot,
-        ),
-      );
-      queue.push([plot, chart]);
-    }
+    for (const chart of charts) grid.append(figureCard(chart, queue));
     view.append(h("h2", { class: "section" }, section.title), grid);
   }
   if (missing.length)
@@ -176,14 +183,28 @@ function showCurves() {
         ".",
       ),
     );
-  drawQueue(queue);
+  drawQueue(queue, view);
+}
+
+// A chart with its title and key, put in the queue to be drawn; `reading` says how to read it.
+function figureCard(chart, queue, reading) {
+  const plot = h("div", { class: "plot" });
+  queue.push([plot, chart]);
+  return h(
+    "figure",
+    { class: "card" },
+    h("figcaption", {}, h("h3", {}, chart.title, chart.unit && h("small", {}, ` ${chart.unit}`)), lastValue(chart)),
+    reading && h("p", { class: "reading" }, reading),
+    chartKey(chart),
+    plot,
+  );
 }
 
 // A few charts a frame, so that the page answers meanwhile.
-function drawQueue(queue) {
+function drawQueue(queue, view) {
   for (const [plot, chart] of queue.splice(0, 4)) drawChart(plot, chart, 190);
-  if (queue.length) requestAnimationFrame(() => drawQueue(queue));
-  else byId("curves").dataset.drawn = "true";
+  if (queue.length) requestAnimationFrame(() => drawQueue(queue, view));
+  else view.dataset.drawn = "true";
 }
 
 function lastValue(chart) {
@@ -277,6 +298,8 @@ function evaluationTraces() {
 function drawChart(element, chart, height) {
   const traces = chartLines(chart).flatMap(([key, label], at) => lineTraces(chart, key, label, HUES[at]));
   if (chart.evaluations) traces.push(...evaluationTraces());
+  const marks = bySteps(chart) ? eventMarks() : { shapes: [], traces: [] };
+  if (isNumber(chart.level) && traces.length) traces.push(levelTrace(chart));
   const known = drawn.some(([other]) => other === element);
   const axis = { gridcolor: css("--line"), zeroline: false, linecolor: css("--line"), tickfont: { size: 11 }, fixedrange: false };
   const layout = {
@@ -306,13 +329,25 @@ function drawChart(element, chart, height) {
       nticks: 5,
       rangemode: chart.percent || chart.fromZero ? "tozero" : "normal",
     },
+    yaxis2: { overlaying: "y", range: [0, 1], fixedrange: true, visible: false },
+    shapes: marks.shapes,
   };
-  if (zoomed && !chart.source) layout.xaxis.range = zoomed;
-  Plotly.react(element, traces, layout, { responsive: true, displayModeBar: false, doubleClick: "reset+autosize" });
+  if (zoomed && bySteps(chart)) layout.xaxis.range = zoomed;
+  element.dataset.zoom = String(bySteps(chart) ? zoomed : null);
+  Plotly.react(element, [...traces, ...marks.traces], layout, { responsive: true, displayModeBar: false, doubleClick: "reset+autosize" });
   if (known) return;
   drawn.push([element, chart, height]);
-  if (!chart.source) element.on("plotly_relayout", zoomAll);
+  if (bySteps(chart)) element.on("plotly_relayout", zoomAll);
 }
+
+// A thin line at a value that means something: chance, no correlation, a ratio of one.
+function levelTrace(chart) {
+  const steps = chartColumns(chart).steps;
+  const line = { color: css("--muted"), width: 1, dash: "dot" };
+  return { x: [steps[0], steps.at(-1)], y: [chart.level, chart.level], mode: "lines", line, hoverinfo: "skip" };
+}
+
+const bySteps = (chart) => chart.source !== "flowFit"; // whether its x are the steps of training
 
 // A zoom in one chart is a zoom in all of them.
 function zoomAll(change) {
@@ -320,12 +355,18 @@ function zoomAll(change) {
     "xaxis.range[0]" in change ? [change["xaxis.range[0]"], change["xaxis.range[1]"]] : change["xaxis.autorange"] ? null : undefined;
   if (range === undefined || String(range) === String(zoomed)) return;
   zoomed = range;
+  zoomShown();
+}
+
+// Charts of views that are not open are zoomed when their view is opened.
+function zoomShown() {
   for (const [element, chart] of drawn) {
-    if (!chart.source && element.offsetParent)
-      Plotly.relayout(
-        element,
-        range ? { "xaxis.range": range, "yaxis.autorange": true } : { "xaxis.autorange": true, "yaxis.autorange": true },
-      );
+    if (!bySteps(chart) || !element.offsetParent || element.dataset.zoom === String(zoomed)) continue;
+    element.dataset.zoom = String(zoomed);
+    Plotly.relayout(
+      element,
+      zoomed ? { "xaxis.range": zoomed, "yaxis.autorange": true } : { "xaxis.autorange": true, "yaxis.autorange": true },
+    );
   }
 }
 

@@ -118,7 +118,7 @@ def _field(series: dict[str, tuple[float | None, ...]]) -> Verdict | None:
         return None
     first, last = ends
     went = "fell" if last < 0.95 * first else "rose" if last > 1.05 * first else "stayed"
-    text = f"Its loss {went} {'near' if went == 'stayed' else f'from {first:.3g} to'} {last:.3g}"
+    text = f"The field's loss {went} {'near' if went == 'stayed' else f'from {first:.3g} to'} {last:.3g}"
     drift = _present(series.get("flow/drift", ()))
     if drift:
         text += f", and its weights moved {_percent(drift[-1])} from where the run began"
@@ -144,7 +144,7 @@ def _readings(series: dict[str, tuple[float | None, ...]]) -> dict[str, str]:
         if name not in series:
             continue
         ends = _ends(series[name])
-        figures = "" if ends is None else f" From {form.format(ends[0])} to {form.format(ends[1])}."
+        figures = "" if ends is None else f" This run: {form.format(ends[0])} → {form.format(ends[1])}."
         readings[name] = f"{meaning}; {scale}.{figures}".replace("%", " %")
     return readings
 
@@ -166,4 +166,4 @@ def _steps(count: int) -> str:
 
 
 def _percent(share: float) -> str:
-    return f"{100 * share:.3g} %"
+    return f"{100 * share:.1f} %"

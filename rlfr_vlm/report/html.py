@@ -10,8 +10,9 @@ from typing import Any
 
 from rlfr_vlm.report.evaluation import find_benchmarks, is_training_run
 from rlfr_vlm.report.evaluation_page import write_evaluation
+from rlfr_vlm.report.findings import Findings, examine
 from rlfr_vlm.report.folders import existing_folder, writable_file
-from rlfr_vlm.report.rollout_data import RolloutData, pack_rollouts
+from rlfr_vlm.report.rollout_data import RolloutData
 from rlfr_vlm.report.run_files import Evaluation, Metrics, Problem, RunFiles, read_run
 from rlfr_vlm.report.template import asset, json_block, page, plotly_script, text_block, write_page
 
@@ -19,7 +20,19 @@ ROLLOUT_BYTES = 9_000_000  # of rollouts and pictures; with plotly's 4.8 MB the 
 CURVE_POINTS = 3000  # longer curves are thinned
 MAX_PROBLEMS = 50  # shown one by one
 EVALUATION_PAGE = "evaluation.html"  # of the benchmarks that a training run holds
-VIEWS = ("shared.js", "page.js", "overview.js", "curves.js", "shading.js", "group.js", "rollouts.js")  # in the order they are loaded
+VIEWS = (  # in the order they are loaded
+    "shared.js",
+    "page.js",
+    "overview.js",
+    "events.js",
+    "curves.js",
+    "flow.js",
+    "latents.js",
+    "shading.js",
+    "group.js",
+    "rollouts.js",
+)
+STYLES = ("page.css", "findings.css")
 
 
 def write_report(folder: Path, path: Path | None = None) -> Path:
@@ -34,15 +47,21 @@ def write_report(folder: Path, path: Path | None = None) -> Path:
         return write_evaluation(folder, benchmarks, path)[0]
     run = read_run(folder)
     problems = list(run.problems)
-    rollouts = pack_rollouts(folder, run.rollout_files, ROLLOUT_BYTES, problems)
+    rollouts, findings = examine(folder, run, ROLLOUT_BYTES, problems)
     evaluated = write_evaluation(folder, benchmarks, path.with_name(EVALUATION_PAGE))[1] if benchmarks else []
-    return write_page(path, _page(run, rollouts, problems, evaluated))
+    return write_page(path, _page(run, rollouts, findings, problems, evaluated))
 
 
-def _page(run: RunFiles, rollouts: RolloutData, problems: list[Problem], evaluated: list[dict[str, Any]]) -> str:
+def _page(run: RunFiles, rollouts: RolloutData, findings: Findings, problems: list[Problem], evaluated: list[dict[str, Any]]) -> str:
     data = {
         "overview": {**_overview(run, problems), "benchmarks": evaluated, "benchmarkPage": EVALUATION_PAGE},
-        "curves": {"metrics": _columns(run.metrics), "flowFit": _columns(run.flow_fit), "evaluations": _evaluation_points(run)},
+        "curves": {
+            "metrics": _columns(run.metrics),
+            "flowFit": _columns(run.flow_fit),
+            "latents": _columns(findings.latent_curves),
+            "evaluations": _evaluation_points(run),
+        },
+        **findings.for_page(),
         "rollouts": {
             "steps": list(rollouts.steps),
             "scales": {name: asdict(scale) for name, scale in rollouts.scales.items()},
@@ -52,11 +71,11 @@ def _page(run: RunFiles, rollouts: RolloutData, problems: list[Problem], evaluat
             "numStepsLeftOut": rollouts.num_steps_left_out,
         },
     }
-    blocks = [json_block("run-data", data), text_block("rollout-index", rollouts.index)]
+    blocks = [json_block("run-data", data), text_block("rollout-index", rollouts.index), *findings.blocks()]
     blocks += [text_block(f"rollout-step-{step}", packed) for step, packed in rollouts.steps.items()]
     blocks += [text_block(f"picture-{key}", url) for key, url in rollouts.pictures.items()]
     scripts = {"plotly": plotly_script(), "script": "\n".join(map(asset, VIEWS))}
-    return page("page.html", run.name, asset("page.css"), blocks, scripts)
+    return page("page.html", run.name, "".join(map(asset, STYLES)), blocks, scripts)
 
 
 def _overview(run: RunFiles, problems: list[Problem]) -> dict[str, Any]:

@@ -9,6 +9,7 @@ function showOverview() {
   byId("overview").append(
     ...[
       problemPanel(run, "Not in this run: "),
+      eventPanel(false),
       tiles(run),
       h("div", { class: "columns" }, accuracyPanel(), evaluationPanel(run)),
       benchmarkPanel(run),

@@ -1,6 +1,6 @@
 // The tabs and the start.
 
-const VIEWS = { overview: showOverview, curves: showCurves, rollouts: showRollouts };
+const VIEWS = { overview: showOverview, curves: showCurves, flow: showFlow, latents: showLatents, rollouts: showRollouts };
 const RUN = JSON.parse(byId("run-data").textContent);
 
 // The address bar holds the view and its settings (#rollouts?step=10), so that a reload or a copied address shows the same.
@@ -20,6 +20,7 @@ function openView(view) {
     byId(`tab-${name}`).setAttribute("aria-selected", String(name === view));
   }
   VIEWS[view]();
+  zoomShown();
 }
 
 function start() {

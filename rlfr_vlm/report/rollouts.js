@@ -257,7 +257,33 @@ async function browse(page) {
   }
   if (step !== "all") byId("slide-step").value = RUN.rollouts.steps.indexOf(Number(step));
   byId("slide-step").classList.toggle("idle", step === "all");
-  drawPage(Math.min(Math.max(0, page || 0), numPages() - 1));
+  return drawPage(Math.min(Math.max(0, page || 0), numPages() - 1));
+}
+
+// One response of the page, from another view: {step, group, response, token}, group and response by their places, token where one is meant.
+// The browser's way back leads to where it was opened from.
+async function openRollout({ step, group, response, token }) {
+  if (!CAN_UNPACK) return;
+  Object.assign(browser.settings, { step: String(step), responses: "all", groups: "all", search: "" });
+  const page = Math.floor(group / GROUPS_PER_PAGE);
+  history.pushState(null, "", location.hash);
+  writeAddress("rollouts", { step, shade: browser.settings.shade, page: page ? page + 1 : "" });
+  openView("rollouts");
+  for (const name of ["step", "responses", "groups", "search"]) byId(`choose-${name}`).value = browser.settings[name];
+  await browse(page);
+  const card = byId("groups").children[group % GROUPS_PER_PAGE];
+  const found = response === undefined ? card : card.querySelectorAll(".response")[response];
+  if (response !== undefined) found.classList.add("found");
+  if (token !== undefined) showToken(found, token);
+  found.scrollIntoView({ block: "center" });
+}
+
+function showToken(card, at) {
+  if (!card.querySelector(`.token[data-at="${at}"]`)) card.querySelector(".text button.more")?.click();
+  const node = card.querySelector(`.token[data-at="${at}"]`);
+  node?.classList.add("found");
+  const text = card.querySelector(".text");
+  if (node) text.scrollTop = node.offsetTop - text.offsetTop - text.clientHeight / 2;
 }
 
 async function drawPage(page) {

@@ -29,6 +29,8 @@ class Opened:
             "overview": "#overview .foot",
             "curves": "#curves[data-drawn], #curves .empty",
             "rollouts": "#groups[data-drawing], #rollouts .empty",
+            "flow": "#flow[data-drawn]:has(#tokens), #flow > .empty",
+            "latents": "#latents[data-drawn]",
         }
         self.page.wait_for_selector(done[view])
 

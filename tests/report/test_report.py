@@ -21,6 +21,7 @@ from rlfr_vlm.report.html import write_report
 from rlfr_vlm.report.run_files import RolloutFile, read_rollouts, read_run
 from tests.report.browser import needs_browser
 
+LATENT = 64  # numbers
 MALICE = "</script><script>window.hacked=1</script><img src=x onerror='window.hacked=2'><!-- \u202e\u0007 {{plotly}} &lt;b&gt;"
 
 
@@ -55,6 +56,7 @@ def rollout_rows(rng: random.Random, step: int, skill: float, groups: int, sibli
     numbers = np.random.default_rng(step)
     for number in range(groups):
         digits = (rng.randrange(10), rng.randrange(10))
+        subject = numbers.normal(0, 1, LATENT)  # what the siblings of a question share
         verdicts = ["correct" if rng.random() < skill else "wrong" for _ in range(siblings)]
         mean = verdicts.count("correct") / siblings
         scale = math.sqrt(mean * (1 - mean)) or 1.0
@@ -86,9 +88,17 @@ def rollout_rows(rng: random.Random, step: int, skill: float, groups: int, sibli
                     "flow_rewards": rewards.tolist(),
                     "deviations": numbers.lognormal(0, 0.4, size).tolist(),
                     "entropy": numbers.gamma(0.4, 0.7, size).tolist(),
+                    "latent": latent(numbers, subject, step, verdict == "correct"),
                 }
             )
     return rows
+
+
+def latent(numbers: np.random.Generator, subject: np.ndarray, step: int, right: bool) -> list[float]:
+    """Right and wrong ones lie apart along the second axis, and all of them drift along the first."""
+    values = subject + numbers.normal(0, 0.7, LATENT)
+    values[:2] += [0.08 * step, 0.7 if right else -0.7]
+    return values.round(4).tolist()
 
 
 def metrics_row(rng: random.Random, step: int, skill: float) -> dict:
@@ -115,6 +125,13 @@ def metrics_row(rng: random.Random, step: int, skill: float) -> dict:
         "flow/reward_mean": -noisy(0.0012, 0.2),
         "flow/num_reward_tokens": noisy(11, 0.2),
         "flow/advantage_share": noisy(0.05, 0.3),
+        "flow/auc": noisy(0.55 + 0.2 * skill, 0.06),
+        "flow/auc_in_group": noisy(0.53 + 0.15 * skill, 0.08),
+        "flow/only_groups_frac": noisy(0.2, 0.5),
+        "flow/drift": 0.0004 * step,
+        "flow/deviation_spread": noisy(0.42, 0.08),
+        "flow/grad_norm": noisy(1.3, 0.3),
+        "flow/selected_frac": min(1.0, noisy(skill, 0.2)),
         "rollout/logprob_diff_mean": noisy(0.003, 0.5),
         "timing_s/rollout": rollout,
         "timing_s/update": update,
@@ -133,6 +150,37 @@ def evaluation(rng: random.Random, step: int, skill: float) -> dict:
         "num_samples": 8,
         "by_source": {name: {"accuracy": min(1.0, max(0.0, skill + d)), "num_problems": 50} for name, d in SOURCES.items()},
     }
+
+
+def events(steps: int) -> list[dict]:
+    """A warning, and a roll-back from another one."""
+    spiked, collapsed = max(1, steps // 3), max(1, (2 * steps) // 3)
+    return [
+        {
+            "step": spiked,
+            "since": max(1, spiked - 2),
+            "monitor": "repetition",
+            "action": "warn",
+            "value": 0.62,
+            "limit": 0.3,
+            "what": "62 % of the 4-grams of responses repeat, most of all ` the the the the`",
+            "cause": "",
+            "do": "lower optim.lr, or raise rollout.temperature",
+            "to": None,
+        },
+        {
+            "step": collapsed,
+            "since": max(1, collapsed - 3),
+            "monitor": "grad_norm",
+            "action": "roll_back",
+            "value": 48.1,
+            "limit": 10.0,
+            "what": "the gradient's norm is 48.1, 37 times its median",
+            "cause": "optim.lr is 1e-3",
+            "do": "went on with half the learning rate",
+            "to": max(1, collapsed - 4),
+        },
+    ]
 
 
 SOURCES = {"digits/sum": -0.12, "digits/larger": 0.15, "digits/even": 0.02, "digits/difference": -0.05}
@@ -154,6 +202,8 @@ def make_run(
         {"step": step, "val/accuracy": skills[step], "val/greedy": skills[step] + 0.05} for step in range(0, steps + 1, max(1, steps // 5))
     ]
     write_jsonl(folder / "metrics.jsonl", sorted(rows, key=lambda row: row["step"]))
+    write_jsonl(folder / "events.jsonl", events(steps))
+    write_jsonl(folder / "rolled_back.jsonl", [{**row, "roll_back": 1} for row in rows[-3:]])
     for step in range(every, steps + 1, every):
         rows = rollout_rows(rng, step, skills[step], groups, siblings, num_tokens, signed)
         write_jsonl(folder / f"rollouts/step_{step:06d}.jsonl", rows)

@@ -1,0 +1,203 @@
+// The flow: does it tell right from wrong, how much does it weigh, does it follow, and which tokens does it reward.
+
+const FLOW_CHARTS = [
+  "Wrong strays further",
+  "Flow share of advantage",
+  "Groups moved by the flow alone",
+  "Flow loss",
+  "Drift of the field",
+  "Spread of deviations",
+  "Responses learned from",
+  "Flow gradient norm",
+  "Offline fit",
+];
+const TOKENS_SHOWN = 15; // of a window and sign, without a filter
+
+let flowShown = false;
+
+async function showFlow() {
+  if (flowShown) return;
+  flowShown = true;
+  const view = byId("flow");
+  const health = RUN.flow;
+  if (health.missing && !health.hasTokens) {
+    view.append(h("p", { class: "empty" }, health.missing));
+    view.dataset.drawn = "true";
+    return;
+  }
+  const queue = [];
+  const charts = SECTIONS.flatMap((section) => section.charts).filter((chart) => FLOW_CHARTS.includes(chart.title));
+  const drawable = FLOW_CHARTS.map((title) => charts.find((chart) => chart.title === title)).filter((chart) => chartLines(chart).length);
+  view.append(
+    verdictPanel(health.verdicts, health.missing),
+    drawable.length ? h("h2", { class: "section" }, "Health of the field") : "",
+    h(
+      "div",
+      { class: "grid" },
+      drawable.map((chart) => figureCard(chart, queue, flowReading(chart))),
+    ),
+  );
+  drawQueue(queue, view);
+  await showTokens(view);
+}
+
+function flowReading(chart) {
+  if (chart.source) return "Loss of the fit on expert solutions, before training; lower is a closer fit.";
+  return chart.lines.map(([key]) => RUN.flow.readings[key]).find(Boolean);
+}
+
+// Lines that follow from the data, the most telling first.
+function verdictPanel(verdicts, otherwise) {
+  const signs = { good: "✓", bad: "!", plain: "·", none: "?" };
+  return h(
+    "div",
+    { class: "card verdict-lines" },
+    verdicts.length
+      ? verdicts.map(({ level, text }) => h("p", { class: `said-${level}` }, h("i", { "aria-hidden": "true" }, signs[level]), h("span", {}, text)))
+      : h("p", { class: "said-none" }, otherwise),
+  );
+}
+
+async function showTokens(view) {
+  view.append(h("h2", { class: "section" }, "Tokens"));
+  if (!RUN.flow.hasTokens || !CAN_UNPACK) {
+    const why = CAN_UNPACK ? "No token has a flow reward in the logged rollouts." : "This browser cannot unpack the tokens: use one of 2023 or later.";
+    view.append(h("p", { class: "empty", id: "tokens" }, why));
+    return;
+  }
+  const windows = await unpack("flow-tokens");
+  const tables = h("div", { id: "tokens" });
+  const filter = h("input", {
+    type: "search",
+    id: "token-filter",
+    placeholder: "filter tokens …",
+    "aria-label": "filter tokens",
+    oninput: () => drawTokens(tables, windows, filter.value),
+  });
+  view.append(
+    h(
+      "div",
+      { class: "bar token-bar" },
+      filter,
+      h(
+        "span",
+        { class: "hint" },
+        "Flow rewards of all logged responses, summed by token and ranked within each part of the run. n: occurrences; mean: reward per occurrence, ",
+        `in units of ${figure(unitOf(windows))}; `,
+        "right: share of the right responses that contain the token. Click one to see it in a response.",
+        RUN.flow.approximate && " There are so many different tokens that rare ones were left out.",
+      ),
+    ),
+    tables,
+  );
+  tables.onpointerover = (event) => sameTokens(tables, event.target.closest("tr[data-token]"));
+  tables.onpointerleave = () => sameTokens(tables, null);
+  drawTokens(tables, windows, "");
+}
+
+function drawTokens(tables, windows, filter) {
+  const text = filter.trim().toLowerCase();
+  const most = Math.max(...windows.flatMap(({ rewarded, penalised }) => [...rewarded, ...penalised].map(({ reward }) => Math.abs(reward))));
+  const signs = [
+    ["rewarded", "Most rewarded"],
+    ["penalised", "Most penalised"],
+  ].filter(([sign]) => windows.some((part) => part[sign].length));
+  const unit = unitOf(windows);
+  const all = signs.map(([sign, title]) => {
+    const parts = windows.map((part) => ({ ...part, rows: part[sign].filter(({ token }) => token.toLowerCase().includes(text)) }));
+    return [
+      h("h3", {}, title, h("small", {}, text ? ` with “${filter.trim()}”` : ` ${TOKENS_SHOWN} of each part`)),
+      h(
+        "div",
+        { class: `windows ${sign}` },
+        parts.map((part) => tokenTable(part, sign, most, unit, windows.at(-1).last)),
+      ),
+    ];
+  });
+  tables.replaceChildren(...all.flat());
+}
+
+function tokenTable({ first, last, rows }, sign, most, unit, end) {
+  const shown = rows.slice(0, TOKENS_SHOWN);
+  const titles = [
+    ["token", ""],
+    ["n", "num"],
+    ["mean", "num"],
+    ["right", "num"],
+  ];
+  return h(
+    "div",
+    { class: "card token-table" },
+    h("h4", {}, first === last ? `step ${first}` : `steps ${first}–${last}`, last === end && h("small", {}, " latest")),
+    shown.length
+      ? h(
+          "table",
+          {},
+          h(
+            "thead",
+            {},
+            h(
+              "tr",
+              {},
+              titles.map(([title, kind]) => h("th", { class: kind }, title)),
+            ),
+          ),
+          h(
+            "tbody",
+            {},
+            shown.map((row) => tokenRow(row, sign, most, unit)),
+          ),
+        )
+      : h("p", { class: "empty" }, "none"),
+    rows.length > shown.length && h("p", { class: "hint" }, `and ${count(rows.length - shown.length)} more: filter to find one`),
+  );
+}
+
+function tokenRow({ token, reward, count: number, in_right, in_wrong, place }, sign, most, unit) {
+  const where = place.on_page ? "click: a response with it" : `in rollouts/ of step ${place.step}; not on this page`;
+  const row = h(
+    "tr",
+    {
+      "data-token": token,
+      title: `sum ${figure(reward, true)} over ${plural(number, "occurrence")}; in ${percent(in_right)} of right and ${percent(in_wrong)} of wrong responses; ${where}`,
+    },
+    h(
+      "td",
+      {},
+      h("button", { class: "chip", disabled: !place.on_page, onclick: () => openRollout(place) }, tokenLabel(token)),
+    ),
+    h("td", { class: "num" }, count(number)),
+    h("td", { class: "num" }, inUnits(reward / number, unit)),
+    h("td", { class: "num" }, isNumber(in_right) ? `${Math.round(100 * in_right)} %` : "–"),
+  );
+  const hue = sign === "rewarded" ? "--bonus" : "--penalty";
+  const length = `${(100 * Math.abs(reward)) / (most || 1)}%`;
+  row.style.backgroundImage = `linear-gradient(rgb(var(${hue}) / 0.26), rgb(var(${hue}) / 0.26))`;
+  row.style.backgroundSize = `${length} 100%`;
+  return row;
+}
+
+// On one line, with signs for spaces at its ends, line breaks and tabs.
+function tokenLabel(token) {
+  if (token === "") return glyph("∅");
+  const [, before, body, after] = token.match(/^( *)(.*?)( *)$/s);
+  const lines = body.split("\n").flatMap((line, at) => [at > 0 && glyph("⏎"), line && visible(line, true)]);
+  return [before && glyph("␣".repeat(before.length)), ...lines, after && glyph("␣".repeat(after.length))];
+}
+
+// The power of ten of means, so that the columns hold two decimals.
+function unitOf(windows) {
+  const means = windows.flatMap(({ rewarded, penalised }) => [...rewarded, ...penalised].map(({ reward, count }) => Math.abs(reward / count)));
+  return 10 ** Math.floor(Math.log10(Math.max(...means.filter(Number.isFinite), 1e-12)));
+}
+
+function inUnits(value, unit) {
+  if (!Number.isFinite(value)) return "–";
+  const text = Math.abs(value / unit).toFixed(2);
+  return `${value < 0 ? "−" : "+"}${text}`;
+}
+
+// The token under the pointer, in all parts of the run.
+function sameTokens(tables, chosen) {
+  for (const row of tables.querySelectorAll("tr[data-token]")) row.classList.toggle("same", row.dataset.token === chosen?.dataset.token);
+}
