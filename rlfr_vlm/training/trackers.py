@@ -9,9 +9,12 @@ import importlib.util
 import io
 import json
 import os
+import time
 import uuid
-from collections.abc import Callable, Mapping
+from collections import deque
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import redirect_stdout
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -19,7 +22,8 @@ from rlfr_vlm.config import Config
 from rlfr_vlm.errors import UserError
 
 STATE_FILE = "trackers.json"  # in the run's folder: what W&B and trackio know of the run by
-FLUSH_S = 1.0  # W&B's file is written out so often: a kill loses no more
+FLUSH_S = 1.0  # W&B's file is written out so often
+LAG_S = {"wandb": 2 * FLUSH_S, "trackio": 1.0}  # what was written so long ago has reached the disk; trackio's queue waits half a second
 FINISH_S = 120.0  # longest wait at the end for W&B's server
 PACKAGES = {"wandb": "wandb", "trackio": "trackio"}  # TensorBoard comes with the package
 
@@ -49,6 +53,10 @@ class Tracker(Protocol):
         """Figures of a step. A step may have several calls, with different names."""
         ...
 
+    def replay(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Figures that an earlier process wrote: those that did not arrive."""
+        ...
+
     def event(self, step: int, title: str, text: str) -> None:
         """Something that a person should know."""
         ...
@@ -64,8 +72,9 @@ class Trackers:
     def __init__(self, cfg: Config, step: int, say: Say, warn: Say) -> None:
         """Opens them. step: the last one that stays, 0 for a new run.
 
-        After a kill, steps are written again with the same figures: W&B and trackio, which cannot take anything back, get each of them once.
-        After a roll-back the figures differ: they get another run, of the same group. Raises UserError for a project's name that is refused.
+        After a kill, steps are written again with the same figures: W&B and trackio, which cannot take anything back, get each of them
+        once, and what the kill cost them from metrics.jsonl. After a roll-back the figures differ: they get another run, of the same group.
+        Raises UserError for a project's name that is refused.
         """
         self.warn = warn
         folder = Path(cfg.output_dir)
@@ -76,6 +85,8 @@ class Trackers:
             else:
                 memory = Memory(folder / STATE_FILE, name, step, num_roll_backs(folder))
                 self._open[name] = (WandB if name == "wandb" else Trackio)(cfg, memory, say, warn)
+        for line in _metrics(folder) if step else []:
+            self._each(partial(_replay, line.pop("step"), line))
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
         """Figures of a step, finite or not."""
@@ -97,6 +108,10 @@ class Trackers:
             except _breakage(name) as error:
                 del self._open[name]
                 self.warn(f"{name} is left out from here on: {error or type(error).__name__}; metrics.jsonl goes on")
+
+
+def _replay(step: int, metrics: Mapping[str, float], tracker: Tracker) -> None:
+    tracker.replay(step, metrics)
 
 
 def _breakage(name: str) -> tuple[type[Exception], ...]:
@@ -122,13 +137,14 @@ class Memory:
     """What a tracker was told before this process began: the run's id there, and up to which step each figure is written."""
 
     def __init__(self, path: Path, name: str, step: int, branch: int) -> None:
-        self._path, self._name = path, name
+        self._path, self._name, self._lag = path, name, LAG_S[name]
+        self._recent: deque[tuple[float, str]] = deque()  # when, and the state since then
         state = _read(path).get(name)
         self.known = step > 0 and isinstance(state, dict) and state.get("branch") == branch
         self._state: dict[str, Any] = (
             state if self.known and isinstance(state, dict) else {"id": uuid.uuid4().hex[:12], "branch": branch, "rows": 0, "last": {}}
         )
-        self._save()
+        self.settle()
 
     @property
     def id(self) -> str:
@@ -150,21 +166,33 @@ class Memory:
         return {name: value for name, value in metrics.items() if step > self._state["last"].get(name, 0)}
 
     def add(self, step: int, metrics: Mapping[str, float]) -> None:
-        """They are, now."""
-        self._state["last"] |= dict.fromkeys(metrics, step)
+        """They are, now, in a row of their own. The file says so when they have reached the disk."""
         self._state["rows"] += 1
-        self._save()
+        self._note(step, metrics)
 
     def first_time(self, step: int, title: str) -> bool:
         """Whether an event of a step is new; from now on it is not."""
         found = self.fresh(step, {f"event: {title}": 0.0})
-        if found:
-            self.add(step, found)
+        self._note(step, found)
         return bool(found)
 
-    def _save(self) -> None:
+    def _note(self, step: int, names: Iterable[str]) -> None:
+        self._state["last"] |= dict.fromkeys(names, step)
+        self._recent.append((now := time.monotonic(), json.dumps(self._state)))
+        settled = ""
+        while self._recent and self._recent[0][0] <= now - self._lag:
+            settled = self._recent.popleft()[1]
+        if settled:
+            self._save(json.loads(settled))
+
+    def settle(self) -> None:
+        """Everything has reached the disk."""
+        self._recent.clear()
+        self._save(self._state)
+
+    def _save(self, state: dict[str, Any]) -> None:
         temporary = self._path.with_suffix(".tmp")
-        temporary.write_text(json.dumps({**_read(self._path), self._name: self._state}))
+        temporary.write_text(json.dumps({**_read(self._path), self._name: state}))
         temporary.replace(self._path)
 
 
@@ -174,6 +202,12 @@ def _read(path: Path) -> dict[str, Any]:
     except (FileNotFoundError, ValueError):
         return {}
     return tree if isinstance(tree, dict) else {}
+
+
+def _metrics(folder: Path) -> list[dict[str, Any]]:
+    """Lines of metrics.jsonl, none of them after the step that the run goes on from."""
+    path = folder / "metrics.jsonl"
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
 class TensorBoard:
@@ -188,6 +222,10 @@ class TensorBoard:
         """See Tracker."""
         for name, value in metrics.items():
             self._writer.add_scalar(name, value, step)
+        self._writer.flush()  # so that a kill costs nothing
+
+    def replay(self, step: int, metrics: Mapping[str, float]) -> None:
+        """See Tracker."""
 
     def event(self, step: int, title: str, text: str) -> None:
         """See Tracker."""
@@ -247,6 +285,8 @@ class WandB:
             self._run.log({"step": step, **fresh}, step=self._memory.rows, commit=True)
             self._memory.add(step, fresh)
 
+    replay = write
+
     def event(self, step: int, title: str, text: str) -> None:
         """See Tracker."""
         if self._memory.first_time(step, title):
@@ -255,6 +295,7 @@ class WandB:
     def close(self, failed: bool) -> None:
         """See Tracker."""
         self._run.finish(exit_code=int(failed))
+        self._memory.settle()
 
 
 class Trackio:
@@ -288,6 +329,8 @@ class Trackio:
             self._run.log(fresh, step=step)
             self._memory.add(step, fresh)
 
+    replay = write
+
     def event(self, step: int, title: str, text: str) -> None:
         """See Tracker."""
         if self._memory.first_time(step, title):
@@ -298,3 +341,4 @@ class Trackio:
         """See Tracker."""
         with redirect_stdout(io.StringIO()):
             self._trackio.finish()
+        self._memory.settle()
