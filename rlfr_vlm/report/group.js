@@ -24,7 +24,7 @@ function groupCard(group, shown, tokens) {
       },
       `show the other ${plural(rest.length, "sibling")}`,
     );
-  return h(
+  const card = h(
     "article",
     { class: "card group" },
     h(
@@ -50,6 +50,7 @@ function groupCard(group, shown, tokens) {
     siblings,
     more,
   );
+  return attributable(card, tokens);
 }
 
 function verdictClass(response) {
@@ -110,6 +111,7 @@ function fillText(element, response, trace, limit) {
     return;
   }
   traces.set(element, trace);
+  if (trace.attention) element.tabIndex = 0; // arrow keys go from token to token
   const hits = searchHits(trace.tokens);
   const shown = Math.min(limit, trace.tokens.length);
   const nodes = [];

@@ -29,10 +29,11 @@ VIEWS = (  # in the order they are loaded
     "flow.js",
     "latents.js",
     "shading.js",
+    "attribution.js",
     "group.js",
     "rollouts.js",
 )
-STYLES = ("page.css", "findings.css")
+STYLES = ("page.css", "findings.css", "attribution.css")
 
 
 def write_report(folder: Path, path: Path | None = None) -> Path:
@@ -69,6 +70,8 @@ def _page(run: RunFiles, rollouts: RolloutData, findings: Findings, problems: li
             "numResponses": rollouts.num_responses,
             "numGroupsLeftOut": rollouts.num_groups_left_out,
             "numStepsLeftOut": rollouts.num_steps_left_out,
+            "numAttention": rollouts.num_attention,
+            "numAttentionLeftOut": rollouts.num_attention_left_out,
         },
     }
     blocks = [json_block("run-data", data), text_block("rollout-index", rollouts.index), *findings.blocks()]

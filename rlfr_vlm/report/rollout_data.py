@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from rlfr_vlm.report.attention import AttentionBudget
 from rlfr_vlm.report.pictures import load_picture
 from rlfr_vlm.report.run_files import QUANTITIES, Group, Problem, Response, RolloutFile, read_rollouts
 from rlfr_vlm.report.template import compress
@@ -42,6 +43,8 @@ class RolloutData:
     num_responses: int
     num_groups_left_out: int  # of the steps shown
     num_steps_left_out: int
+    num_attention: int  # responses that come with where their tokens looked
+    num_attention_left_out: int  # more of them, for want of room
 
 
 Census = Callable[[int, Sequence[Group], int], None]  # is told of each step, its groups, and how many of the first of them are on the page
@@ -56,6 +59,7 @@ def pack_rollouts(
     """
     share = budget // min(len(files), MIN_STEPS) if files else budget
     pictures = _Pictures(folder)
+    attention = AttentionBudget(min(len(files), MIN_STEPS))
     ranges = {name: _Range() for name in QUANTITIES}
     shown: dict[int, tuple[Group, ...]] = {}
     steps: dict[int, str] = {}
@@ -67,7 +71,7 @@ def pack_rollouts(
                 census(files[at].step, read_rollouts(files[at], problems), 0)
             continue
         groups = read_rollouts(files[at], problems)
-        kept, packed = _pack_step(groups, pictures, min(share, budget - used))
+        kept, packed = _pack_step(attention.keep(groups), pictures, min(share, budget - used))
         for census in censuses:
             census(files[at].step, groups, len(kept))
         groups_left_out += len(groups) - len(kept)
@@ -81,7 +85,7 @@ def pack_rollouts(
                 for name, values in response.traces.items():
                     ranges[name].add(values)
     ordered = [group for step in sorted(shown) for group in shown[step]]
-    problems.extend(pictures.problems())
+    problems.extend(pictures.problems() + attention.problems())
     return RolloutData(
         index=compress([json.dumps(_head(group, pictures), separators=(",", ":")) for group in ordered]),
         steps=dict(sorted(steps.items())),
@@ -91,6 +95,8 @@ def pack_rollouts(
         num_responses=sum(len(group.responses) for group in ordered),
         num_groups_left_out=groups_left_out,
         num_steps_left_out=steps_left_out,
+        num_attention=sum(response.attention is not None for group in ordered for response in group.responses),
+        num_attention_left_out=attention.num_left_out,
     )
 
 
@@ -112,7 +118,11 @@ def _pack_step(groups: tuple[Group, ...], pictures: _Pictures, room: int) -> tup
 
 def _tokens(group: Group) -> list[dict[str, Any]]:
     return [
-        {"tokens": response.tokens, **{name: [short(value) for value in values] for name, values in response.traces.items()}}
+        {
+            "tokens": response.tokens,
+            **{name: [short(value) for value in values] for name, values in response.traces.items()},
+            **({"attention": response.attention} if response.attention is not None else {}),
+        }
         for response in group.responses
     ]
 

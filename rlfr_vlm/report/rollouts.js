@@ -29,6 +29,7 @@ const browser = {
     groups: "all",
     search: "",
     shade: DEFAULT_SHADE,
+    attention: "", // mean: shown while no token is pointed at
   },
 };
 
@@ -81,17 +82,19 @@ function applyAddress() {
   if (!Object.hasOwn(RUN.rollouts.scales, settings.shade)) settings.shade = DEFAULT_SHADE;
   for (const name of ["step", "responses", "groups", "shade", "search"])
     if (byId(`choose-${name}`)) byId(`choose-${name}`).value = settings[name];
+  if (byId("choose-attention")) byId("choose-attention").checked = settings.attention === "mean";
   browse(Number(readAddress().settings.get("page") || 1) - 1);
 }
 
 function rememberSettings() {
-  const { step, responses, groups, shade, search } = browser.settings;
+  const { step, responses, groups, shade, search, attention } = browser.settings;
   writeAddress("rollouts", {
     step,
     responses: responses === "all" ? "" : responses,
     groups: groups === "all" ? "" : groups,
     shade,
     search,
+    attention,
     page: browser.page ? browser.page + 1 : "",
   });
 }
@@ -183,6 +186,7 @@ function toolbar() {
           )
         : h("span", { class: "hint" }, "No per-token values were recorded."),
       h("div", { id: "legend" }),
+      attentionSwitch(),
       h("span", { class: "gap" }),
       h("span", { id: "tally", role: "status" }),
       pager("top"),

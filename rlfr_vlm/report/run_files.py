@@ -78,6 +78,7 @@ class Response:
     policy_version: int | None
     tokens: tuple[str, ...]
     traces: dict[str, tuple[float | None, ...]]  # keys: those of QUANTITIES that were recorded
+    attention: Any = None  # as written, whatever it is: see report/attention.py
     latent: NDArray[np.float32] | None = field(default=None, compare=False)  # as written: of any length, nan for what is no number
 
 
@@ -213,6 +214,7 @@ def _response(row: dict[str, Any]) -> tuple[Response, bool]:
         policy_version=as_whole(row.get("policy_version")),
         tokens=tokens,
         traces=fitting,
+        attention=row.get("attention"),
         latent=_latent(row.get("latent")),
     ), len(fitting) == len(traces)
 
