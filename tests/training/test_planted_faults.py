@@ -17,6 +17,7 @@ from rlfr_vlm.ranks import ALONE
 from rlfr_vlm.rollout.hf_engine import HFEngine
 from rlfr_vlm.training import collect
 from rlfr_vlm.training.monitors import CHECKS
+from rlfr_vlm.training.watch import read_lines
 from tests.runs import ROOT, cli, torchrun
 
 PAYS_FOR_LENGTH = """
@@ -53,7 +54,7 @@ def stopped(cfg, monitor, make=None):
     cfg = cfg.model_copy(update={"monitors": cfg.monitors.model_copy(update={monitor: "stop"})})
     with pytest.raises(StoppedError, match=rf"monitors.{monitor}=stop"):
         train_rank(cfg, ALONE, make)
-    events = [json.loads(line) for line in (Path(cfg.output_dir) / "events.jsonl").read_text().splitlines()]
+    events = read_lines(Path(cfg.output_dir) / "events.jsonl")
     assert events[-1]["monitor"] == monitor and events[-1]["step"] <= 10
     return events[-1]
 
@@ -120,15 +121,11 @@ def test_a_passing_fault_is_rolled_back_and_the_run_ends_well(tmp_path, data):
     settings = ["train.save_steps=2", "train.steps=8", "monitors.length=roll_back", "rollout.num_prompts=16"]
     cfg = demo_config(tmp_path / "run", data, f"reward.function={tmp_path / 'pays.py'}:score", *settings)
     folder = train_rank(cfg, ALONE)
-    lines = {
-        name: [json.loads(line) for line in (folder / f"{name}.jsonl").read_text().splitlines()]
-        for name in ("metrics", "events", "rolled_back")
-    }
-    (event,) = lines["events"]
+    (event,), metrics, taken = (read_lines(folder / f"{name}.jsonl") for name in ("events", "metrics", "rolled_back"))
     assert (event["monitor"], event["action"], event["since"], event["step"], event["to"]) == ("length", "roll_back", 5, 7, 4)
-    assert [row["step"] for row in lines["metrics"]] == [*range(1, 9)]
-    assert [row["step"] for row in lines["rolled_back"]] == [5, 6, 7]
-    before, after = lines["rolled_back"][0], lines["metrics"][4]
+    assert [row["step"] for row in metrics] == [*range(1, 9)]
+    assert [row["step"] for row in taken] == [5, 6, 7]
+    before, after = taken[0], metrics[4]
     assert after["actor/lr"] == pytest.approx(before["actor/lr"] / 2)  # monitors.roll_back_lr
     assert after["prompt_length/mean"] != before["prompt_length/mean"]  # other prompts and samples
     assert after["reward/length_corr"] == 0.0
@@ -143,10 +140,9 @@ def test_two_ranks_roll_back_together(tmp_path, data):
     cfg = demo_config(tmp_path / "run", data, f"reward.function={tmp_path / 'pays.py'}:score", *settings)
     (tmp_path / "config.yaml").write_text(json.dumps(cfg.model_dump(mode="json")))
     torchrun(2, "rlfr_vlm.cli", "train", "--config", tmp_path / "config.yaml", timeout=600)
-    (event,) = [json.loads(line) for line in (tmp_path / "run/events.jsonl").read_text().splitlines()]
+    (event,) = read_lines(tmp_path / "run/events.jsonl")
     assert (event["action"], event["to"]) == ("roll_back", 4)
-    metrics = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
-    assert [row["step"] for row in metrics] == [*range(1, 9)]
+    assert [row["step"] for row in read_lines(tmp_path / "run/metrics.jsonl")] == [*range(1, 9)]
 
 
 HEALTHY = [
