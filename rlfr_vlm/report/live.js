@@ -14,11 +14,19 @@
   }
 
   const openDetails = () => [...document.querySelectorAll("details")].map((box) => box.open);
-  const busy = () => document.hidden || document.querySelector("dialog[open]") || String(getSelection()) || document.activeElement?.matches("input, select");
+  const sliders = () => [...document.querySelectorAll("input[type=range][id]")];
+  const REST = 4000; // milliseconds after the reader did something
+  let touched = -REST;
+  for (const event of ["wheel", "touchmove", "keydown", "pointerdown", "input"])
+    addEventListener(event, () => (touched = performance.now()), { passive: true });
+  const busy = () =>
+    document.hidden || document.querySelector("dialog[open]") || String(getSelection()) || performance.now() - touched < REST;
 
   function keep() {
     const scrolled = [...document.querySelectorAll(".scroll")].map((box) => box.scrollTop);
-    sessionStorage.setItem(KEPT, JSON.stringify({ hash: location.hash, x: scrollX, y: scrollY, details: openDetails(), scrolled }));
+    const slid = sliders().map(({ id, value }) => [id, value]);
+    const kept = { hash: location.hash, x: scrollX, y: scrollY, details: openDetails(), scrolled, slid };
+    sessionStorage.setItem(KEPT, JSON.stringify(kept));
   }
 
   // Views draw over several frames: the place is taken again until the page is long enough, or the reader moves.
@@ -27,6 +35,12 @@
     sessionStorage.removeItem(KEPT);
     const view = (hash) => hash.split("?")[0];
     if (!kept || view(kept.hash) !== view(location.hash)) return;
+    for (const [id, value] of kept.slid) {
+      const slider = document.getElementById(id);
+      if (!slider || slider.value === value) continue;
+      slider.value = value;
+      slider.dispatchEvent(new Event("input"));
+    }
     const until = performance.now() + 3000;
     let moved = false;
     for (const event of ["wheel", "touchstart", "keydown", "mousedown"]) addEventListener(event, () => (moved = true), { once: true });
@@ -48,7 +62,7 @@
       const newest = answer.ok ? await answer.text() : "";
       if (!newest) say("not live: no answer", "");
       else if (newest === PAGE_STAMP) say("live", "finished");
-      else if (busy()) say("live: newer figures wait", "open");
+      else if (busy()) say("newer figures wait", "open");
       else {
         keep();
         location.reload();
