@@ -110,6 +110,8 @@ def _train_files(cfg: Config, evaluated: list[int], saved: list[int]) -> Lines:
         (f"{out}/config.resolved.yaml", ""),
         (f"{out}/env.json", "versions and devices"),
         (f"{out}/metrics.jsonl", f"a line per step{' and per evaluation' if evaluated else ''}"),
+        (f"{out}/events.jsonl", "what the monitors say"),
+        (f"{out}/report.html", "the page, written anew now and then"),
     ]
     places = {"tensorboard": ("tb/", "TensorBoard"), "wandb": ("wandb/", "Weights & Biases"), "trackio": ("trackio/", "trackio")}
     files += [(f"{out}/{place}", f"the same for {name}") for tracker, (place, name) in places.items() if tracker in cfg.train.trackers]
