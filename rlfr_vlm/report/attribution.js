@@ -128,9 +128,19 @@ function attributable(card, tokens) {
     });
     card.dataset.drawn = card.dataset.looking;
   };
+  const tokenOf = (target) => {
+    const node = target?.closest(".token");
+    const text = node?.closest(".text");
+    return text && traces.get(text)?.attention ? { text, at: Number(node.dataset.at) } : null;
+  };
   const isPinned = () => pin.card === card;
   const rest = () => {
     if (isPinned()) return;
+    const under = tokenOf(card.querySelector(".token:hover"));
+    if (under) {
+      show(under.text, under.at);
+      return;
+    }
     const text = browser.settings.attention === "mean" ? (last?.isConnected ? last : texts()[0]) : null;
     show(text ?? null, null);
   };
@@ -143,13 +153,8 @@ function attributable(card, tokens) {
     Object.assign(pin, { card: null, text: null, at: null, release: null });
     rest();
   };
-  const tokenOf = (event) => {
-    const node = event.target.closest?.(".token");
-    const text = node?.closest(".text");
-    return text && traces.get(text)?.attention ? { text, at: Number(node.dataset.at) } : null;
-  };
   card.addEventListener("pointerover", (event) => {
-    const found = tokenOf(event);
+    const found = tokenOf(event.target);
     if (isPinned()) return;
     if (found) show(found.text, found.at);
     else {
@@ -159,7 +164,7 @@ function attributable(card, tokens) {
   });
   card.addEventListener("pointerleave", rest);
   card.addEventListener("click", (event) => {
-    const found = tokenOf(event);
+    const found = tokenOf(event.target);
     if (!found) return;
     if (pin.text === found.text && pin.at === found.at) release();
     else setPin(found.text, found.at);
