@@ -53,6 +53,11 @@ def build_parser() -> argparse.ArgumentParser:
     plan.add_argument("--model-config", metavar="FILE", help="config.json of a model that is not at hand")
     plan.add_argument("--no-calibrate", action="store_true", help="time and measure nothing on this machine: loads no torch")
     plan.add_argument("overrides", nargs="*", metavar="a.b=c", help="settings that override the file's")
+    add_validate_options(
+        verbs.add_parser(
+            "validate", help="look at every row of the data before a run depends on it: what training would refuse, and what is odd"
+        )
+    )
     export = verbs.add_parser("export", help="write a checkpoint's model as a plain Hugging Face folder, checked by one forward")
     export.add_argument("source", help="a run's folder (its newest checkpoint), or checkpoints/global_step_N in it")
     export.add_argument("--out", required=True, metavar="DIR", help="folder to write")
@@ -85,6 +90,21 @@ def build_parser() -> argparse.ArgumentParser:
     compare.add_argument("--out", metavar="FILE", help="default: standard output")
     verbs.add_parser("doctor", help="versions, devices, which engines work, what is missing and how to install it")
     return parser
+
+
+def add_validate_options(verb: argparse.ArgumentParser) -> None:
+    """What `validate` can be told."""
+    verb.add_argument("--config", metavar="FILE", help="YAML file of a run: data.train, data.eval and data.expert are looked at")
+    verb.add_argument("--test", metavar="DATA", help="held-out rows, which the others must not overlap with (data.eval)")
+    verb.add_argument("--expert", metavar="DATA", help="rows with a response (data.expert)")
+    verb.add_argument("--model", metavar="PATH", help="folder or hub name; only its tokenizer and processor are read (model.path)")
+    verb.add_argument("--no-model", action="store_true", help="count no tokens; without a config that is so unless --model is given")
+    verb.add_argument("--out", metavar="DIR", help="where results go; default: output_dir/validate, or ./validate without a config")
+    verb.add_argument("--workers", type=int, default=2, metavar="N", help="processes; default 2")
+    verb.add_argument("--format", choices=("text", "json"), default="text")
+    verb.add_argument("--clean", action="store_true", help="write a copy of each data file without the quarantined rows")
+    verb.add_argument("--quarantine", default="", metavar="KIND,KIND", help="warnings that count as errors, such as overlap_problem")
+    verb.add_argument("data", nargs="*", metavar="DATA | a.b=c", help="a data file or hub name (data.train), and settings")
 
 
 def add_eval_options(verb: argparse.ArgumentParser) -> None:
@@ -155,6 +175,8 @@ def run(arguments: argparse.Namespace) -> int:
         return run_flow_files(arguments)
     if arguments.verb == "plan":
         return run_plan(arguments)
+    if arguments.verb == "validate":
+        return run_validate(arguments)
     overrides = eval_overrides(arguments) if arguments.verb == "eval" else tuple(arguments.overrides)
     cfg: Config = load_config(arguments.config, overrides)
     if arguments.dry_run:
@@ -228,6 +250,34 @@ def run_plan(arguments: argparse.Namespace) -> int:
     )
     print(as_json(found) if arguments.format == "json" else as_text(found), end="")
     return 0 if found.fits else 2
+
+
+def run_validate(arguments: argparse.Namespace) -> int:
+    """Carry out validate. Returns 0, or 2 where there are bad rows."""
+    files = [text for text in arguments.data if "=" not in text or Path(text).exists()]
+    if len(files) > 1:
+        raise UserError(f"one data file at a time, not {' and '.join(files)}; the held-out rows go with --test, an expert's with --expert")
+    if arguments.workers < 1:
+        raise UserError(f"--workers={arguments.workers} must be at least 1")
+    given = {"data.train": files[0] if files else None, "data.eval": arguments.test, "data.expert": arguments.expert}
+    given["model.path"] = arguments.model
+    if arguments.config is None:  # a quick look: nothing depends on the size of a step
+        given |= {"output_dir": ".", "rollout.num_prompts": "1", "model.path": arguments.model or "none"}
+    settings = tuple(f"{key}={value}" for key, value in given.items() if value is not None)
+    cfg = load_config(arguments.config, (*settings, *(text for text in arguments.data if text not in files)))
+    from rlfr_vlm.data.preflight.verb import Options, validate
+
+    return validate(
+        cfg,
+        Options(
+            folder=Path(arguments.out or Path(cfg.output_dir) / "validate"),
+            workers=arguments.workers,
+            count_tokens=not arguments.no_model and (arguments.config is not None or arguments.model is not None),
+            clean=arguments.clean,
+            quarantine=tuple(filter(None, arguments.quarantine.split(","))),
+            as_json=arguments.format == "json",
+        ),
+    )
 
 
 def run_flow_files(arguments: argparse.Namespace) -> int:

@@ -10,8 +10,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from rlfr_vlm.config import DataConfig
 from rlfr_vlm.errors import UserError
 from rlfr_vlm.types import Prompt
@@ -382,6 +380,8 @@ class PromptStream:
         self.position += 1
         if not self.shuffle:
             return offset
+        import torch  # here: who only reads rows need not wait for it
+
         if getattr(self, "_epoch", None) != epoch:
             generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
             self._epoch, self._order = epoch, torch.randperm(self.size, generator=generator).tolist()

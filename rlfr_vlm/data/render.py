@@ -28,7 +28,7 @@ class Renderer:
         self.policy, self.cfg, self.pictures = policy, cfg, pictures
         self.roots = [Path(data_file).parent, *(Path(d) for d in cfg.media_dirs)]
         self.tokenizer = policy.tokenizer
-        self._special = re.compile("|".join(re.escape(t) for t in sorted(special_tokens(self.tokenizer), key=len, reverse=True)) or r"(?!)")
+        self.special = re.compile("|".join(re.escape(t) for t in sorted(special_tokens(self.tokenizer), key=len, reverse=True)) or r"(?!)")
         banned = self.tokenizer.convert_ids_to_tokens(list(policy.banned_token_ids)) if policy.processor is not None else []
         self._vision_text = re.compile("|".join(re.escape(token) for token in banned) or r"(?!)")
 
@@ -115,7 +115,7 @@ class Renderer:
         their own with special tokens split. Parts of text that only together spell one, as templates write them end to end, are joined.
         """
         messages = [{**m, "content": self._joined(m["content"])} for m in messages]
-        typed = [p["text"] for m in messages for p in m["content"] if p["type"] == "text" and self._special.search(p["text"])]
+        typed = [p["text"] for m in messages for p in m["content"] if p["type"] == "text" and self.special.search(p["text"])]
         marks = {text: f"\x02{number}\x03" for number, text in enumerate(dict.fromkeys(typed))}
         rendered = self._render([
             {**m, "content": [{**p, "text": marks.get(p["text"], p["text"])} if p["type"] == "text" else p for p in m["content"]]} for m in messages
@@ -133,8 +133,8 @@ class Renderer:
         for kind, run in itertools.groupby(parts, key=lambda part: part["type"]):
             texts = [*run]
             whole = "".join(part.get("text", "") for part in texts)
-            found = sum(len(self._special.findall(part["text"])) for part in texts) if kind == "text" else 0
-            joined += [{"type": "text", "text": whole}] if found != len(self._special.findall(whole)) else texts
+            found = sum(len(self.special.findall(part["text"])) for part in texts) if kind == "text" else 0
+            joined += [{"type": "text", "text": whole}] if found != len(self.special.findall(whole)) else texts
         return joined
 
     def _render(self, messages: list[dict[str, Any]]) -> str:
