@@ -17,7 +17,7 @@ function eventPanel(small) {
     "div",
     { class: small ? "card events small" : "card events", id: small ? "curve-events" : "events" },
     h("div", { class: "bar" }, h("h2", {}, "Events"), h("span", {}, tally), h("span", { class: "hint" }, eventNote(log))),
-    h("ol", {}, log.events.map(eventRow)),
+    h("ol", { class: "scroll" }, log.events.map(eventRow)),
   );
 }
 

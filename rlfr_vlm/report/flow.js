@@ -72,7 +72,11 @@ async function showTokens(view) {
     id: "token-filter",
     placeholder: "filter tokens …",
     "aria-label": "filter tokens",
-    oninput: () => drawTokens(tables, windows, filter.value),
+    value: readAddress().settings.get("tokens") ?? "",
+    oninput: () => {
+      writeAddress("flow", { tokens: filter.value });
+      drawTokens(tables, windows, filter.value);
+    },
   });
   view.append(
     h(
@@ -92,7 +96,7 @@ async function showTokens(view) {
   );
   tables.onpointerover = (event) => sameTokens(tables, event.target.closest("tr[data-token]"));
   tables.onpointerleave = () => sameTokens(tables, null);
-  drawTokens(tables, windows, "");
+  drawTokens(tables, windows, filter.value);
 }
 
 function drawTokens(tables, windows, filter) {

@@ -35,7 +35,7 @@ const FRAME_MS = 220;
 const TRAIL = 5; // frames before, that smooth a mean's way
 const REACH = 14; // pixels around the pointer
 
-const map = { points: null, frames: [], at: 0, playing: 0, all: true, centre: [0, 0], size: 1 };
+const map = { points: null, frames: [], at: 0, playing: 0, all: true, centre: [0, 0], extent: [1, 1] };
 let latentsShown = false;
 
 async function showLatents() {
@@ -50,7 +50,8 @@ async function showLatents() {
   }
   [map.points] = await unpack("latent-points");
   map.frames = latentFrames();
-  map.at = map.frames.length - 1;
+  const wanted = Number(readAddress().settings.get("step") ?? Infinity);
+  map.at = Math.max(0, map.frames.findLastIndex(({ first }) => first <= wanted));
   const queue = [];
   const curves = LATENT_CHARTS.filter((chart) => chartLines(chart).length).map((chart) => figureCard(chart, queue, chart.reading));
   const shown = numPoints < numResponses ? `${count(numPoints)} of ${plural(numResponses, "logged response")}` : plural(numResponses, "logged response");
@@ -147,6 +148,7 @@ function frameBar() {
       oninput: (event) => {
         stopPlaying();
         chooseFrame(Number(event.target.value));
+        rememberFrame();
       },
     }),
     h("output", { id: "latent-frame" }),
@@ -178,9 +180,16 @@ function play() {
 }
 
 function stopPlaying() {
+  if (map.playing) rememberFrame();
   clearInterval(map.playing);
   map.playing = 0;
   byId("latent-play").textContent = "▶ Play";
+}
+
+// The address holds the first of the steps shown; none for the latest.
+function rememberFrame() {
+  if (byId("latents").hidden) return;
+  writeAddress("latents", { step: map.at < map.frames.length - 1 ? map.frames[map.at].first : null });
 }
 
 function chooseFrame(at) {

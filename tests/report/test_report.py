@@ -548,7 +548,7 @@ def test_an_unfinished_run_shows_what_there_is_and_names_what_is_not(tmp_path, s
                 + b'{"step": "x", "tokens": 3, "images": {}, "verdict": [], "parts": [], "accuracy_ci": 1}\n[]\n' * 3
             )
     report = open_report(write_report(run))
-    for view in ("curves", "rollouts", "overview"):
+    for view in ("curves", "flow", "latents", "rollouts", "overview"):
         report.show(view)
         assert len(report.page.inner_text(f"#{view}")) > 20
     assert not report.complaints
