@@ -9,9 +9,8 @@ import importlib.util
 import io
 import json
 import os
-import time
+import threading
 import uuid
-from collections import deque
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import redirect_stdout
 from functools import partial
@@ -138,13 +137,14 @@ class Memory:
 
     def __init__(self, path: Path, name: str, step: int, branch: int) -> None:
         self._path, self._name, self._lag = path, name, LAG_S[name]
-        self._recent: deque[tuple[float, str]] = deque()  # when, and the state since then
+        self._version, self._waiting, self._closed = 0, False, False
         state = _read(path).get(name)
         self.known = step > 0 and isinstance(state, dict) and state.get("branch") == branch
         self._state: dict[str, Any] = (
             state if self.known and isinstance(state, dict) else {"id": uuid.uuid4().hex[:12], "branch": branch, "rows": 0, "last": {}}
         )
-        self.settle()
+        with _state_file:
+            self._save(json.dumps(self._state))
 
     @property
     def id(self) -> str:
@@ -177,23 +177,40 @@ class Memory:
         return bool(found)
 
     def _note(self, step: int, names: Iterable[str]) -> None:
-        self._state["last"] |= dict.fromkeys(names, step)
-        self._recent.append((now := time.monotonic(), json.dumps(self._state)))
-        settled = ""
-        while self._recent and self._recent[0][0] <= now - self._lag:
-            settled = self._recent.popleft()[1]
-        if settled:
-            self._save(json.loads(settled))
+        with _state_file:
+            self._state["last"] |= dict.fromkeys(names, step)
+            self._version += 1
+            if not self._waiting:
+                self._wait()
 
-    def settle(self) -> None:
+    def _wait(self) -> None:
+        """Write the state as it is now when it is true."""
+        self._waiting = True
+        later = threading.Timer(self._lag, self._settled, (self._version, json.dumps(self._state)))
+        later.daemon = True
+        later.start()
+
+    def _settled(self, version: int, state: str) -> None:
+        with _state_file:
+            if not self._closed:
+                self._save(state)
+                self._waiting = False
+                if self._version > version:
+                    self._wait()
+
+    def close(self) -> None:
         """Everything has reached the disk."""
-        self._recent.clear()
-        self._save(self._state)
+        with _state_file:
+            self._closed = True
+            self._save(json.dumps(self._state))
 
-    def _save(self, state: dict[str, Any]) -> None:
+    def _save(self, state: str) -> None:
         temporary = self._path.with_suffix(".tmp")
-        temporary.write_text(json.dumps({**_read(self._path), self._name: state}))
+        temporary.write_text(json.dumps({**_read(self._path), self._name: json.loads(state)}))
         temporary.replace(self._path)
+
+
+_state_file = threading.RLock()  # trackers share it, and each has a timer
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -295,7 +312,7 @@ class WandB:
     def close(self, failed: bool) -> None:
         """See Tracker."""
         self._run.finish(exit_code=int(failed))
-        self._memory.settle()
+        self._memory.close()
 
 
 class Trackio:
@@ -341,4 +358,4 @@ class Trackio:
         """See Tracker."""
         with redirect_stdout(io.StringIO()):
             self._trackio.finish()
-        self._memory.settle()
+        self._memory.close()

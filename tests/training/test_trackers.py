@@ -14,6 +14,7 @@ import pytest
 from rlfr_vlm.config import Config, parse_config
 from rlfr_vlm.errors import UserError
 from rlfr_vlm.training.trackers import check_recording, num_roll_backs
+from tests.runs import cli, make_config, make_data
 
 wandb_pb2 = pytest.importorskip("wandb.proto.wandb_internal_pb2")
 BLOCK = 32768  # of W&B's file, which is a log of records in blocks
@@ -21,6 +22,7 @@ BLOCK = 32768  # of W&B's file, which is a log of records in blocks
 WRITE = """
 import json, os, signal, sys
 from rlfr_vlm.config import parse_config
+from rlfr_vlm.report.run_files import read_rollouts, read_run
 from rlfr_vlm.training.trackers import Trackers
 tree, step, calls, end = json.loads(sys.argv[1])
 trackers = Trackers(parse_config(tree), step, lambda text: print("say", text), lambda text: print("warn", text))
@@ -34,7 +36,7 @@ for call in calls:
     trackers.write(call[0], {k: float(v) for k, v in call[1].items()}) if isinstance(call[1], dict) else trackers.event(*call)
 if end == "kill":
     import time
-    time.sleep(2)
+    time.sleep(5)  # two turns of W&B's timer, and some
     os.kill(os.getpid(), signal.SIGKILL)
 trackers.close(failed=end == "failed")
 """
@@ -44,13 +46,22 @@ def tree(folder: Path, *trackers: str, **train) -> dict:
     return {"output_dir": str(folder), "model": {"path": "none"}, "train": {"trackers": list(trackers), **train}}
 
 
+def record(folder: Path, step: int, calls: list) -> None:
+    """metrics.jsonl as the run has it."""
+    folder.mkdir(exist_ok=True)
+    path = folder / "metrics.jsonl"
+    kept = [line for line in path.read_text().splitlines() if json.loads(line)["step"] <= step] if path.exists() else []
+    figures = [(call[0], {name: float(value) for name, value in call[1].items()}) for call in calls if isinstance(call[1], dict)]
+    path.write_text("".join(line + "\n" for line in [*kept, *(json.dumps({"step": at} | found) for at, found in figures)]))
+
+
 def session(config: dict, step: int, calls: list, end: str = "ok", **environment: str) -> str:
     """One process of a run. Returns what it said."""
     env = {**os.environ, "HOME": str(Path(config["output_dir"]).parent), "HF_HUB_OFFLINE": "1", **environment}
     for name in ("WANDB_API_KEY", "WANDB_MODE", "TRACKIO_DIR"):
         if name not in environment:
             env.pop(name, None)
-    Path(config["output_dir"]).mkdir(exist_ok=True)
+    record(Path(config["output_dir"]), step, calls)
     command = [sys.executable, "-c", WRITE, json.dumps([config, step, calls, end])]
     done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=120, stdin=subprocess.DEVNULL, start_new_session=True)
     assert done.returncode == (-signal.SIGKILL if end == "kill" else 0), done.stderr[-3000:]
@@ -78,8 +89,16 @@ def wandb_records(folder: Path) -> list:
 
 
 def wandb_rows(folder: Path) -> list[dict]:
-    items = [{(i.key or "/".join(i.nested_key)): json.loads(i.value_json) for i in r.history.item} for r in wandb_records(folder)]
-    return [{k: v for k, v in row.items() if not k.startswith("_")} for row in items if row]
+    """Rows as W&B's server puts them together: of a number that the run has already it takes no other."""
+    rows: dict[tuple[str, int], dict] = {}
+    run = ""
+    for record in wandb_records(folder):
+        run = record.run.run_id or run
+        row = {(item.key or "/".join(item.nested_key)): json.loads(item.value_json) for item in record.history.item}
+        if row:
+            known = {name: value for name, value in row.items() if not name.startswith("_")}
+            rows.setdefault((run, row["_step"]), known)
+    return list(rows.values())
 
 
 def trackio_read(folder: Path, code: str) -> list:
@@ -89,8 +108,8 @@ def trackio_read(folder: Path, code: str) -> list:
     return json.loads(subprocess.run([sys.executable, "-c", text], env=env, capture_output=True, text=True, check=True).stdout)
 
 
-def trackio_rows(folder: Path) -> list[dict]:
-    found = trackio_read(folder, "[[l for l in S.get_logs('rlfr_vlm', run_id=r['id'])] for r in S.get_run_records('rlfr_vlm')]")
+def trackio_rows(folder: Path, project: str = "rlfr_vlm") -> list[dict]:
+    found = trackio_read(folder, f"[[l for l in S.get_logs({project!r}, run_id=r['id'])] for r in S.get_run_records({project!r})]")
     return [{k: v for k, v in row.items() if k != "timestamp"} for rows in found for row in rows]
 
 
@@ -152,6 +171,7 @@ def test_trackio_has_each_step_once_and_one_run(resumed):
     assert runs == [["my run", "my run", ["4-grams repeat"]]]
 
 
+@pytest.mark.slow
 def test_after_a_roll_back_figures_go_to_another_run_of_the_group(tmp_path):
     folder = tmp_path / "run"
     config = tree(folder, "wandb", "trackio")
@@ -161,10 +181,12 @@ def test_after_a_roll_back_figures_go_to_another_run_of_the_group(tmp_path):
     session(config, 2, [[3, {"loss": 0.125}]])
     runs = dict.fromkeys((r.run.display_name, r.run.run_group) for r in wandb_records(folder) if r.run.run_id)
     assert list(runs) == [("run", "run"), ("run (2)", "run")]
-    assert wandb_rows(folder)[-2:] == [{"step": 3, "loss": 0.25}, {"step": 3, "loss": 0.125}]
-    assert [row["loss"] for row in trackio_rows(folder) if "loss" in row] == [1.0, 0.5, 0.25, 0.125]
+    whole = [{"step": step, **figures} for step, figures in STEPS]
+    assert wandb_rows(folder) == whole + whole[:3] + [{"step": 3, "loss": 0.125}]
+    assert [row["loss"] for row in trackio_rows(folder) if "loss" in row] == [1.0, 0.5, 0.25, 1.0, 0.5, 0.125]
 
 
+@pytest.mark.slow
 def test_a_run_begun_anew_is_another_one(tmp_path):
     """Without a checkpoint nothing says that the settings are the same."""
     config = tree(tmp_path / "run", "wandb", project="my project")
@@ -174,6 +196,7 @@ def test_a_run_begun_anew_is_another_one(tmp_path):
     assert list(runs.values()) == ["my project"] * 2 and len(wandb_rows(tmp_path / "run")) == 2
 
 
+@pytest.mark.slow
 def test_a_server_that_does_not_answer_leaves_the_run_offline(tmp_path):
     config = tree(tmp_path / "run", "wandb")
     key = {"WANDB_API_KEY": "0" * 40, "WANDB_BASE_URL": "http://127.0.0.1:9", "WANDB_INIT_TIMEOUT": "3"}
@@ -224,3 +247,37 @@ def test_trackio_refuses_a_project_by_name(tmp_path):
     command = [sys.executable, "-c", WRITE, json.dumps([config, 0, [], "ok"])]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60)
     assert "UserError: train.project: trackio refuses it: Project name 'model_system'" in done.stderr
+
+
+def untimed(rows: list[dict]) -> list[dict]:
+    """Without what the clock decides."""
+    return [{name: value for name, value in row.items() if not name.startswith(("timing_s/", "perf/"))} for row in rows]
+
+
+@pytest.mark.slow
+def test_a_killed_and_resumed_run_is_tracked_once_with_rollouts_as_parquet(model_folder, tmp_path):
+    from rlfr_vlm.report.run_files import read_rollouts, read_run
+
+    make_data(tmp_path)
+    settings = {"trackers": ["tensorboard", "wandb", "trackio"], "rollout_format": "parquet", "project": "bars"}
+    config = make_config(tmp_path, model_folder("qwen2_5_vl"), train=settings, eval={"every": 2})
+    home = {"HOME": str(tmp_path), "WANDB_MODE": "offline"}
+    dry = cli("train", "--config", str(config), "--dry-run", **home)
+    assert f"{tmp_path}/run/wandb/" in dry.stdout and "step_000001.parquet to step_000004.parquet" in dry.stdout, dry.stderr
+    assert cli("train", "--config", str(config), fault="reward:4:kill", **home).returncode == -signal.SIGKILL
+    done = cli("train", "--config", str(config), **home)
+    assert done.returncode == 0, done.stderr[-2000:]
+    run = tmp_path / "run"
+    assert done.stdout == f"{run}\n"  # the trackers keep quiet there
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [1, 2, 2, 3, 4, 4]
+    rows = wandb_rows(run)
+    # The killed process wrote its steps in about the time that W&B takes to save them: what did not arrive comes from metrics.jsonl.
+    assert untimed(rows) == untimed(trackio_rows(run, "bars")) == untimed(lines)
+    assert {r.run.project for r in wandb_records(run) if r.run.run_id} == {"bars"}
+    for name in ("reward/mean", "val/accuracy"):
+        found = {event.step: event.value for event in tensorboard(run).Scalars(name)}
+        assert found == pytest.approx({line["step"]: line[name] for line in lines if name in line})
+    groups = [group for file in read_run(run).rollout_files for group in read_rollouts(file, [])]
+    assert [group.step for group in groups] == [1, 1, 2, 2, 3, 3, 4, 4] and len(groups[0].responses) == 4
+    assert not [path for path in (run / "rollouts").iterdir() if path.suffix != ".parquet" and path.name != "images"]
