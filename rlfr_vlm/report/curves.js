@@ -159,6 +159,7 @@ function showCurves() {
         "Over training steps. Drag over a chart to zoom all, double-click to reset; the faint line is the raw value, which hovering shows.",
         columns.every > 1 ? ` Every ${columns.every}th step is drawn.` : "",
       ),
+      h("button", { class: "link", id: "all-steps", hidden: !zoomed, onclick: () => zoomAll({ "xaxis.autorange": true }) }, "show all steps"),
     ),
   );
   for (const section of [...SECTIONS, { title: "Everything else", charts: otherCharts() }]) {
@@ -360,6 +361,7 @@ function zoomAll(change) {
 
 // Charts of views that are not open are zoomed when their view is opened.
 function zoomShown() {
+  if (byId("all-steps")) byId("all-steps").hidden = !zoomed;
   for (const [element, chart] of drawn) {
     if (!bySteps(chart) || !element.offsetParent || element.dataset.zoom === String(zoomed)) continue;
     element.dataset.zoom = String(zoomed);

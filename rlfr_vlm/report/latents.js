@@ -71,7 +71,6 @@ async function showLatents() {
         mapKey(),
         h("canvas", {
           id: "latent-map",
-          tabindex: 0,
           role: "img",
           "aria-label": "responses as points in two dimensions; the slider below chooses the steps",
           onpointermove: showPoint,
@@ -320,7 +319,8 @@ function showPoint(event) {
   );
   const left = Math.min(event.clientX + 16, innerWidth - tip.offsetWidth - 8);
   tip.style.left = `${left + scrollX}px`;
-  tip.style.top = `${event.clientY + 16 + scrollY}px`;
+  const below = event.clientY + 16;
+  tip.style.top = `${(below + tip.offsetHeight < innerHeight ? below : Math.max(8, event.clientY - 16 - tip.offsetHeight)) + scrollY}px`;
   byId("latent-map").style.cursor = points.group[at] === null ? "" : "pointer";
 }
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from rlfr_vlm.report import flow_tokens, latents
+from rlfr_vlm.report import flow_tokens, html, latents
 from rlfr_vlm.report.events import MAX_EVENTS, read_events
 from rlfr_vlm.report.flow_health import flow_health
 from rlfr_vlm.report.flow_tokens import TokenCensus
@@ -270,6 +270,25 @@ def test_tokens_and_latents_take_little_of_the_page(tmp_path):
     assert len(block(path, "latent-points")[0]["x"]) == 4000
 
 
+def test_what_does_not_fit_the_page_is_counted_all_the_same(tmp_path, monkeypatch):
+    run = make_run(tmp_path / "run", steps=20, groups=3)
+    monkeypatch.setattr(html, "ROLLOUT_BYTES", 40_000)
+    path = write_report(run)
+    rows = [row for step in range(1, 21) for row in rows_of(run, step)]
+    counted = sum(row["tokens"].count(" so") for row in rows)
+    found = [row for part in block(path, "flow-tokens") for row in part["penalised"] if row["token"] == " so"]
+    assert sum(row["count"] for row in found) == counted
+    total = sum(reward for row in rows for token, reward in zip(row["tokens"], row["flow_rewards"], strict=True) if token == " so")
+    assert sum(row["reward"] for row in found) == pytest.approx(total, rel=1e-3)
+    points = block(path, "latent-points")[0]
+    assert len(points["x"]) == len(rows) == 480
+    shown = len(points["group"]) - points["group"].count(None)
+    assert (
+        0 < shown < 480
+        and shown == json.loads(re.search(r'id="run-data">(.*?)</script>', path.read_text(), re.S)[1])["rollouts"]["numResponses"]
+    )
+
+
 @needs_browser
 def test_events_are_listed_marked_in_curves_and_lead_to_curves_and_rollouts(demo, open_report):
     report = open_report(demo)
@@ -287,7 +306,10 @@ def test_events_are_listed_marked_in_curves_and_lead_to_curves_and_rollouts(demo
         plot = page.locator("#curves .plot").nth(number)
         assert plot.evaluate("node => node._fullLayout.xaxis.range.map(Math.round)") == [7, 17]
         assert plot.evaluate("node => node._fullLayout.shapes.map((shape) => shape.x0)") == [13, 26]
+    page.click("#all-steps")
     plot = page.locator("#curves .plot").nth(1)
+    assert plot.evaluate("node => node._fullLayout.xaxis.range[1]") >= 40 and page.locator("#all-steps").is_hidden()
+    rows.nth(0).locator("text=curves").evaluate("button => button.click()")
     plot.scroll_into_view_if_needed()
     box = plot.bounding_box()
     x = plot.evaluate("node => node._fullLayout.xaxis._offset + node._fullLayout.xaxis.c2p(13)")
