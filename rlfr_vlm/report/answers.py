@@ -9,7 +9,7 @@ from typing import Any
 
 from rlfr_vlm.evaluation.ledger import COUNTED
 from rlfr_vlm.evaluation.statistics import Paired, paired
-from rlfr_vlm.report.run_files import Problem, as_number, as_text, as_whole, json_lines, json_object
+from rlfr_vlm.report.reading import Problem, as_number, as_text, as_whole, is_there, json_lines, json_object
 
 GREEDY = -1  # sample_index of the greedy response
 CONDITIONS = {"temperature": "temperature", "pictures": "pictures", "num_samples": "samples per problem"}  # of an evaluation's step_N.json
@@ -73,7 +73,7 @@ def read_answers(folder: Path, step: int, problems: list[Problem]) -> Answers | 
     """The responses of `eval/step_N.jsonl`, or why they cannot be compared."""
     name = f"eval/step_{step:06d}.jsonl"
     path = folder / name
-    if not path.is_file():
+    if not is_there(path):
         return f"{name} is not there"
     found: dict[str, Answered] = {}
     repeated = without = 0

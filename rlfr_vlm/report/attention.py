@@ -8,7 +8,8 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-from rlfr_vlm.report.run_files import Group, Problem, Response, as_number
+from rlfr_vlm.report.reading import Problem, as_number
+from rlfr_vlm.report.run_files import Group, Response
 
 ATTENTION_BYTES = 2_000_000  # of the page
 MAX_SIDE = 64  # cells of a grid; the trainer writes at most 16

@@ -15,7 +15,8 @@ from rlfr_vlm.errors import UserError
 from rlfr_vlm.report.answers import Answers, Versus, against, read_answers
 from rlfr_vlm.report.evaluation import find_benchmarks, is_training_run
 from rlfr_vlm.report.folders import existing_folder
-from rlfr_vlm.report.run_files import Evaluation, Problem, RunFiles, read_run
+from rlfr_vlm.report.reading import Problem
+from rlfr_vlm.report.run_files import Evaluation, RunFiles, read_run
 
 OWN = ("output_dir", "resume")  # settings in which any two runs may differ
 ABSENT = "–"

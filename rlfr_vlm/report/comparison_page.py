@@ -14,7 +14,8 @@ from rlfr_vlm.report.answers import GREEDY, Answered, Answers, Reply, Versus, re
 from rlfr_vlm.report.comparison import Compared, differing, method, read_compared, seed_groups
 from rlfr_vlm.report.folders import writable_file
 from rlfr_vlm.report.pooling import Band, pooled
-from rlfr_vlm.report.run_files import Evaluation, Problem
+from rlfr_vlm.report.reading import Problem
+from rlfr_vlm.report.run_files import Evaluation
 from rlfr_vlm.report.template import asset, compress, json_block, page, plotly_script, text_block, write_page
 
 VALUES = 600_000  # of all curves together; longer ones are thinned

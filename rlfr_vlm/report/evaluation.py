@@ -16,7 +16,7 @@ from typing import Any
 
 from rlfr_vlm.evaluation.ledger import COUNTED
 from rlfr_vlm.evaluation.statistics import Estimate, estimate, shares
-from rlfr_vlm.report.run_files import Problem, as_number, as_text, as_whole, json_lines, json_object
+from rlfr_vlm.report.reading import Problem, as_number, as_text, as_whole, is_there, json_lines, json_object
 
 TRAINING = ("metrics.jsonl", "rollouts", "checkpoints")  # a folder with any of these is a training run's
 NOT_BENCHMARKS = ("rollouts", "checkpoints", "hf", "flow", "tb", "wandb", "trackio", "images")  # folders of a run without any in them
@@ -110,7 +110,7 @@ def find_benchmarks(folder: Path) -> list[Path]:
 
 
 def _benchmarks_below(folder: Path, depth: int) -> list[Path]:
-    if (folder / "ledger.jsonl").is_file() or (folder / "protocol.json").is_file():
+    if is_there(folder / "ledger.jsonl") or is_there(folder / "protocol.json"):
         return [folder]
     try:
         entries = [entry for entry in os.scandir(folder) if depth and entry.is_dir() and entry.name not in NOT_BENCHMARKS]
@@ -121,7 +121,7 @@ def _benchmarks_below(folder: Path, depth: int) -> list[Path]:
 
 def is_training_run(folder: Path) -> bool:
     """Whether training wrote here."""
-    return any((folder / name).exists() for name in TRAINING)
+    return any(is_there(folder / name) for name in TRAINING)
 
 
 def read_benchmark(folder: Path, base: Path, notes: list[Problem]) -> BenchmarkFiles:
@@ -131,7 +131,7 @@ def read_benchmark(folder: Path, base: Path, notes: list[Problem]) -> BenchmarkF
     own: list[Problem] = []
     bound = json_object(folder / "protocol.json", own)
     protocol = bound["protocol"] if isinstance(bound.get("protocol"), dict) else {}
-    summary = json_object(folder / "summary.json", own) if (folder / "summary.json").exists() else {}
+    summary = json_object(folder / "summary.json", own) if is_there(folder / "summary.json") else {}
     hash_ = as_text(bound.get("hash"))
     asked = [_problem(row) for row in json_lines(folder / "problems.jsonl", own)]
     problems = {problem.id: problem for problem in reversed(asked)}  # of equal ids the first
@@ -218,7 +218,7 @@ def _samples(path: Path, hash_: str, notes: list[Problem]) -> dict[tuple[str, in
     answers: dict[tuple[str, int], dict[str, Any]] = {}
     verdicts: dict[tuple[str, int], dict[str, Any]] = {}
     strange = foreign = 0
-    for line in json_lines(path, notes):
+    for line in json_lines(path, notes, growing=True):
         index = as_whole(line.get("sample"))
         kind, verdict = line.get("kind"), line.get("verdict")
         if index is None or kind not in ("response", "verdict") or (kind == "verdict" and verdict not in FINAL):

@@ -23,7 +23,7 @@ from rlfr_vlm.report.evaluation import (
     read_benchmark,
 )
 from rlfr_vlm.report.pictures import load_picture
-from rlfr_vlm.report.run_files import Problem, as_number, as_text
+from rlfr_vlm.report.reading import Problem, as_number, as_text
 from rlfr_vlm.report.template import asset, compress, json_block, page, shown, text_block, write_page
 
 TEXT_BYTES = 16_000_000  # of responses as the page carries them

@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from rlfr_vlm.report.run_files import Problem, as_number, as_text, as_whole, json_lines
+from rlfr_vlm.report.reading import Problem, as_number, as_text, as_whole, is_there, json_lines
 
 MAX_EVENTS = 1000  # on the page; the last ones
 MAX_LETTERS = 1000  # of each text of an event
@@ -52,7 +52,7 @@ def read_events(folder: Path, problems: list[Problem]) -> EventLog:
     events: list[Event] = []
     left_out = strange = 0
     path = folder / "events.jsonl"
-    for row in json_lines(path, problems) if path.exists() else ():
+    for row in json_lines(path, problems) if is_there(path) else ():
         event = _event(row)
         if event is None:
             strange += 1
@@ -85,7 +85,7 @@ def _event(row: dict[str, Any]) -> Event | None:
 
 def _taken_back(path: Path, problems: list[Problem]) -> tuple[int, int]:
     """Roll-backs, and the steps that they took back: a step taken back twice counts twice."""
-    if not path.exists():
+    if not is_there(path):
         return 0, 0
     steps = {(as_whole(row.get("roll_back")), as_whole(row.get("step"))) for row in json_lines(path, problems)}
     return len({roll_back for roll_back, _ in steps}), len(steps)

@@ -12,8 +12,9 @@ from rlfr_vlm.report.evaluation import find_benchmarks, is_training_run
 from rlfr_vlm.report.evaluation_page import write_evaluation
 from rlfr_vlm.report.findings import Findings, examine
 from rlfr_vlm.report.folders import existing_folder, writable_file
+from rlfr_vlm.report.reading import Problem
 from rlfr_vlm.report.rollout_data import RolloutData
-from rlfr_vlm.report.run_files import Evaluation, Metrics, Problem, RunFiles, read_run
+from rlfr_vlm.report.run_files import Evaluation, Metrics, RunFiles, read_run
 from rlfr_vlm.report.template import asset, json_block, page, plotly_script, text_block, write_page
 
 ROLLOUT_BYTES = 9_000_000  # of rollouts and pictures; with plotly's 4.8 MB the page stays below 15 MB

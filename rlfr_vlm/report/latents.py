@@ -13,8 +13,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rlfr_vlm.report.flow_health import Verdict, against_chance
+from rlfr_vlm.report.reading import Problem
 from rlfr_vlm.report.rollout_data import short
-from rlfr_vlm.report.run_files import Group, Metrics, Problem
+from rlfr_vlm.report.run_files import Group, Metrics
 
 MAX_ROWS = 100_000  # responses that are kept, evenly from all steps; 64 numbers each
 MAX_POINTS = 4000  # on the page

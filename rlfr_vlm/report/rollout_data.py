@@ -14,7 +14,8 @@ import numpy as np
 
 from rlfr_vlm.report.attention import AttentionBudget
 from rlfr_vlm.report.pictures import load_picture
-from rlfr_vlm.report.run_files import QUANTITIES, Group, Problem, Response, RolloutFile, read_rollouts
+from rlfr_vlm.report.reading import Problem
+from rlfr_vlm.report.run_files import QUANTITIES, Group, Response, RolloutFile, read_rollouts
 from rlfr_vlm.report.template import compress
 
 PICTURE_BYTES = 32_768  # pictures above are made smaller
@@ -186,7 +187,8 @@ class _Range:
         self.parts: list[np.ndarray] = []
 
     def add(self, values: tuple[float | None, ...]) -> None:
-        self.parts.append(np.array(values, dtype=np.float32))  # None becomes nan
+        with np.errstate(over="ignore"):  # numbers too large for float32 become inf
+            self.parts.append(np.array(values, dtype=np.float64).astype(np.float32))  # None becomes nan
 
     def scale(self, name: str) -> Scale | None:
         """The range that holds all but the outermost percent; None without values."""

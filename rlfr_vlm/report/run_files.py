@@ -3,31 +3,35 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import yaml
 from numpy.typing import NDArray
 
 from rlfr_vlm.report.parquet_rows import UnreadableTable, parquet_rows
+from rlfr_vlm.report.reading import (
+    Problem,
+    about_folder,
+    as_number,
+    as_text,
+    as_whole,
+    is_number,
+    is_there,
+    json_lines,
+    json_object,
+    read_text,
+    relative,
+    unreadable,
+)
 
 ROLLOUT_SUFFIXES = (".jsonl", ".parquet")
 QUANTITIES = ("flow_rewards", "deviations", "logprobs", "advantages", "entropy")  # per token, the names of the rollout files
-
-
-@dataclass(frozen=True)
-class Problem:
-    """Something a reader of the run should know about its files."""
-
-    kind: Literal["missing", "damaged", "note"]
-    file: str  # relative to the run folder
-    text: str
 
 
 @dataclass(frozen=True)
@@ -129,12 +133,12 @@ class RunFiles:
 
 def read_run(folder: Path) -> RunFiles:
     """Read everything but the rollouts."""
-    problems: list[Problem] = []
+    problems = about_folder(folder)
     config_text, config = _config(folder / "config.resolved.yaml", problems)
     metrics = _metrics(folder / "metrics.jsonl", problems)
     checkpoint_steps, latest = _checkpoints(folder / "checkpoints", problems)
     fit = folder / "flow" / "flow_fit.jsonl"
-    fit = fit if fit.exists() else folder / "flow_fit.jsonl"
+    fit = fit if is_there(fit) else folder / "flow_fit.jsonl"
     return RunFiles(
         folder=folder,
         name=os.fsencode(folder.resolve().name).decode("utf-8", "replace"),
@@ -142,7 +146,7 @@ def read_run(folder: Path) -> RunFiles:
         config=config,
         environment=_environment(folder / "env.json", problems),
         metrics=metrics,
-        flow_fit=_metrics(fit, problems) if fit.exists() else Metrics(),
+        flow_fit=_metrics(fit, problems) if is_there(fit) else Metrics(),
         evaluations=_evaluations(folder / "eval", problems),
         checkpoint_steps=checkpoint_steps,
         latest_checkpoint=latest,
@@ -166,7 +170,7 @@ def read_rollouts(file: RolloutFile, problems: list[Problem]) -> tuple[Group, ..
             groups.append((row, []))
         groups[at][1].append(response)
     if misfits:
-        problems.append(Problem("damaged", _relative(file.path), f"{misfits} responses have arrays that do not fit their tokens; left out"))
+        problems.append(Problem("damaged", relative(file.path), f"{misfits} responses have arrays that do not fit their tokens; left out"))
     return tuple(_group(file.step, row, responses) for row, responses in groups)
 
 
@@ -177,9 +181,9 @@ def _rollout_rows(path: Path, problems: list[Problem]) -> Iterator[dict[str, Any
     try:
         yield from parquet_rows(path)
     except UnreadableTable as error:
-        problems.append(Problem("damaged", _relative(path), str(error)))
+        problems.append(Problem("damaged", relative(path), str(error)))
     except OSError as error:
-        problems.append(_unreadable(path, error))
+        problems.append(unreadable(path, error))
 
 
 def _group(step: int, row: dict[str, Any], responses: list[Response]) -> Group:
@@ -227,12 +231,14 @@ def _latent(values: Any) -> NDArray[np.float32] | None:
 
 
 def _config(path: Path, problems: list[Problem]) -> tuple[str, dict[str, Any]]:
-    text = _read(path, problems)
+    text = read_text(path, problems)
     try:
         tree = yaml.safe_load(text) if text else {}
     except (yaml.YAMLError, ValueError, RecursionError):
-        problems.append(Problem("damaged", _relative(path), "not YAML; shown as it is"))
+        problems.append(Problem("damaged", relative(path), "not YAML; shown as it is"))
         tree = {}
+    if text and not text.endswith("\n"):
+        problems.append(Problem("damaged", relative(path), "cut off in its last line; that setting is wrong, and later ones are missing"))
     return text, tree if isinstance(tree, dict) else {}
 
 
@@ -261,15 +267,22 @@ def _metrics(path: Path, problems: list[Problem]) -> Metrics:
                 repeated.add(step)
             known.update(row)
     if repeated:
-        problems.append(Problem("note", _relative(path), f"{len(repeated)} steps were written twice (a resumed run?); later values count"))
+        problems.append(Problem("note", relative(path), f"{len(repeated)} steps were written twice (a resumed run?); later values count"))
     steps = tuple(sorted(rows))
-    names = dict.fromkeys(name for step in steps for name, value in rows[step].items() if _is_number(value))
+    names = dict.fromkeys(name for step in steps for name, value in rows[step].items() if is_number(value))
     series = {name: tuple(as_number(rows[step].get(name)) for step in steps) for name in names}
     for name in names:
-        bad = [step for step in steps if _is_number(rows[step].get(name)) and as_number(rows[step][name]) is None]
+        bad = [step for step in steps if is_number(rows[step].get(name)) and as_number(rows[step][name]) is None]
         if bad:
-            problems.append(Problem("note", _relative(path), f"{name} is not a finite number at {len(bad)} steps, first at step {bad[0]}"))
-    return Metrics(steps, series, path.stat().st_mtime if path.is_file() else None)
+            problems.append(Problem("note", relative(path), f"{name} is not a finite number at {len(bad)} steps, first at step {bad[0]}"))
+    return Metrics(steps, series, _written_at(path))
+
+
+def _written_at(path: Path) -> float | None:
+    try:
+        return path.stat().st_mtime
+    except OSError:  # not there, or no more
+        return None
 
 
 def _evaluations(folder: Path, problems: list[Problem]) -> tuple[Evaluation, ...]:
@@ -305,18 +318,20 @@ def _checkpoints(folder: Path, problems: list[Problem]) -> tuple[tuple[int, ...]
     try:
         names = [entry.name for entry in os.scandir(folder) if entry.is_dir() and not entry.is_symlink()]
     except OSError as error:
-        problems.append(_unreadable(folder, error))
+        problems.append(unreadable(folder, error))
         return (), ""
     steps = sorted(int(match[1]) for name in names if (match := re.fullmatch(r"global_step_(\d+)", name)))
     latest = folder / "latest"
     name = ""
     try:
         name = os.readlink(latest) if latest.is_symlink() else latest.read_text(errors="replace").strip()
+        if not name:
+            problems.append(Problem("damaged", relative(latest), "empty"))
     except OSError as error:
-        problems.append(_unreadable(latest, error))
+        problems.append(unreadable(latest, error))
     name = Path(name).name
-    if name and not (folder / name).is_dir():
-        problems.append(Problem("damaged", _relative(latest), f"names {name}, which is not there"))
+    if name and not is_there(folder / name):
+        problems.append(Problem("damaged", relative(latest), f"names {name}, which is not there"))
     return tuple(steps), name
 
 
@@ -333,98 +348,10 @@ def _step_files(folder: Path, suffix: str, problems: list[Problem]) -> list[tupl
     try:
         names = os.listdir(folder)
     except OSError as error:
-        problems.append(_unreadable(folder, error))
+        problems.append(unreadable(folder, error))
         return []
     matches = (re.fullmatch(rf"step_(\d+){re.escape(suffix)}", name) for name in names)
     found = sorted((int(match[1]), folder / match[0]) for match in matches if match)
     if not found:
-        problems.append(Problem("missing", _relative(folder), f"no step_*{suffix} in it"))
+        problems.append(Problem("missing", relative(folder), f"no step_*{suffix} in it"))
     return found
-
-
-def json_lines(path: Path, problems: list[Problem]) -> Iterator[dict[str, Any]]:
-    """The objects of a JSONL file. A last line without a line break is still being written: ignored when it does not parse."""
-    bad: list[int] = []
-    try:
-        with path.open("rb") as file:
-            for number, line in enumerate(file, 1):
-                try:
-                    row = json.loads(line)
-                except (ValueError, RecursionError):
-                    row = None
-                if isinstance(row, dict):
-                    yield row
-                elif line.endswith(b"\n") and line.strip():
-                    bad.append(number)
-    except OSError as error:
-        problems.append(_unreadable(path, error))
-    if bad:
-        problems.append(Problem("damaged", _relative(path), f"{len(bad)} lines are not JSON objects, first line {bad[0]}; left out"))
-
-
-def json_object(path: Path, problems: list[Problem]) -> dict[str, Any]:
-    """The object of a JSON file; empty where there is none."""
-    text = _read(path, problems)
-    if not text:
-        return {}
-    try:
-        tree = json.loads(text)
-    except (ValueError, RecursionError):
-        tree = None
-    if not isinstance(tree, dict):
-        problems.append(Problem("damaged", _relative(path), "not a whole JSON object"))
-        return {}
-    return tree
-
-
-def _read(path: Path, problems: list[Problem]) -> str:
-    try:
-        text = path.read_bytes().decode("utf-8", "replace")
-    except OSError as error:
-        problems.append(_unreadable(path, error))
-        return ""
-    if not text.strip():
-        problems.append(Problem("damaged", _relative(path), "empty"))
-        return ""
-    return text
-
-
-def _unreadable(path: Path, error: OSError) -> Problem:
-    if isinstance(error, FileNotFoundError):
-        return Problem("missing", _relative(path), "not there")
-    return Problem("damaged", _relative(path), f"cannot be read: {error.strerror}")
-
-
-def _relative(path: Path) -> str:
-    """The path as the reader of a run knows it: without the folders above the run."""
-    if path.parent.name in ("rollouts", "eval", "checkpoints", "flow"):
-        return f"{path.parent.name}/{path.name}"
-    return path.name
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
-
-
-def as_number(value: Any) -> float | None:
-    """A finite float, or None."""
-    if type(value) is not float and not _is_number(value):  # the first test alone spares most of the time
-        return None
-    try:
-        value = float(value)
-    except OverflowError:
-        return None
-    return value if math.isfinite(value) else None
-
-
-def as_whole(value: Any) -> int | None:
-    """A finite number without its fraction, or None."""
-    number = as_number(value)
-    return None if number is None else int(number)
-
-
-def as_text(value: Any) -> str:
-    """Text as it is; nothing for null; other JSON values as JSON (a gold answer may be a number)."""
-    if isinstance(value, str):
-        return value
-    return "" if value is None else json.dumps(value)

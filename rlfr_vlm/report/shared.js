@@ -83,20 +83,27 @@ function problemPanel(run, missingTitle) {
     { class: `notice ${lines("damaged").length ? "damaged" : ""}`, id: "problems" },
     lines("damaged").map((problem) => h("p", {}, h("b", {}, "Damaged: "), h("code", {}, problem.file), `: ${problem.text}.`)),
     lines("note").map((problem) => h("p", {}, h("b", {}, "Note: "), h("code", {}, problem.file), `: ${problem.text}.`)),
-    missing.length > 0 &&
-      h(
-        "p",
-        {},
-        h("b", {}, missingTitle),
-        missing.map((problem, at) => [
-          at ? ", " : "",
-          h("code", {}, problem.file),
-          problem.text === "not there" ? "" : ` (${problem.text})`,
-        ]),
-        ".",
-      ),
+    missing.length > 0 && missingFiles(missing, missingTitle),
     run.numMoreProblems > 0 && h("p", {}, `… and ${plural(run.numMoreProblems, "more line")}.`),
   );
+}
+
+// Files that are not there, those with something to say each on a line.
+function missingFiles(missing, title) {
+  const plain = missing.filter(({ text }) => text === "not there");
+  const telling = missing.filter(({ text }) => text !== "not there");
+  const names = plain.map(({ file }, at) => [at ? ", " : "", h("code", {}, file)]);
+  return [
+    plain.length > 0 && h("p", {}, h("b", {}, title), names, "."),
+    telling.length > 0 && [
+      h("p", {}, h("b", {}, title.replace(/: $/, ":"))),
+      h(
+        "ul",
+        {},
+        telling.map(({ file, text }) => h("li", {}, h("code", {}, file), `: ${text}.`)),
+      ),
+    ],
+  ];
 }
 
 // The question with a sign for every picture in it; none for a single one before the text.

@@ -17,7 +17,7 @@ from rlfr_vlm.evaluation.ledger import Answer, Verdict
 from rlfr_vlm.report import evaluation_page
 from rlfr_vlm.report.evaluation import BenchmarkFiles, find_benchmarks, headline, read_benchmark
 from rlfr_vlm.report.html import write_report
-from rlfr_vlm.report.run_files import Problem
+from rlfr_vlm.report.reading import Problem
 from tests.report.browser import Opened, needs_browser
 from tests.report.example_evaluation import (
     Case,

@@ -263,7 +263,9 @@ def test_torn_and_damaged_lines_are_left_out_and_named(tmp_path):
         ("damaged", "metrics.jsonl", "2 lines are not JSON objects"),
         ("note", "metrics.jsonl", "1 steps were written twice (a resumed run?); later values count"),
         ("note", "metrics.jsonl", "reward/mean is not a finite number at 1 steps"),
+        ("note", "metrics.jsonl", "the last line is not whole: it is being written"),
         ("damaged", "rollouts/step_000005.jsonl", "1 responses have arrays that do not fit their tokens; left out"),
+        ("note", "rollouts/step_000005.jsonl", "the last line is not whole: it is being written"),
     }
 
 
