@@ -86,7 +86,8 @@ async function showTokens(view) {
       h(
         "span",
         { class: "hint" },
-        "Flow rewards of all logged responses, summed by token and ranked within each part of the run. n: occurrences; mean: reward per occurrence, ",
+        RUN.flow.missing ? "Token rewards, which shaping gave (there is no flow)," : "Flow rewards",
+        " of all logged responses, summed by token and ranked within each part of the run. n: occurrences; mean: reward per occurrence, ",
         `in units of ${figure(unitOf(windows))}; `,
         "right: share of the right responses that contain the token. Click one to see it in a response.",
         RUN.flow.approximate && " There are so many different tokens that rare ones were left out.",
