@@ -18,8 +18,6 @@ def existing_folder(folder: Path) -> Path:
         found = folder.exists()
     except OSError as error:
         raise UserError(f"{folder} cannot be read: {error.strerror}") from None
-    except ValueError as error:  # a null byte in the name
-        raise UserError(f"{str(folder)!r} is no folder: {error}") from None
     if found:
         raise UserError(f"{folder} is a file; name the run's folder, which holds metrics.jsonl")
     raise UserError(f"there is no run folder {folder}{_near(folder)}")
