@@ -40,7 +40,7 @@ class Attribution:
         raw = (255 * scaled).round().to(torch.uint8).numpy().tobytes()
         return {
             "grids": [list(grid) for grid in self.grids],
-            "cells": base64.b64encode(zlib.compress(raw, 9)).decode(),
+            "cells": base64.b64encode(zlib.compress(raw)).decode(),
             "share": [round(value, 4) for value in self.share.tolist()],
         }
 

@@ -5,8 +5,10 @@ import torch
 
 from rlfr_vlm.config import ModelConfig
 from rlfr_vlm.models.attention import PackedLayout, Segment, grouped_sdpa
+from rlfr_vlm.models.attribution import attribute
+from rlfr_vlm.models.pack import pack
 from rlfr_vlm.models.policy import Policy
-from tests.models.test_policy import rollouts_of
+from tests.models.test_policy import VISION, rollouts_of
 from tests.training.test_update import config, setup, weights
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
@@ -35,6 +37,21 @@ def test_logprobs_on_the_device_equal_those_on_the_cpu(model_folder, family):
         gpu = Policy(ModelConfig(path=folder, dtype=dtype, device="cuda"))
         for ours, theirs in zip(gpu.score(rollouts_of(gpu, images)), expected, strict=True):
             assert (ours - theirs).abs().mean() < tolerance
+
+
+@pytest.mark.parametrize("family", VISION)
+def test_attention_to_pictures_on_the_device_equals_that_on_the_cpu(model_folder, family):
+    found = {}
+    for device, dtype in (("cpu", "float32"), ("cuda", "float32"), ("cuda", "bfloat16")):
+        policy = Policy(ModelConfig(path=model_folder(family), dtype=dtype, device=device))
+        rollouts = rollouts_of(policy, (1, 0, 3))
+        found[device, dtype] = attribute(policy, pack(rollouts, policy.device), rollouts, (1, 2, 3))
+    for dtype, tolerance in (("float32", 1e-4), ("bfloat16", 2e-2)):
+        for ours, theirs in zip(found["cuda", dtype], found["cpu", "float32"], strict=True):
+            assert (ours is None) == (theirs is None)
+            if ours is not None:
+                assert torch.allclose(ours.cells, theirs.cells, atol=tolerance)
+                assert torch.allclose(ours.share, theirs.share, atol=2 * tolerance)
 
 
 def test_an_update_runs_on_the_device(model_folder):
