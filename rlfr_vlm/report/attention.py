@@ -56,14 +56,14 @@ class AttentionBudget:
 
     def keep(self, groups: Sequence[Group]) -> tuple[Group, ...]:
         """A step's groups, with the attention of as many responses as there is room for, and of the others none."""
-        room = min(self.left, self.share)
+        room = step = min(self.left, self.share)
         kept = []
         for group in groups:
             responses = []
             for response in group.responses:
                 found = self._check(response, len(group.images))
                 cost = _cost(found)
-                if found is not None and cost > (room if room < self.share else self.left):
+                if found is not None and cost > (self.left if room == step else room):  # the first one may take more than the step's share
                     self.num_left_out += 1
                     found, cost = None, 0
                 self.left, room = self.left - cost, room - cost

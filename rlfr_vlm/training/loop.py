@@ -42,7 +42,7 @@ def train(cfg: Config, learner: Learner, engine: RolloutEngine, prompts: PromptS
                     with timed("score", clock):
                         samples = score_samples(cfg, learner, samples, clock)
 
-                looks = look(cfg, learner, batch.kept, clock)  # for the page: where in the pictures these responses came from
+                looks = look(cfg, learner, batch.kept, clock)  # for the record: where in the pictures each token looked
 
                 # 4. Policy updates; the flow follows the latents of selected responses, by default the correct ones.
                 with timed("update", clock):
