@@ -72,8 +72,8 @@ class Trackers:
         """Opens them. step: the last one that stays, 0 for a new run.
 
         After a kill, steps are written again with the same figures: W&B and trackio, which cannot take anything back, get each of them
-        once, and what the kill cost them from metrics.jsonl. After a roll-back the figures differ: they get another run, of the same group.
-        Raises UserError for a project's name that is refused.
+        once (trackio may get those of the last second before it twice), and what it cost them from metrics.jsonl. After a roll-back the
+        figures differ: they get another run, of the same group. Raises UserError for a project's name that is refused.
         """
         self.warn = warn
         folder = Path(cfg.output_dir)

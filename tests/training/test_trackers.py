@@ -273,7 +273,9 @@ def test_a_killed_and_resumed_run_is_tracked_once_with_rollouts_as_parquet(model
     assert [line["step"] for line in lines] == [1, 2, 2, 3, 4, 4]
     rows = wandb_rows(run)
     # The killed process wrote its steps in about the time that W&B takes to save them: what did not arrive comes from metrics.jsonl.
-    assert untimed(rows) == untimed(trackio_rows(run, "bars")) == untimed(lines)
+    assert untimed(rows) == untimed(lines)
+    twice = untimed(trackio_rows(run, "bars"))  # rows of the last second before a kill may stand there twice, with the same figures
+    assert [row for at, row in enumerate(twice) if row not in twice[:at]] == untimed(lines)
     assert {r.run.project for r in wandb_records(run) if r.run.run_id} == {"bars"}
     for name in ("reward/mean", "val/accuracy"):
         found = {event.step: event.value for event in tensorboard(run).Scalars(name)}
