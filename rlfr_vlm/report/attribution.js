@@ -85,7 +85,7 @@ function attributable(card, tokens) {
   const words = h("p", { class: "words" });
   const ramp = h("i", { class: "ramp" });
   ramp.style.backgroundImage = heatRamp();
-  const legend = h("div", { class: "legend" }, h("span", {}, "least"), ramp, h("span", {}, "most of the attention"));
+  const legend = h("div", { class: "legend" }, h("span", {}, "none"), ramp, h("span", {}, "where it looked most"));
   card.querySelector(".task").append(h("div", { class: "look" }, words, legend));
   card.classList.add("attributed");
   const toolbar = byId("rollouts").querySelector(".toolbar");
