@@ -62,15 +62,24 @@ def _separation(series: dict[str, tuple[float | None, ...]]) -> Verdict:
     """Do wrong answers stray further from the field than right ones?"""
     if "flow/auc" not in series and "flow/auc_in_group" not in series:
         return Verdict("none", "No verdict on right and wrong: flow/auc was not logged (a run of an earlier version).")
-    name = "flow/auc" if "flow/auc" in series else "flow/auc_in_group"
-    measured = against_chance(series[name][-LAST_STEPS:])
-    if measured is None:
-        return Verdict("none", f"No verdict on right and wrong yet: of the last {LAST_STEPS} steps, {LEAST_STEPS} need a value of {name}.")
-    siblings = against_chance(series.get("flow/auc_in_group", ())[-LAST_STEPS:]) if name == "flow/auc" else None
-    over = f"{measured} over the last {_steps(measured.count)}{f', {siblings} among siblings' if siblings else ''}"
-    if measured.sign > 0:
+    pairs, siblings = (against_chance(series.get(name, ())[-LAST_STEPS:]) for name in ("flow/auc", "flow/auc_in_group"))
+    known = pairs or siblings
+    if known is None:
+        return Verdict(
+            "none", f"No verdict on right and wrong yet: of the last {LAST_STEPS} steps, {LEAST_STEPS} need a value of flow/auc."
+        )
+    over = in_words(pairs, siblings, f"over the last {_steps(known.count)}")
+    all_pairs, in_groups = (found.sign if found else 0 for found in (pairs, siblings))
+    if siblings and all_pairs > 0 >= in_groups:
+        return Verdict(
+            "plain",
+            f"Wrong answers stray further, but not clearly among siblings: {over}. The field may tell hard questions from easy ones.",
+        )
+    if siblings and in_groups > 0 >= all_pairs:
+        return Verdict("good", f"Among siblings, wrong answers stray further: {over}.")
+    if all_pairs > 0:
         return Verdict("good", f"Wrong answers stray further: {over}.")
-    if measured.sign < 0:
+    if all_pairs < 0 or in_groups < 0:
         return Verdict("bad", f"Right answers stray further than wrong ones: {over}. The flow reward works against the outcome.")
     return Verdict("plain", f"The field tells right from wrong no better than chance: {over}.")
 
@@ -98,6 +107,13 @@ def against_chance(aucs: Sequence[float | None]) -> MeanAuc | None:
     if len(known) < LEAST_STEPS:
         return None
     return MeanAuc(fmean(known), 2 * stdev(known) / math.sqrt(len(known)), len(known))
+
+
+def in_words(pairs: MeanAuc | None, siblings: MeanAuc | None, where: str) -> str:
+    """Both, as far as they are known."""
+    if pairs is None:
+        return f"{siblings} {where}, among siblings"
+    return f"{pairs} {where}{f', {siblings} among siblings' if siblings else ''}"
 
 
 def _weight(series: dict[str, tuple[float | None, ...]]) -> Verdict | None:

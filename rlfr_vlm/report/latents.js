@@ -32,7 +32,7 @@ const LATENT_CHARTS = [
 ];
 const FRAMES = 60; // positions of the slider, at most
 const FRAME_MS = 220;
-const TRAIL = 5; // frames before, that smooth a mean's way
+const TRAIL = 8; // frames that a mean is taken over
 const REACH = 14; // pixels around the pointer
 
 const map = { points: null, frames: [], at: 0, playing: 0, all: true, centre: [0, 0], extent: [1, 1] };
@@ -89,7 +89,7 @@ async function showLatents() {
   drawQueue(queue, view);
 }
 
-// Windows of steps, one after the other, as many as the slider has positions; and the means of right and wrong answers in each.
+// Windows of steps, one after the other, as many as the slider has positions; and the sums over right and over wrong answers in each.
 function latentFrames() {
   const { step, x, y, verdict } = map.points;
   const steps = [...new Set(step)];
@@ -99,9 +99,9 @@ function latentFrames() {
   const frameOf = new Map(steps.map((name, at) => [name, frames[Math.floor(at / each)]]));
   step.forEach((name, at) => frameOf.get(name).points.push(at));
   for (const frame of frames) {
-    frame.means = [0, 1].map((code) => {
+    frame.sums = [0, 1].map((code) => {
       const members = frame.points.filter((at) => verdict[at] === code);
-      return members.length >= 2 ? [sum(members.map((at) => x[at])) / members.length, sum(members.map((at) => y[at])) / members.length] : null;
+      return [members.length, sum(members.map((at) => x[at])), sum(members.map((at) => y[at]))];
     });
   }
   // The middle and half of the extent without the outermost percent, so that one stray response does not make specks of the others.
@@ -126,7 +126,7 @@ function mapKey() {
       sign.style.color = `var(${hue})`;
       return h("span", {}, sign, label);
     }),
-    h("span", {}, h("i", { class: "shape ring" }), "mean of right and of wrong answers, and its way so far"),
+    h("span", {}, h("i", { class: "shape ring" }), "mean of the last right and wrong answers, and its way"),
   );
 }
 
@@ -247,17 +247,15 @@ function drawPoint(pen, shape, [x, y], hue, size) {
   } else pen.strokeRect(x - size, y - size, 2 * size, 2 * size);
 }
 
-// The way of a mean up to the steps shown, smoothed over the frames before, and a large mark at its end.
+// The way of a mean up to the steps shown, at each place over TRAIL frames, and a large mark at its end.
 function drawTrail(pen, code, hue) {
-  const way = map.frames
-    .slice(0, map.at + 1)
-    .map(({ means }) => means[code])
-    .filter(Boolean);
+  const way = [];
+  for (let at = 0; at <= map.at; at++) {
+    const near = map.frames.slice(Math.max(0, at + 1 - TRAIL), at + 1).map(({ sums }) => sums[code]);
+    const [number, x, y] = [0, 1, 2].map((part) => sum(near.map((sums) => sums[part])));
+    if (number >= 2) way.push(onMap([x / number, y / number]));
+  }
   if (!way.length) return;
-  const smooth = way.map((_, at) => {
-    const near = way.slice(Math.max(0, at - TRAIL), at + 1);
-    return onMap([0, 1].map((axis) => sum(near.map((mean) => mean[axis])) / near.length));
-  });
   pen.lineJoin = "round";
   for (const [colour, width] of [
     [css("--card"), 4.5],
@@ -266,10 +264,10 @@ function drawTrail(pen, code, hue) {
     pen.strokeStyle = colour;
     pen.lineWidth = width;
     pen.beginPath();
-    smooth.forEach(([x, y], at) => (at ? pen.lineTo(x, y) : pen.moveTo(x, y)));
+    way.forEach(([x, y], at) => (at ? pen.lineTo(x, y) : pen.moveTo(x, y)));
     pen.stroke();
   }
-  const [x, y] = smooth.at(-1);
+  const [x, y] = way.at(-1);
   pen.fillStyle = hue;
   pen.strokeStyle = css("--card");
   pen.lineWidth = 2.5;

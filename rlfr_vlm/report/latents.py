@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from rlfr_vlm.report.flow_health import Verdict, against_chance
+from rlfr_vlm.report.flow_health import Verdict, against_chance, in_words
 from rlfr_vlm.report.reading import Problem
 from rlfr_vlm.report.rollout_data import short
 from rlfr_vlm.report.run_files import Group, Metrics
@@ -130,14 +130,17 @@ def latent_view(census: LatentCensus, problems: list[Problem]) -> LatentView | N
 
 def _apart(auc: tuple[float | None, ...], in_group: tuple[float | None, ...]) -> Verdict:
     """Whether a line separates right from wrong."""
-    measured, siblings = against_chance(auc), against_chance(in_group)
-    if measured is None:
+    pairs, siblings = against_chance(auc), against_chance(in_group)
+    if pairs is None:
         least = f"a step counts with {LEAST_OF_EACH} right and {LEAST_OF_EACH} wrong responses, and the others need {LEAST_TO_FIT} of each"
         return Verdict("none", f"No verdict on right and wrong: too few responses ({least}).")
-    over = f"{measured} over {measured.count} steps{f', {siblings} among siblings' if siblings else ''}"
-    if measured.sign > 0:
-        return Verdict("good", f"Right and wrong answers lie apart, along a line fitted on other steps: {over}.")
-    return Verdict("plain", f"No line fitted on other steps separates right from wrong answers better than chance: {over}.")
+    over = in_words(pairs, siblings, f"over {pairs.count} steps")
+    if pairs.sign <= 0:
+        return Verdict("plain", f"No line fitted on other steps separates right from wrong answers better than chance: {over}.")
+    apart = "Right and wrong answers lie apart, along a line fitted on other steps"
+    if siblings and siblings.sign <= 0:
+        return Verdict("plain", f"{apart}, but not clearly among siblings: {over}. The line may tell hard questions from easy ones.")
+    return Verdict("good", f"{apart}: {over}.")
 
 
 def _moved(drift: tuple[float | None, ...], chance: tuple[float | None, ...]) -> Verdict:

@@ -296,6 +296,8 @@ def test_a_demo_sized_report_is_below_15_mb_and_complete(tmp_path):
     assert path == run / "report.html"
     assert path.stat().st_size < 15e6
     assert page_data(path)["rollouts"]["numResponses"] == 200 * 4 * 8
+    assert page_data(path)["latents"]["numPoints"] == 4000
+    assert sum(len(re.search(rf'id="{name}">([^<]*)<', path.read_text())[1]) for name in ("flow-tokens", "latent-points")) < 1.5e6
     assert not list(run.glob("*.tmp"))
 
 
