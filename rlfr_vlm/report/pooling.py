@@ -29,7 +29,9 @@ def t_quantile(degrees: int) -> float:
     """97.5 % quantile of Student's t; beyond the table from the normal's, with the first terms of its expansion in 1 / degrees."""
     if degrees <= len(T_975):
         return T_975[degrees - 1]
-    return Z + (Z**3 + Z) / (4 * degrees) + (5 * Z**5 + 16 * Z**3 + 3 * Z) / (96 * degrees**2)
+    first, second = (Z**3 + Z) / 4, (5 * Z**5 + 16 * Z**3 + 3 * Z) / 96
+    third = (3 * Z**7 + 19 * Z**5 + 17 * Z**3 - 15 * Z) / 384
+    return Z + first / degrees + second / degrees**2 + third / degrees**3
 
 
 def band(values: Sequence[float]) -> Band:

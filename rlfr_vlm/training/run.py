@@ -149,7 +149,8 @@ class Run:
             self.cfg.train.keep_checkpoints,
             self.ranks,
         )
-        self._report()
+        if not self.due(step, self.cfg.eval.every):  # else the evaluation of this step comes next, and has more to show
+            self._report()
 
     def _report(self, last: bool = False) -> None:
         if self.report is not None and self.ranks.first:
