@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 MAX_BYTES = 32 * 2**20
 MAX_PIXELS = 50_000_000  # checked in the header, before anything is decoded
@@ -50,6 +50,8 @@ def open_header(source: Any, roots: Sequence[Path], allow_urls: bool = False) ->
         image = Image.open(io.BytesIO(data), formats=FORMATS)
     except Image.DecompressionBombError as error:
         raise ImageError(f"{name} is not a readable picture: {error}", "image_pixels") from None
+    except UnidentifiedImageError:
+        raise ImageError(f"{name} is not a readable picture: none of {', '.join(FORMATS)}") from None
     except UNREADABLE as error:
         raise ImageError(f"{name} is not a readable picture: {error}") from None
     if image.width * image.height > MAX_PIXELS:

@@ -245,7 +245,8 @@ def parse_row(row: dict[str, Any], where: str, cfg: DataConfig, need: str = "ans
     if need == "answer" and row.get("conversations") is not None and _column(row, "answer") is None:
         answer = closing  # VLM-R1: the last turn is the gold answer
     if need == "answer" and not answer:
-        fault = "answer_missing" if _column(row, "answer") in (None, "", [], {}) else "answer_type"
+        given = _column(row, "answer")
+        fault = "answer_missing" if given in (None, [], {}) or not str(given).strip() else "answer_type"
         raise RowError("answer", f"{where}: the answer is empty or missing (columns: {', '.join(COLUMNS['answer'])})", fault)
     if need == "response" and not (isinstance(response, str) and response.strip()):
         columns = ", ".join(COLUMNS["response"])

@@ -6,18 +6,21 @@ import itertools
 import re
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from PIL import Image
-from torch import Tensor
 
 from rlfr_vlm.config import DataConfig
 from rlfr_vlm.data.images import ImageError, open_image
 from rlfr_vlm.data.prompts import BadRows, PromptStream, RowError
 from rlfr_vlm.errors import UserError
-from rlfr_vlm.models.policy import Policy
 from rlfr_vlm.ranks import ALONE, Ranks
 from rlfr_vlm.types import EncodedPrompt, Prompt
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from rlfr_vlm.models.policy import Policy
 
 
 class Renderer:
@@ -30,7 +33,7 @@ class Renderer:
         self.tokenizer = policy.tokenizer
         self.special = re.compile("|".join(re.escape(t) for t in sorted(special_tokens(self.tokenizer), key=len, reverse=True)) or r"(?!)")
         banned = self.tokenizer.convert_ids_to_tokens(list(policy.banned_token_ids)) if policy.processor is not None else []
-        self._vision_text = re.compile("|".join(re.escape(token) for token in banned) or r"(?!)")
+        self.vision_text = re.compile("|".join(re.escape(token) for token in banned) or r"(?!)")
 
     def encode(self, prompt: Prompt) -> EncodedPrompt:
         """Raises RowError naming the row: a picture that does not open, pictures for a text model, a prompt over the limit."""
@@ -57,7 +60,7 @@ class Renderer:
         """Raises RowError for pictures that the model cannot see, and for an expert response with tokens that stand for pictures."""
         if prompt.images and self.policy.processor is None:
             raise RowError("images", f"{prompt.origin}: the row has pictures, but model.path is a text model", "text_model")
-        if prompt.response and (typed := self._vision_text.search(prompt.response)):
+        if prompt.response and (typed := self.vision_text.search(prompt.response)):
             problem = f"{prompt.origin}: the response holds `{typed[0]}`, a token that only a picture may bring"
             raise RowError("response", problem, "response_vision_token")
 

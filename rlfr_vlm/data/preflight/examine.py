@@ -26,7 +26,6 @@ from rlfr_vlm.data.preflight.notices import (
 )
 from rlfr_vlm.data.prompts import RowError, read_prompt
 from rlfr_vlm.data.render import Renderer, bad_picture
-from rlfr_vlm.models.policy import Policy
 from rlfr_vlm.types import Prompt
 
 MIN_SIDE = 28  # pixels: below it a picture has less than a token to a side
@@ -78,7 +77,8 @@ class Examiner:
         if self.need == "answer" and self.cfg.reward.function is None:
             notices += answer_notices(prompt, text)
         if self.need == "response" and prompt.response:
-            notices += response_notices(prompt.response, self.cfg.reward, self._special_in(prompt.response))
+            vision = self.renderer is not None and self.renderer.vision_text.search(prompt.response)  # an error, told below
+            notices += response_notices(prompt.response, self.cfg.reward, None if vision else self._special_in(prompt.response))
         opened: list[Picture] = []
         tokens = None
         try:
@@ -192,6 +192,8 @@ def make_examiners(cfg: Config, sources: dict[Role, str], with_model: bool) -> d
     """One for each data file, on one tokenizer and processor. Raises UserError where the model's do not load."""
     policy = None
     if with_model:
+        from rlfr_vlm.models.policy import Policy  # here: without a model nobody waits for its libraries
+
         reader = {"device": "cpu", "lora": None, "gradient_checkpointing": "off"}
         policy = Policy(cfg.model.model_copy(update=reader), weights=False)
     return {

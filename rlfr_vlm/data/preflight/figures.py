@@ -49,12 +49,17 @@ def quantiles(ordered: list[int]) -> dict[str, int]:
 
 
 def bins(ordered: list[int], limit: int) -> list[list[int]]:
-    """[from, up to and with, rows] of about `BINS` equal spans of sorted lengths; one of them ends at the limit where some exceed it."""
-    width = next((step for step in STEPS if ordered[-1] <= step * BINS), STEPS[-1])
-    edges = list(range(width * ((ordered[0] - 1) // width), ordered[-1] + width, width))
-    if ordered[-1] > limit > ordered[0] and limit not in edges:
-        edges = sorted([*edges, limit])
-    return [[low + 1, high, sum(low < n <= high for n in ordered)] for low, high in pairwise(edges)]
+    """[from, up to and with, rows] of sorted lengths: at most `BINS` equal spans up to the 99th percentile, then what lies beyond it.
+
+    Where some exceed the limit, one span ends at it.
+    """
+    body, last = quantiles(ordered)["p99"], ordered[-1]
+    low = ordered[0] - 1
+    width = next((step for step in STEPS if body - step * (low // step) <= step * BINS), STEPS[-1])
+    edges = set(range(width * (low // width), body + width, width))
+    edges |= {limit} if low < limit < last else set()
+    edges |= {last} if last > max(edges) else set()
+    return [[low + 1, high, sum(low < n <= high for n in ordered)] for low, high in pairwise(sorted(edges))]
 
 
 def as_data(cfg: Config, scans: Mapping[Role, FileScan], counted: bool, lost: list[str], seconds: float) -> dict[str, Any]:

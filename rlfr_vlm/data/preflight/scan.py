@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from itertools import islice
+from pathlib import Path
 
 from rlfr_vlm.config import Config
 from rlfr_vlm.data.preflight.facts import Facts, Role, Task, digest_of
@@ -137,6 +138,9 @@ class _Reading:
     golds: dict[str, tuple[str, str]] = field(default_factory=dict)  # gold answers seen -> why unreadable, why unreachable
 
     def note(self, line: int | None, row_id: str, kind: str, reason: str) -> None:
+        """A defect of a row, or of the file; reasons need not say the row again."""
+        name = Path(self.scan.file).name
+        reason = re.sub(rf"^\S*{re.escape(name)}(?::{line}|\[{line}\]): ", "", reason)
         found = self.scan.add(line, row_id, kind, reason, "error" if kind in self.quarantine else "")
         if found.severity == "error":
             self.on_error(found)

@@ -77,7 +77,7 @@ def histogram(bins: list[list[int]], limit: int) -> list[str]:
         if not marked and low > limit:
             lines.append(mark)
             marked = True
-        lines.append(f"{low:>5}-{high:<5} {'#' * (-(-BAR * count // most)):<{BAR}} {count}")
+        lines.append(f"{low:>6}-{high:<6} {'#' * (-(-BAR * count // most)):<{BAR}} {count}")
     return lines if marked else [*lines, mark]
 
 

@@ -21,6 +21,7 @@ from rlfr_vlm.data.preflight.kinds import KINDS
 from rlfr_vlm.data.preflight.scan import Finding, scan
 from rlfr_vlm.data.preflight.show import place, print_results
 from rlfr_vlm.data.preflight.workers import Workers
+from rlfr_vlm.data.prompts import read_rows
 from rlfr_vlm.errors import UserError
 from rlfr_vlm.rewards.grader import Grader
 
@@ -53,6 +54,9 @@ def validate(cfg: Config, options: Options) -> int:
         raise UserError(f"--quarantine: there is no kind `{unknown[0]}`; docs/validate.md lists them")
     if options.clean:
         check_copies(sources, options.folder)
+    for source in sources.values():
+        if next(iter(read_rows(source)), None) is None:
+            raise UserError(f"data {source}: no rows")
     start = time.monotonic()
     errors = Console(stderr=True)
     with (

@@ -22,6 +22,7 @@ from rlfr_vlm.data.preflight.facts import Facts, Role, Task
 from rlfr_vlm.errors import UserError
 from rlfr_vlm.faults import faultpoint
 
+LIBRARIES = ["rlfr_vlm.data.preflight.examine", "rlfr_vlm.models.policy", "transformers.models.qwen2_vl.image_processing_qwen2_vl"]
 CHUNK = 32  # rows handed over at a time
 AHEAD = 64  # chunks that may be finished while an earlier one is not: what is held in memory
 START_SECONDS = 600.0  # for a process to load the tokenizer, on a busy machine
@@ -30,12 +31,9 @@ READY = "ready"
 
 def _serve(pipe: Connection, cfg: Config, sources: dict[Role, str], with_model: bool) -> None:
     """A worker's life: chunks in, facts out, until the pipe closes."""
-    import torch
-
     from rlfr_vlm.data.preflight.examine import make_examiners
 
-    torch.set_num_threads(1)
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    os.environ |= {"TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": "1"}
     warnings.simplefilter("ignore")  # Pillow's, of large pictures and odd metadata
     try:
         examiners = make_examiners(cfg, sources, with_model)
@@ -69,7 +67,7 @@ class Workers:
     def __init__(self, cfg: Config, sources: dict[Role, str], with_model: bool, count: int, row_seconds: float = 120.0) -> None:
         """row_seconds: wall time of one row before its process is ended."""
         self._context = multiprocessing.get_context("forkserver")
-        self._context.set_forkserver_preload(["rlfr_vlm.data.preflight.examine"])
+        self._context.set_forkserver_preload(LIBRARIES if with_model else LIBRARIES[:1])
         self._arguments = (cfg, sources, with_model)
         self._row_seconds = row_seconds
         self.lost: list[str] = []  # what happened to processes that died or hung
