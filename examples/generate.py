@@ -13,7 +13,7 @@ from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 
-def main(model_folder: str, rows: str, count: int = 3) -> None:
+def main(model_folder: str, rows: str, count: int = 10) -> None:
     """Print question, response and gold answer of the first rows."""
     model = AutoModelForImageTextToText.from_pretrained(model_folder)
     processor = AutoProcessor.from_pretrained(model_folder)
@@ -23,7 +23,7 @@ def main(model_folder: str, rows: str, count: int = 3) -> None:
         content = [*({"type": "image"} for _ in row["images"]), {"type": "text", "text": question}]
         prompt = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
         images = [Image.open(Path(rows).parent / name) for name in row["images"]]
-        inputs = processor(text=[prompt], images=images, images_kwargs={"min_pixels": 784}, return_tensors="pt")
+        inputs = processor(text=[prompt], images=images, return_tensors="pt")
         output = model.generate(**inputs, max_new_tokens=24, do_sample=False)
         response = processor.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
         print(f"{question}  {response}  (gold: {row['answer']})")
