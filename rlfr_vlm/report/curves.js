@@ -299,8 +299,8 @@ function evaluationTraces() {
 function drawChart(element, chart, height) {
   const traces = chartLines(chart).flatMap(([key, label], at) => lineTraces(chart, key, label, HUES[at]));
   if (chart.evaluations) traces.push(...evaluationTraces());
-  const marks = bySteps(chart) ? eventMarks() : { shapes: [], traces: [] };
   if (isNumber(chart.level) && traces.length) traces.push(levelTrace(chart));
+  if (bySteps(chart) && traces.length) traces.push(...eventTraces());
   const known = drawn.some(([other]) => other === element);
   const axis = { gridcolor: css("--line"), zeroline: false, linecolor: css("--line"), tickfont: { size: 11 }, fixedrange: false };
   const layout = {
@@ -331,11 +331,10 @@ function drawChart(element, chart, height) {
       rangemode: chart.percent || chart.fromZero ? "tozero" : "normal",
     },
     yaxis2: { overlaying: "y", range: [0, 1], fixedrange: true, visible: false },
-    shapes: marks.shapes,
   };
   if (zoomed && bySteps(chart)) layout.xaxis.range = zoomed;
   element.dataset.zoom = String(bySteps(chart) ? zoomed : null);
-  Plotly.react(element, [...traces, ...marks.traces], layout, { responsive: true, displayModeBar: false, doubleClick: "reset+autosize" });
+  Plotly.react(element, traces, layout, { responsive: true, displayModeBar: false, doubleClick: "reset+autosize" });
   if (known) return;
   drawn.push([element, chart, height]);
   if (bySteps(chart)) element.on("plotly_relayout", zoomAll);

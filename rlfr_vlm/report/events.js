@@ -1,7 +1,7 @@
 // What the monitors said: a log, and marks at its steps in every curve.
 
 const ACTIONS = { warn: ["warning", "warn"], stop: ["stopped", "stop"], roll_back: ["rolled back", "back"] };
-const MAX_MARKS = 100; // in a curve: the first event of each of the last steps that have any
+const MAX_SIGNS = 100; // in a curve; more lines go without a sign at their top
 const WORDS_PER_LINE = 56; // letters, under the pointer
 
 // The log in the order of the file. Small above the curves; on the overview, a run without events says so.
@@ -83,37 +83,46 @@ function zoomTo({ step, since }) {
   zoomAll({ "xaxis.range[0]": Math.max(steps[0], from - pad), "xaxis.range[1]": Math.min(steps.at(-1), step + pad) });
 }
 
-// A thin line at each step with events, and what was said there under the pointer.
+let marked = null; // lines of the two kinds, worked out once for all curves
+
 function eventMarks() {
   const byStep = new Map();
   for (const event of RUN.events.events.filter(isMarked)) byStep.set(event.step, [...(byStep.get(event.step) ?? []), event]);
-  const steps = [...byStep.keys()].sort((a, b) => a - b).slice(-MAX_MARKS);
-  if (!steps.length) return { shapes: [], traces: [] };
-  const hues = steps.map((step) => css(byStep.get(step).some(({ action }) => action === "warn") ? "--warn" : "--bad"));
-  const shapes = steps.map((step, at) => ({
-    type: "line",
-    yref: "paper",
-    x0: step,
-    x1: step,
-    y0: 0,
-    y1: 1,
-    layer: "below",
-    opacity: 0.7,
-    line: { color: hues[at], width: 1, dash: "dot" },
-  }));
-  const text = steps.map((step) => byStep.get(step).slice(0, 3).map(eventLabel).join("<br>"));
-  const marks = {
-    x: steps,
-    y: steps.map(() => 1),
+  const warned = ([, events]) => events.every(({ action }) => !["stop", "roll_back"].includes(action));
+  const marks = [...byStep].sort(([a], [b]) => a - b);
+  return [
+    ["--warn", marks.filter(warned)],
+    ["--bad", marks.filter((mark) => !warned(mark))],
+  ]
+    .filter(([, some]) => some.length)
+    .map(([hue, some]) => {
+      const said = some.map(([, events]) => events.slice(0, 3).map(eventLabel).join("<br>"));
+      return {
+        hue,
+        x: some.flatMap(([step]) => [step, step, null]),
+        y: some.flatMap(() => [1, 0, null]),
+        text: said.flatMap((text) => [text, text, ""]),
+        sizes: some.length <= MAX_SIGNS && some.flatMap(() => [6, 0, 0]),
+      };
+    });
+}
+
+// A thin line at each step with events, and what was said there under the pointer: one path for all warnings, one for what ended the run.
+function eventTraces() {
+  marked ??= eventMarks();
+  return marked.map(({ hue, x, y, text, sizes }) => ({
+    x,
+    y,
+    text,
     yaxis: "y2",
     name: "",
-    mode: "markers",
-    marker: { color: hues, size: 6, symbol: "triangle-down" },
-    text,
+    mode: sizes ? "lines+markers" : "lines",
+    opacity: 0.75,
+    line: { color: css(hue), width: 1, dash: "dot" },
+    marker: { color: css(hue), symbol: "triangle-down", size: sizes || 0, line: { width: 0 } },
     hovertemplate: "%{text}<extra></extra>",
     cliponaxis: false,
-  };
-  return { shapes, traces: [marks] };
+  }));
 }
 
 // As text that Plotly, which reads some tags, shows as it is.

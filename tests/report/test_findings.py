@@ -303,14 +303,15 @@ def test_events_are_listed_marked_in_curves_and_lead_to_curves_and_rollouts(demo
     assert rows.nth(0).inner_text().split("\n")[:3] == ["warning", "steps 11–13", "repetition"]
     assert "rolled back" in rows.nth(1).inner_text() and "went back to step 22" in rows.nth(1).inner_text()
     assert "1 roll-back took 3 steps back, which stand in rolled_back.jsonl" in page.inner_text("#events .hint")
-    page.wait_for_selector("#overview-accuracy .shapelayer path", state="attached")
+    page.wait_for_selector("#overview-accuracy .xy2 .js-line", state="attached")
     rows.nth(0).locator("text=curves").click()
     page.wait_for_selector("#curves[data-drawn]")
     assert page.locator("#curve-events .event").count() == 2
     for number in (0, 5):
         plot = page.locator("#curves .plot").nth(number)
         assert plot.evaluate("node => node._fullLayout.xaxis.range.map(Math.round)") == [7, 17]
-        assert plot.evaluate("node => node._fullLayout.shapes.map((shape) => shape.x0)") == [13, 26]
+        marks = plot.evaluate("node => node.data.filter((trace) => trace.yaxis === 'y2').map((trace) => trace.x)")
+        assert marks == [[13, 13, None], [26, 26, None]]  # warnings, and what ended the run
     page.click("#all-steps")
     plot = page.locator("#curves .plot").nth(1)
     assert plot.evaluate("node => node._fullLayout.xaxis.range[1]") >= 40 and page.locator("#all-steps").is_hidden()
