@@ -204,6 +204,11 @@ function words() {
       compared.length > 1 && ` With ${compared.length} comparisons some p values are small by chance.`,
     ]);
   }
+  for (const { pooled, name, runs, last } of GROUPS) {
+    const behind = pooled && last ? runs.filter((number) => DATA.runs[number].last?.step > last.step) : [];
+    if (behind.length)
+      lines.push([h("b", {}, name), `: pooled accuracy at step ${count(last.step)}, the last that every seed evaluated; some have come further.`]);
+  }
   if (GROUPS.some(({ pooled }) => pooled))
     lines.push(["Runs that differ in their seed alone are pooled: mean over seeds and 95 % t-interval, wide for few seeds."]);
   return lines.length > 0 && h("ul", { class: "words" }, lines.map((line) => h("li", {}, line)));

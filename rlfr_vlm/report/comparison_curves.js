@@ -55,12 +55,16 @@ const SECTIONS = [
   },
 ];
 const MIN_STEPS_TO_SMOOTH = 15;
+const LONGEST = Math.max(0, ...DATA.runs.map(({ hours }) => hours ?? 0));
+const CLOCK = LONGEST < 2 ? { unit: "min", perHour: 60 } : { unit: "h", perHour: 1 };
 
 const drawn = []; // [element, chart, height] of every chart on the page
 const hiddenGroups = new Set();
 let smoothing = 0.6;
 let axis = "steps";
 let zoomed = null;
+
+const across = (value) => (axis === "hours" ? value * CLOCK.perHour : value);
 
 // Points of one run or of pooled runs for a chart: {x, y, low, high}, low and high null where there is no interval.
 function runPoints(number, chart) {
@@ -71,7 +75,7 @@ function runPoints(number, chart) {
   const kept = rows.filter((row) => isNumber(row.y) && isNumber(row[axis]));
   const bounded = chart.evaluation === "accuracy" && kept.length > 0 && kept.every((row) => isNumber(row.low) && isNumber(row.high));
   return {
-    x: kept.map((row) => row[axis]),
+    x: kept.map((row) => across(row[axis])),
     y: kept.map((row) => row.y),
     low: bounded ? kept.map((row) => row.low) : null,
     high: bounded ? kept.map((row) => row.high) : null,
@@ -84,7 +88,7 @@ function pooledPoints(group, chart) {
   if (!line) return { x: [], y: [], low: null, high: null };
   const kept = line[axis].map((_, at) => at).filter((at) => isNumber(line[axis][at]));
   const pick = (name) => kept.map((at) => line[name][at]);
-  return { x: pick(axis), y: pick("mean"), low: pick("low"), high: pick("high") };
+  return { x: pick(axis).map(across), y: pick("mean"), low: pick("low"), high: pick("high") };
 }
 
 function hasChart(chart) {
@@ -171,8 +175,8 @@ function drawChart(element, chart, height) {
       spikecolor: css("--muted"),
       spikethickness: 1,
       spikedash: "dot",
-      ticksuffix: axis === "hours" ? " h" : "",
-      unifiedhovertitle: { text: axis === "hours" ? "%{x:.3~f} h" : "step %{x}" },
+      ticksuffix: axis === "hours" ? ` ${CLOCK.unit}` : "",
+      unifiedhovertitle: { text: axis === "hours" ? `%{x:.3~f} ${CLOCK.unit}` : "step %{x}" },
       ...(zoomed ? { range: zoomed } : {}),
     },
     yaxis: { ...line, tickformat: chart.percent ? ".2~p" : "", exponentformat: "e", nticks: 5, rangemode: limits[0] >= 0 ? "nonnegative" : "normal" },
@@ -259,7 +263,7 @@ function showCurves() {
     h(
       "div",
       { class: "bar" },
-      h("div", { class: "choice", role: "group", "aria-label": "horizontal axis" }, axisButton("steps", "by step"), axisButton("hours", "by hour", !hours.some(Boolean))),
+      h("div", { class: "choice", role: "group", "aria-label": "horizontal axis" }, axisButton("steps", "by step"), axisButton("hours", "by time", !hours.some(Boolean))),
       h(
         "label",
         {},
@@ -297,7 +301,7 @@ function showCurves() {
 }
 
 function hourWords(untimed) {
-  return ["Hours: the sum of the steps' own times, without evaluations.", untimed.length > 0 && ` No step times in ${untimed.join(", ")}: not drawn.`];
+  return ["Time: the sum of the steps' own times, without evaluations.", untimed.length > 0 && ` No step times in ${untimed.join(", ")}: not drawn.`];
 }
 
 function otherCharts() {

@@ -1,7 +1,6 @@
 // On a page that is served: asks for the stamp of the newest page and loads that, without losing the view.
 (() => {
   "use strict";
-  const EVERY = 2000; // milliseconds
   const KEPT = `live ${location.pathname}`;
   const sign = document.createElement("span");
   sign.className = "pill";
@@ -15,7 +14,7 @@
 
   const openDetails = () => [...document.querySelectorAll("details")].map((box) => box.open);
   const sliders = () => [...document.querySelectorAll("input[type=range][id]")];
-  const REST = 4000; // milliseconds after the reader did something
+  const REST = 2 * LOOK_MS; // after the reader did something
   let touched = -REST;
   for (const event of ["wheel", "touchmove", "keydown", "pointerdown", "input"])
     addEventListener(event, () => (touched = performance.now()), { passive: true });
@@ -71,7 +70,7 @@
     } catch {
       say("not live: the server has ended", "");
     }
-    setTimeout(ask, EVERY);
+    setTimeout(ask, LOOK_MS);
   }
 
   history.scrollRestoration = "manual";

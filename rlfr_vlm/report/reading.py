@@ -17,10 +17,10 @@ ABSENT = {
     "config.resolved.yaml": "no settings to show; training writes it when it starts",
     "env.json": "no versions to show; training writes it when it starts",
     "metrics.jsonl": "no curves; the run has not finished its first step, or this is no run folder",
-    "checkpoints": "none written yet; `train.save_steps` says when the first one is due",
+    "checkpoints": "none written yet; train.save_steps says when the first one is due",
     "checkpoints/latest": "no checkpoint is complete yet, so the run would begin anew",
-    "eval": "no held-out accuracy; `eval.every` is 0, or the first evaluation has not ended",
-    "rollouts": "no responses to read; the run has not finished its first step, or `train.log_rollouts` is 0",
+    "eval": "no held-out accuracy; eval.every is 0, or the first evaluation has not ended",
+    "rollouts": "no responses to read; the run has not finished its first step, or train.log_rollouts is 0",
 }
 OF_A_RUN = ("config.resolved.yaml", "env.json", "metrics.jsonl", "events.jsonl", "checkpoints", "eval", "rollouts", "flow")
 
@@ -41,12 +41,12 @@ def about_folder(folder: Path) -> list[Problem]:
     except OSError as error:
         return [unreadable(folder, error)]
     if not entries:
-        return [Problem("damaged", folder.name, "an empty folder; if a run is to write here, it has not started")]
+        return [Problem("note", relative(folder.resolve()), "an empty folder; if a run is to write here, it has not started")]
     if {entry.name for entry in entries} & set(OF_A_RUN):
         return []
     runs = sorted(entry.name for entry in entries if is_there(Path(entry.path) / "metrics.jsonl"))
     hint = f"; runs lie in it, such as {', '.join(runs[:3])}: name one of them, or several to compare them" if runs else ""
-    return [Problem("damaged", folder.name, f"no run folder: nothing that training writes is in it{hint}")]
+    return [Problem("note", relative(folder.resolve()), f"no run folder: nothing that training writes is in it{hint}")]
 
 
 def is_there(path: Path) -> bool:

@@ -23,6 +23,7 @@ from pathlib import Path
 from rlfr_vlm.errors import UserError
 from rlfr_vlm.report.comparison_page import write_comparison
 from rlfr_vlm.report.during import FAILURES
+from rlfr_vlm.report.evaluation import find_benchmarks
 from rlfr_vlm.report.html import EVALUATION_PAGE, write_report
 from rlfr_vlm.report.template import asset, live
 
@@ -30,7 +31,7 @@ ADDRESS = "127.0.0.1"
 LOOK_S = 2.0  # between two looks at the files
 REST = 4  # times its own duration that pass before a page is built again
 TIMEOUT_S = 30.0  # for a request to arrive
-WATCHED = ("", "rollouts", "eval", "checkpoints", "flow")  # folders of a run, by their files' names, sizes and times
+WATCHED = ("", "rollouts", "eval", "checkpoints", "flow")  # folders of a run, by their files' names, sizes and times; benchmarks too
 PAGES = {"/": "report.html", f"/{EVALUATION_PAGE}": EVALUATION_PAGE}
 HEADERS = {
     "Cache-Control": "no-store",
@@ -92,7 +93,7 @@ class Pages:
             found = {path: Path(scratch) / name for path, name in PAGES.items()}
             texts = {path: file.read_text(encoding="utf-8") for path, file in found.items() if file.exists()}
         stamp = hashlib.sha256("".join(texts.values()).encode()).hexdigest()[:16]
-        script = f"const PAGE_STAMP = {json.dumps(stamp)};\n{asset('live.js')}"
+        script = f"const PAGE_STAMP = {json.dumps(stamp)};\nconst LOOK_MS = {1000 * LOOK_S:.0f};\n{asset('live.js')}"
         return stamp, {path: live(text, script).encode() for path, text in texts.items()}
 
 
@@ -102,11 +103,11 @@ def fingerprint(folders: Sequence[Path]) -> str:
 
 
 def _files(folder: Path) -> Iterator[str]:
-    for name in WATCHED:
+    for place in [*(folder / name for name in WATCHED), *find_benchmarks(folder)]:
         try:
-            entries = sorted(os.scandir(folder / name), key=lambda entry: entry.name)
+            entries = sorted(os.scandir(place), key=lambda entry: entry.name)
         except OSError as error:  # not there yet, or no more
-            yield f"{folder}/{name}: {error.strerror}"
+            yield f"{place}: {error.strerror}"
             continue
         for entry in entries:
             if entry.name.endswith((".tmp", ".lock")) or entry.name in PAGES.values():
@@ -116,7 +117,7 @@ def _files(folder: Path) -> Iterator[str]:
             except OSError:
                 continue  # removed meanwhile
             changes = "" if entry.is_dir() else f" {found.st_size} {found.st_mtime_ns}"
-            yield f"{folder}/{name}/{entry.name}{changes}"
+            yield f"{place}/{entry.name}{changes}"
 
 
 class Handler(BaseHTTPRequestHandler):

@@ -212,6 +212,15 @@ def test_the_stamp_changes_when_the_run_writes_and_only_then(tmp_path, monkeypat
     assert not any(path.exists() for path in written)
 
 
+def test_an_evaluation_is_watched_too(tmp_path):
+    for place in ("math500", "eval/step_000004/math500"):
+        (tmp_path / place).mkdir(parents=True)
+        (tmp_path / place / "protocol.json").write_text("{}")
+        before = fingerprint([tmp_path])
+        (tmp_path / place / "ledger.jsonl").write_text("{}\n")
+        assert fingerprint([tmp_path]) != before
+
+
 def test_a_page_that_takes_long_is_built_seldom(tmp_path, monkeypatch):
     monkeypatch.setattr(module, "LOOK_S", 0.0)
     run = make_run(tmp_path / "run", steps=3)
@@ -310,7 +319,8 @@ def until(page, condition: str, seconds: float = 15) -> None:
 
 
 @needs_browser
-def test_an_open_page_follows_a_run_that_grows_and_keeps_its_view(tmp_path, chromium):
+def test_an_open_page_follows_a_run_that_grows_and_keeps_its_view(tmp_path, chromium, monkeypatch):
+    monkeypatch.setattr(module, "LOOK_S", 0.5)
     run = make_run(tmp_path / "run", steps=8)
     (run / "config.resolved.yaml").write_text("train:\n  steps: 20\n" + "".join(f"line_{n}: {n}\n" for n in range(200)))
     complaints: list[str] = []
