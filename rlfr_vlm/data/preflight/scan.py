@@ -19,6 +19,7 @@ from rlfr_vlm.errors import UserError
 from rlfr_vlm.rewards.answers import MAX_GOLD, unwrap_gold
 from rlfr_vlm.rewards.grader import Grader
 
+LATE = "wall limit"  # reason of a verdict that a busy machine did not come to: such an answer is asked for again, alone
 BATCH = 128  # rows whose answers are graded together
 PENDING = 4  # batches being graded while rows are read on
 MAX_REMEMBERED = 50_000  # gold answers that are not graded again
@@ -242,10 +243,14 @@ class _Reading:
     def _read_golds(self, golds: list[str]) -> None:
         """Whether each can be graded against, and whether it is right by its own measure."""
         unreadable = [reason or "" for reason in self.grader.check_golds(golds)]
+        for late in (i for i, reason in enumerate(unreadable) if reason.startswith(LATE)):
+            unreadable[late] = self.grader.check_gold(golds[late]) or ""
         fine = [gold for gold, reason in zip(golds, unreadable, strict=True) if not reason]
         forms = {"boxed": r"\boxed{%s}", "tag": "<answer>%s</answer>", "text": "The answer is \\boxed{%s}."}
         responses = [(gold, forms[self.cfg.reward.answer].replace("%s", unwrap_gold(gold))) for gold in fine]
-        verdicts = dict(zip(fine, self.grader.grade(responses), strict=True))
+        graded = self.grader.grade(responses)
+        graded = [self.grader.grade([item])[0] if one.reason.startswith(LATE) else one for item, one in zip(responses, graded, strict=True)]
+        verdicts = dict(zip(fine, graded, strict=True))
         for gold, reason in zip(golds, unreadable, strict=True):
             own = verdicts.get(gold)
             reached = own is None or own.verdict == "correct"
