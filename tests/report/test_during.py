@@ -8,8 +8,12 @@ from pathlib import Path
 
 import pytest
 
+from rlfr_vlm.config import parse_config
+from rlfr_vlm.ranks import Ranks
 from rlfr_vlm.report import during
 from rlfr_vlm.report.during import REST, ReportKeeper
+from rlfr_vlm.rewards.grader import Grader
+from rlfr_vlm.training.run import Run
 from tests.report.test_report import make_run, page_data
 from tests.runs import cli, make_config, make_data
 from tests.tiny_models import tiny_qwen2_5_vl
@@ -61,6 +65,17 @@ def test_a_report_that_fails_is_said_once_and_is_no_failure_of_the_run(tmp_path)
     keeper(last=True)
     assert page_data(run / "report.html")["overview"]["numSteps"] == 2
     assert len(said) == 2
+
+
+def test_only_the_first_rank_writes_and_the_last_word_is_always_written(tmp_path):
+    cfg = parse_config({"output_dir": str(tmp_path), "model": {"path": "m"}})
+    calls: list[tuple[int, bool]] = []
+    with Grader(cfg.reward.grader, "text") as grader:
+        for rank in (1, 0):
+            run = Run(cfg, grader, ranks=Ranks(rank))
+            run.report = lambda last, rank=rank: calls.append((rank, last))
+            run.close()
+    assert calls == [(0, True)]
 
 
 @pytest.fixture(scope="module")

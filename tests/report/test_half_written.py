@@ -20,6 +20,7 @@ from rlfr_vlm.report.comparison_page import write_comparison
 from rlfr_vlm.report.findings import examine
 from rlfr_vlm.report.html import write_report
 from rlfr_vlm.report.run_files import read_run
+from rlfr_vlm.training.rollout_files import write_rollouts
 from tests.report.browser import needs_browser
 from tests.report.test_report import make_run, page_data, write_jsonl
 
@@ -154,6 +155,21 @@ def test_every_file_cut_anywhere_is_named_and_the_rest_is_shown(run):
                 assert page_data(run / "report.html")["rollouts"]["numResponses"] == 2 * 16 + whole_rows
         path.write_bytes(content)
     assert problems(write_report(run)) == {}
+
+
+def test_a_table_of_rollouts_cut_anywhere_is_named_and_the_others_are_shown(run):
+    pytest.importorskip("pyarrow")
+    for step in (1, 2, 3):
+        rows = (run / f"rollouts/step_{step:06d}.jsonl").read_text().splitlines()
+        path = write_rollouts(run / "rollouts", step, rows, "parquet")
+    content = path.read_bytes()
+    for cut in (0, 3, len(content) // 2, len(content) - 1):
+        path.write_bytes(content[:cut])
+        assert problems(write_report(run)).keys() == {"rollouts/step_000003.parquet"}
+        assert page_data(run / "report.html")["rollouts"]["numResponses"] == 32
+    path.write_bytes(content)
+    assert problems(write_report(run)) == {}
+    assert page_data(run / "report.html")["rollouts"]["numResponses"] == 48
 
 
 def test_a_last_line_that_lacks_only_its_line_break_counts(run):
