@@ -8,7 +8,8 @@ const WORDS_PER_LINE = 56; // letters, under the pointer
 function eventPanel(small) {
   const log = RUN.events;
   if (!log.events.length && small) return null;
-  if (!log.events.length) return h("p", { class: "quiet", id: "no-events" }, "No events: the monitors said nothing, or the run had none.");
+  const nothing = log.watched ? "No events: the monitors had nothing to say." : "No events.jsonl: this run was not watched by monitors.";
+  if (!log.events.length) return h("p", { class: "quiet", id: "no-events" }, nothing);
   const tally = Object.keys(ACTIONS)
     .map((action) => [log.events.filter((event) => event.action === action).length, ACTIONS[action]])
     .filter(([number]) => number)

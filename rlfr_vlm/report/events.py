@@ -36,6 +36,7 @@ class EventLog:
     num_left_out: int = 0  # earlier ones
     num_roll_backs: int = 0  # in `rolled_back.jsonl`
     num_steps_taken_back: int = 0
+    watched: bool = False  # there is such a file: monitors write it even where they say nothing
 
     def for_page(self) -> dict[str, Any]:
         """As JSON."""
@@ -44,11 +45,12 @@ class EventLog:
             "numLeftOut": self.num_left_out,
             "numRollBacks": self.num_roll_backs,
             "numStepsTakenBack": self.num_steps_taken_back,
+            "watched": self.watched,
         }
 
 
 def read_events(folder: Path, problems: list[Problem]) -> EventLog:
-    """The run's log of events. No file is no events: monitors had nothing to say, or there were none."""
+    """The run's log of events. No file is no problem: the run had no monitors."""
     events: list[Event] = []
     left_out = strange = 0
     path = folder / "events.jsonl"
@@ -65,7 +67,7 @@ def read_events(folder: Path, problems: list[Problem]) -> EventLog:
     if strange:
         problems.append(Problem("damaged", path.name, f"{strange} events name no step, or neither monitor nor text; left out"))
     roll_backs, steps = _taken_back(folder / "rolled_back.jsonl", problems)
-    return EventLog(tuple(events[-MAX_EVENTS:]), left_out, roll_backs, steps)
+    return EventLog(tuple(events[-MAX_EVENTS:]), left_out, roll_backs, steps, is_there(path))
 
 
 def _event(row: dict[str, Any]) -> Event | None:

@@ -36,6 +36,7 @@ class Watch:
         if not self.ranks.first:
             return
         keep_lines(self.folder / METRICS, lambda row: row["step"] <= step)
+        (self.folder / EVENTS).touch()  # an empty file says that there were monitors, and that they saw nothing
         rows = read_lines(self.folder / EVENTS)
         final = max(
             (at for at, row in enumerate(rows) if row.get("action") != "warn"), default=-1

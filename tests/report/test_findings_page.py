@@ -164,10 +164,11 @@ def test_views_show_what_there_is_and_say_what_is_not(tmp_path, state, open_repo
     if state == "no_events":
         for name in ("events.jsonl", "rolled_back.jsonl"):
             (run / name).unlink()
-        said["overview"] = "No events: the monitors said nothing, or the run had none."
+        said["overview"] = "No events.jsonl: this run was not watched by monitors."
     if state == "empty_events":
         (run / "events.jsonl").write_text("")
-        said["overview"] = "No events"
+        (run / "rolled_back.jsonl").unlink()
+        said["overview"] = "No events: the monitors had nothing to say."
     if state == "torn_events":
         text = (run / "events.jsonl").read_text()
         (run / "events.jsonl").write_text("no json\n" + text[: len(text) - 40])
