@@ -59,9 +59,15 @@ def read_compared(folders: Sequence[Path]) -> list[Compared]:
     twice = [str(folder) for folder, num in Counter(existing_folder(folder).resolve() for folder in folders).items() if num > 1]
     if twice:
         raise UserError(f"{twice[0]} is given twice; a run is compared with other runs")
+    if all(_only_evaluated(folder) for folder in folders):
+        raise UserError(f"{folders[0]} and the others hold evaluations, no training: `rlfr-vlm compare A B` compares those")
     runs = [_compared(folder, name) for folder, name in zip(folders, names(folders), strict=True)]
     first = runs[0]
     return [first, *(_with_versus(first, run) for run in runs[1:])]
+
+
+def _only_evaluated(folder: Path) -> bool:
+    return not is_training_run(folder) and bool(find_benchmarks(folder))
 
 
 def names(folders: Sequence[Path]) -> list[str]:
@@ -76,8 +82,8 @@ def names(folders: Sequence[Path]) -> list[str]:
 def _compared(folder: Path, name: str) -> Compared:
     files = read_run(folder)
     problems = list(files.problems)
-    if not is_training_run(folder) and find_benchmarks(folder):
-        problems.append(Problem("note", name, "holds an evaluation, no training; `rlfr-vlm compare A B` compares evaluations"))
+    if _only_evaluated(folder):
+        problems.append(Problem("note", "metrics.jsonl", "an evaluation, no training; rlfr-vlm compare A B compares evaluations"))
     seconds = (files.metrics.series or {}).get("timing_s/step", ())
     hours = accumulate((value / 3600 if value is not None else 0.0 for value in seconds), initial=0.0)
     known = tuple(hours)[1:] if any(seconds) else (None,) * len(files.metrics.steps)

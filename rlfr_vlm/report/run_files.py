@@ -304,6 +304,10 @@ def _evaluations(folder: Path, problems: list[Problem]) -> tuple[Evaluation, ...
             num_samples=as_whole(row.get("num_samples")),
             by_source=tuple(_source(name, values) for name, values in sorted(sources.items())) if isinstance(sources, dict) else (),
         )
+    ended = {step for step, _ in _step_files(folder, ".json", [])}
+    for step, path in _step_files(folder, ".jsonl", []):
+        if step not in ended:
+            problems.append(Problem("note", relative(path), "responses of an evaluation that has not ended; train again to go on"))
     return tuple(found[step] for step in sorted(found))
 
 

@@ -285,6 +285,16 @@ def test_the_command_writes_a_page_and_says_where(tmp_path, capsys, monkeypatch)
         write_comparison([tmp_path / "first", tmp_path / "nothing"], tmp_path / "page.html")
 
 
+def test_evaluations_are_sent_to_the_verb_that_compares_them(tmp_path):
+    for name in ("a", "b"):
+        (tmp_path / name / "math500").mkdir(parents=True)
+        (tmp_path / name / "math500/protocol.json").write_text("{}")
+    with pytest.raises(UserError, match="rlfr-vlm compare A B"):
+        read_compared([tmp_path / "a", tmp_path / "b"])
+    runs = read_compared([small_run(tmp_path / "run"), tmp_path / "a"])
+    assert any("an evaluation, no training" in problem.text for problem in runs[1].problems)
+
+
 # In a browser.
 
 

@@ -179,6 +179,13 @@ def test_a_last_line_that_lacks_only_its_line_break_counts(run):
     assert page_data(run / "report.html")["overview"]["numSteps"] == 3
 
 
+def test_an_evaluation_that_a_kill_cut_short_is_named(run):
+    (run / "eval/step_000003.json").unlink()
+    (run / "eval/step_000003.jsonl").write_text('{"id": "p", "sample')
+    assert problems(write_report(run)) == {"eval/step_000003.jsonl": " responses of an evaluation that has not ended; train again to go on"}
+    assert [e["step"] for e in page_data(run / "report.html")["overview"]["evaluations"]] == [0, 1, 2]
+
+
 def test_a_config_cut_within_a_number_is_not_believed_in_silence(run):
     (run / "config.resolved.yaml").write_text("train:\n  steps: 30"[:-1])
     assert problems(write_report(run)) == {
