@@ -194,6 +194,15 @@ def test_a_warning_can_be_quarantined(tmp_path, capsys):
     assert code == 2 and "no kind `duplicates`" in err
 
 
+def test_a_reward_function_reads_its_gold_answers_itself(tmp_path, capsys):
+    rows_of(tmp_path / "data/train.jsonl", [clean(tmp_path, "train", i, False) | {"answer": "\\frac{" if i else "None"} for i in range(8)])
+    (tmp_path / "own.py").write_text("def score(prompts, completions): ...\n")
+    for function, kinds in ((f"{tmp_path}/own.py:score", set()), (None, {"answer_unreadable", "answer_placeholder", "too_few_rows"})):
+        path = config(tmp_path, {"train": "train"}, reward={"function": function})
+        assert validate(capsys, "--config", path, "--no-model")[0] == (2 if kinds else 0)
+        assert {kind for *_, kind in findings(tmp_path)[1]} == kinds
+
+
 @pytest.mark.parametrize("name", ["rows.json", "rows.parquet"])
 def test_other_formats_and_their_copies(tmp_path, capsys, name):
     rows = [{"prompt": f"What is {i} plus {i}?", "answer": "" if i == 3 else str(2 * i)} for i in range(6)]
@@ -242,7 +251,7 @@ def test_a_process_that_dies_costs_no_other_row(tmp_path, fault, lost):
 
 
 def test_a_row_that_hangs_is_named(tmp_path):
-    rows_of(tmp_path / "rows.jsonl", [clean(tmp_path, "train", i, False) for i in range(5)])
+    rows_of(tmp_path / "rows.jsonl", [clean(tmp_path, "train", i, False) for i in range(2)])
     code = (
         "from pathlib import Path\n"
         "from rlfr_vlm.config import load_config\n"
@@ -261,7 +270,7 @@ def test_a_row_that_hangs_is_named(tmp_path):
     assert done.returncode == 2, done.stderr
     data, found = findings(tmp_path)
     assert {kind for *_, kind in found} == {"row_crash", "too_few_rows"}
-    assert len([f for f in data["findings"] if f["kind"] == "row_crash" and "did not come back within 1 s" in f["reason"]]) == 5
+    assert len([f for f in data["findings"] if f["kind"] == "row_crash" and "did not come back within 1 s" in f["reason"]]) == 2
 
 
 # -- parts -------------------------------------------------------------------------------------------------------------

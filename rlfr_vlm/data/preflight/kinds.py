@@ -43,7 +43,7 @@ _ALL = (
     _error(
         "messages_malformed",
         "schema",
-        "a message without role or content, with a part that is neither text nor picture, or the user's is not the last",
+        "a message lacks role or content, has a part that is neither text nor picture, or the last one is not the user's",
         "write messages as {role, content}",
     ),
     _error(
@@ -85,13 +85,13 @@ _ALL = (
     _error(
         "image_count",
         "image_count",
-        "as many <image> marks as pictures are needed",
+        "the number of <image> marks is not that of the pictures",
         "add or remove marks, or the pictures that are left over",
     ),
     _error(
         "text_model", "images", "the row has pictures, but the model reads text alone", "choose a vision-language model, or drop the row"
     ),
-    _error("image_missing", "image", "there is no such file", "check the path; name its folder in data.media_dirs"),
+    _error("image_missing", "image", "there is no file of this name", "check the path; name its folder in data.media_dirs"),
     _error("image_broken", "image", "a file that is empty, cut off, or no picture", "download or export it again"),
     _error("image_pixels", "image", "more than 50 million pixels by its header; it is not decoded", "scale it down"),
     _error("image_bytes", "image", "a file of more than 32 MiB", "scale it down or compress it"),
@@ -115,7 +115,9 @@ _ALL = (
     _warning("image_absent", "the text speaks of a figure that is shown, but the row has no picture", "add the picture, or drop the row"),
     # the gold answer
     _error("answer_missing", "answer", "there is no gold answer, or it is empty", "fill it in, or drop the row"),
-    _error("answer_type", "answer", "the gold answer is a list, an object, a truth value or no number", "write it as text"),
+    _error(
+        "answer_type", "answer", "the gold answer is no text and no number, but a list, an object, true, false or NaN", "write it as text"
+    ),
     _error("answer_unreadable", "answer", "the grader cannot read the gold answer", "write the final answer alone, as text or LaTeX"),
     _warning(
         "answer_unreachable",

@@ -99,11 +99,19 @@ def findings_table(findings: list[Finding]) -> Table:
     ):
         table.add_column(name, **options)  # type: ignore[arg-type]
     for kind, found in by_kind(findings).items():
-        first = "\n".join(place(one) for one in found[:FIRST_ROWS]) + ("\n..." if len(found) > FIRST_ROWS else "")
+        first = first_rows(found)
         severity = f"[red]{found[0].severity}[/red]" if found[0].severity == "error" else f"[yellow]{found[0].severity}[/yellow]"
         what = f"{escape(KINDS[kind].meaning)}\n[dim]-> {escape(KINDS[kind].do)}[/dim]"
         table.add_row(kind, severity, str(len(found)), escape(first), what)
     return table
+
+
+def first_rows(found: list[Finding]) -> str:
+    """`train.jsonl:75, 1517, ...`, a line of text for each file."""
+    lines: dict[str, list[str]] = {}
+    for one in found[:FIRST_ROWS]:
+        lines.setdefault(one.file, []).append(place(one) if one.file not in lines or one.line is None else str(one.line))
+    return "\n".join(", ".join(rows) for rows in lines.values()) + (", ..." if len(found) > FIRST_ROWS else "")
 
 
 def verdict(cfg: Config, data: Mapping[str, Any]) -> str:

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import signal
 import time
 import warnings
 from collections import deque
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import islice
 from multiprocessing.connection import Connection, wait
@@ -34,6 +36,7 @@ def _serve(pipe: Connection, cfg: Config, sources: dict[Role, str], with_model: 
     from rlfr_vlm.data.preflight.examine import make_examiners
 
     os.environ |= {"TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": "1"}
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole process group: the parent decides
     warnings.simplefilter("ignore")  # Pillow's, of large pictures and odd metadata
     try:
         examiners = make_examiners(cfg, sources, with_model)
@@ -41,14 +44,12 @@ def _serve(pipe: Connection, cfg: Config, sources: dict[Role, str], with_model: 
         pipe.send(error)
         return
     pipe.send(READY)
-    while True:
-        try:
+    with suppress(EOFError, BrokenPipeError, ConnectionResetError):  # the parent is gone
+        while True:
             role, tasks = pipe.recv()
-        except EOFError:
-            return
-        for task in tasks:
-            faultpoint("validate_row")
-            pipe.send(examiners[role].examine(task))
+            for task in tasks:
+                faultpoint("validate_row")
+                pipe.send(examiners[role].examine(task))
 
 
 @dataclass
