@@ -10,6 +10,7 @@ from rlfr_vlm.errors import UserError
 from rlfr_vlm.report.html import write_report
 
 REST = 60  # times its own duration that pass before a report is written again: less than 1/60 of the run's time
+HURRY = 5.0  # seconds that a page may take of the time between SIGTERM and SIGKILL
 FAILURES = (UserError, OSError, ValueError, TypeError, LookupError, ArithmeticError)  # what a folder in any state can lead to
 
 
@@ -20,12 +21,16 @@ class ReportKeeper:
         """clock: seconds."""
         self.folder, self.warn, self.clock = folder, warn, clock
         self._due = clock()
+        self._took = 0.0
         self._warned = False
 
-    def __call__(self, last: bool = False) -> None:
-        """Write it, unless that was done a moment ago; the last one is always written. What fails is said once."""
+    def __call__(self, last: bool = False, hurried: bool = False) -> None:
+        """Write it, unless that was done a moment ago; the last one is always written. What fails is said once.
+
+        hurried: the run was asked to stop and is killed if it does not: a page that took long is left as it is.
+        """
         start = self.clock()
-        if start < self._due and not last:
+        if (start < self._due and not last) or (hurried and self._took > HURRY):
             return
         try:
             write_report(self.folder)
@@ -33,5 +38,5 @@ class ReportKeeper:
             if not self._warned:
                 self.warn(f"report.html was not written: {error or type(error).__name__}; the run goes on without it")
             self._warned = True
-        end = self.clock()
-        self._due = end + REST * (end - start)
+        self._took = self.clock() - start
+        self._due = start + (1 + REST) * self._took

@@ -154,7 +154,7 @@ class Run:
 
     def _report(self, last: bool = False) -> None:
         if self.report is not None and self.ranks.first:
-            self.report(last)
+            self.report(last, self._asked_to_stop)
 
     def owes_evaluation(self, step: int) -> bool:
         """Whether the evaluation after this step, the restored one, was lost to a kill."""
@@ -250,7 +250,7 @@ class Run:
             self._trackers.write(step, metrics)
 
     benchmarks: Callable[[Sampler, Path], dict[str, dict[str, Any]]] | None = None  # set by the command
-    report: Callable[[bool], None] | None = None  # likewise; writes report.html, unless it did so a moment ago or is told that the run ends
+    report: Callable[[bool, bool], None] | None = None  # likewise; writes report.html, told whether the run ends, and whether in a hurry
 
     def evaluate(self, step: int, engine: RolloutEngine) -> float:
         """Accuracy on the held-out problems and on the benchmarks, written to eval/ and to the metrics. Returns their mean.

@@ -50,6 +50,21 @@ def test_it_takes_less_than_a_fiftieth_of_the_time_whatever_a_page_costs(tmp_pat
     assert len(spent) == last + 1
 
 
+@pytest.mark.parametrize(("took", "num"), [(1.0, 2), (40.0, 1)])
+def test_a_page_that_takes_long_is_not_written_between_sigterm_and_sigkill(tmp_path, monkeypatch, took, num):
+    clock, written = Clock(), []
+
+    def write(folder: Path) -> None:
+        written.append(clock.now)
+        clock.now += took
+
+    monkeypatch.setattr(during, "write_report", write)
+    keeper = ReportKeeper(tmp_path, pytest.fail, clock)
+    keeper()
+    keeper(last=True, hurried=True)
+    assert len(written) == num
+
+
 def test_a_report_that_fails_is_said_once_and_is_no_failure_of_the_run(tmp_path):
     said: list[str] = []
     keeper = ReportKeeper(tmp_path / "gone", said.append)
@@ -73,7 +88,7 @@ def test_only_the_first_rank_writes_and_the_last_word_is_always_written(tmp_path
     with Grader(cfg.reward.grader, "text") as grader:
         for rank in (1, 0):
             run = Run(cfg, grader, ranks=Ranks(rank))
-            run.report = lambda last, rank=rank: calls.append((rank, last))
+            run.report = lambda last, hurried, rank=rank: calls.append((rank, last))
             run.close()
     assert calls == [(0, True)]
 
