@@ -142,6 +142,7 @@ function lastCell({ group, run }) {
   return [
     percent(value),
     h("small", {}, `${note}step ${count(point.step)}`),
+    isNumber(run?.numProblems) && h("small", {}, plural(run.numProblems, "problem")),
     isNumber(point.low) && h("small", { title: run ? "95 % interval over problems" : "95 % t-interval over seeds" }, bounds(point)),
   ];
 }

@@ -110,7 +110,7 @@ def _with_versus(first: Compared, run: Compared) -> Compared:
     sides = [_answers(each, step, notes) for each, step in zip((first, run), pair, strict=True)]
     versus = against(sides[0], sides[1])
     words = list(versus.words)
-    if common and (max(steps[0]), max(steps[1])) != pair:
+    if versus.change and common and (max(steps[0]), max(steps[1])) != pair:
         words.insert(0, f"compared at step {pair[0]}, the last that both evaluated")
     found = Versus(versus.steps, versus.change, versus.gained, versus.lost, tuple(words))
     return Compared(run.name, run.files, run.problems, run.hours, run.settings, found)

@@ -213,7 +213,14 @@ function headline() {
     h("h2", {}, "Held-out accuracy ", h("small", {}, bandWords())),
     lineToggles(),
     h("div", { id: "headline", class: "plot" }),
+    apart(),
   );
+}
+
+// Lines that lie in one chart without being comparable.
+function apart() {
+  const others = DATA.runs.filter(({ versus, last }) => last && versus && !versus.difference).map(({ name }) => name);
+  return others.length > 0 && h("p", { class: "hint", id: "apart" }, `Not comparable with the first run, see above: ${others.join(", ")}.`);
 }
 
 function bandWords() {

@@ -337,6 +337,8 @@ def test_the_table_says_what_was_compared_and_what_was_not(page, open_report):
     said = report.page.inner_text(".words")
     assert "elsewhere: not compared: other problems: 60 only in the first run (as p000), 30 only in this one (as q0)." in said
     assert "empty: not compared: this run: no evaluation." in said
+    assert report.page.inner_text("#apart") == "Not comparable with the first run, see above: elsewhere."
+    assert "30 problems" in rows[5]
     assert "empty: an empty folder" in report.page.inner_text("#problems").replace("empty: empty", "empty")
     settings = report.page.inner_text("#settings")
     assert "optim.lr" in settings and "flow" in settings and "algorithm.method" not in settings
