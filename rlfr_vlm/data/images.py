@@ -51,7 +51,7 @@ def open_header(source: Any, roots: Sequence[Path], allow_urls: bool = False) ->
     except Image.DecompressionBombError as error:
         raise ImageError(f"{name} is not a readable picture: {error}", "image_pixels") from None
     except UnidentifiedImageError:
-        raise ImageError(f"{name} is not a readable picture: none of {', '.join(FORMATS)}") from None
+        raise ImageError(f"{name} is not a readable picture") from None  # Pillow says no more than the address of its buffer
     except UNREADABLE as error:
         raise ImageError(f"{name} is not a readable picture: {error}") from None
     if image.width * image.height > MAX_PIXELS:
