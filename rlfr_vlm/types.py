@@ -33,6 +33,12 @@ class Prompt:
     extra: dict[str, Any] = field(default_factory=dict)  # columns that are none of ours, for custom reward functions
     origin: str = ""  # `file:line`, for error messages
 
+    @property
+    def question(self) -> str:
+        """What the user asks, pictures as `<image>`; for a person to read."""
+        parts = (part for message in self.messages if message["role"] == "user" for part in message["content"])
+        return "".join("<image>" if part["type"] == "image" else part["text"] for part in parts)
+
 
 @dataclass(frozen=True)
 class EncodedPrompt:

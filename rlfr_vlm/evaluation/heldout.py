@@ -109,6 +109,7 @@ def _write(folder: Path, result: HeldoutResult, answers: Sequence[tuple[Sequence
                     line = {
                         "id": group.prompt.prompt.id,
                         "sample_index": -1 if greedy else rollout.sample_index,
+                        "question": group.prompt.prompt.question,
                         "response": rollout.text,
                         "prediction": outcome.prediction,
                         "answer": group.prompt.prompt.answer,

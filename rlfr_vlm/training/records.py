@@ -31,15 +31,12 @@ def rollout_line(
 ) -> dict[str, Any]:
     """One response as a JSON object: the contract of the report."""
     prompt = rollout.prompt.prompt
-    question = "".join(
-        "<image>" if p["type"] == "image" else p["text"] for m in prompt.messages if m["role"] == "user" for p in m["content"]
-    )
     return {
         "step": step,
         "prompt_id": prompt.id,
         "sample_index": rollout.sample_index,
         "data_source": prompt.data_source,
-        "question": question,
+        "question": prompt.question,
         "images": list(pictures),
         "answer": prompt.answer,
         "response": rollout.text,
