@@ -18,8 +18,8 @@ from rlfr_vlm.config import DataConfig, load_config
 from rlfr_vlm.data.preflight.figures import bins
 from rlfr_vlm.data.preflight.kinds import KINDS
 from rlfr_vlm.data.preflight.notices import answer_notices, column_notices, text_notices
-from rlfr_vlm.data.preflight.scan import line_of
-from rlfr_vlm.data.preflight.show import histogram, percent
+from rlfr_vlm.data.preflight.scan import Finding, line_of
+from rlfr_vlm.data.preflight.show import first_rows, histogram, percent
 from rlfr_vlm.data.preflight.workers import LIBRARIES
 from rlfr_vlm.data.prompts import BadRows, load_prompts, parse_row
 from rlfr_vlm.data.render import Renderer, encode_all
@@ -328,6 +328,16 @@ def test_the_histogram_marks_the_limit():
     lines = histogram(many, 3000)
     assert "data.max_prompt_tokens=3000" in lines[-2] and lines[-1].split()[0] == "3001-9000"
     assert "data.max_prompt_tokens=9000" in histogram(many, 9000)[-1]
+
+
+def test_rows_are_named_shortly():
+    found = [
+        Finding(f"d/{file}", "train", line, "", "image_broken", "error", "")
+        for file, line in [("a.jsonl", 3), ("a.jsonl", 9), ("b.parquet", 0)]
+    ]
+    assert first_rows(found) == "a.jsonl:3, 9\nb.parquet[0]"
+    assert first_rows(found + found) == "a.jsonl:3, 9, 3\nb.parquet[0], ..."
+    assert first_rows([Finding("d/a.jsonl", "train", None, "", "too_few_rows", "error", "")]) == "a.jsonl"
 
 
 def test_shares_are_never_rounded_to_none_or_all():

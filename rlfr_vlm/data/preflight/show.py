@@ -110,7 +110,8 @@ def first_rows(found: list[Finding]) -> str:
     """`train.jsonl:75, 1517, ...`, a line of text for each file."""
     lines: dict[str, list[str]] = {}
     for one in found[:FIRST_ROWS]:
-        lines.setdefault(one.file, []).append(place(one) if one.file not in lines or one.line is None else str(one.line))
+        rows = lines.setdefault(one.file, [])
+        rows.append(str(one.line) if rows and one.line is not None else place(one))
     return "\n".join(", ".join(rows) for rows in lines.values()) + (", ..." if len(found) > FIRST_ROWS else "")
 
 
