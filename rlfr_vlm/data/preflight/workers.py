@@ -16,6 +16,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import islice
+from multiprocessing import forkserver, resource_tracker
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
@@ -36,7 +37,6 @@ def _serve(pipe: Connection, cfg: Config, sources: dict[Role, str], with_model: 
     from rlfr_vlm.data.preflight.examine import make_examiners
 
     os.environ |= {"TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": "1"}
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole process group: the parent decides
     warnings.simplefilter("ignore")  # Pillow's, of large pictures and odd metadata
     try:
         examiners = make_examiners(cfg, sources, with_model)
@@ -69,6 +69,10 @@ class Workers:
         """row_seconds: wall time of one row before its process is ended."""
         self._context = multiprocessing.get_context("forkserver")
         self._context.set_forkserver_preload(LIBRARIES if with_model else LIBRARIES[:1])
+        resource_tracker.ensure_running()  # which the server needs, and whose start would unmask the signal
+        masked = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # which the server and its workers inherit: Ctrl-C is for us
+        forkserver.ensure_running()
+        signal.pthread_sigmask(signal.SIG_SETMASK, masked)
         self._arguments = (cfg, sources, with_model)
         self._row_seconds = row_seconds
         self.lost: list[str] = []  # what happened to processes that died or hung
