@@ -110,7 +110,7 @@ def write_problems(run: BenchmarkRun) -> None:
         pictures = [_save_picture(source, run) for source in problem.prompt.images]
         line = {
             "id": problem.prompt.id,
-            "question": question(problem),
+            "question": problem.prompt.question,
             "images": pictures,
             "golds": list(problem.golds),
             "data_source": problem.prompt.data_source,
@@ -132,16 +132,6 @@ def _save_picture(source: Any, run: BenchmarkRun) -> str:
         target.parent.mkdir(exist_ok=True)
         image.save(target)
     return name
-
-
-def question(problem: Problem) -> str:
-    """What the user's turns say, pictures as marks."""
-    return "".join(
-        "<image>" if part["type"] == "image" else part["text"]
-        for message in problem.prompt.messages
-        if message["role"] == "user"
-        for part in message["content"]
-    )
 
 
 # -- answers and verdicts ----------------------------------------------------------------------------------------------
@@ -195,7 +185,7 @@ def judge_rest(run: BenchmarkRun, ledger: Ledger) -> None:
     problems = run.by_id
     graded = dict(zip(waiting, rules(run, ledger, waiting), strict=True))
     items = [
-        JudgeItem(question(problems[s[0]]), " or ".join(problems[s[0]].golds), graded[s].prediction, ledger.answers[s].response[-TAIL:])
+        JudgeItem(problems[s[0]].prompt.question, " or ".join(problems[s[0]].golds), graded[s].prediction, ledger.answers[s].response[-TAIL:])
         for s in waiting
     ]
     for index, said in run.judge.judge(items):

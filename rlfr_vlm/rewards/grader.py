@@ -34,6 +34,7 @@ __all__ = ["Gold", "Graded", "Grader", "extract_answer", "gold_problem", "grade_
 Gold = str | tuple[str, ...] | list[str]  # one gold answer, or several of which any is right
 MAX_GOLDS = 8  # of one item: with so many its request still fits into a pipe
 START_SECONDS = 120.0  # wall time for a worker to import sympy; about 1.5 s of CPU time
+LATE = "wall limit"  # how the reason begins where a busy machine did not come to a verdict
 MAX_FAILED_STARTS = 3  # in a row, before the fault is taken for one of the installation
 _ENVIRONMENT = ("PATH", "LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH", "PYTHONHOME", "HOME", "LANG", "LC_ALL", "TMPDIR")
 
@@ -228,8 +229,13 @@ class Grader:
         return [Graded(verdict, prediction, reason) for (verdict, reason), prediction in zip(replies, predictions, strict=True)]
 
     def check_golds(self, golds: Sequence[Gold]) -> list[str | None]:
-        """For each gold answer the reason why it cannot be graded against, or None."""
-        return [reason or None for _, reason in self._run([{"golds": _cut(gold)} for gold in golds])]
+        """For each gold answer the reason why it cannot be graded against, or None. One that a busy machine did not come to is asked again."""
+        requests = [{"golds": _cut(gold)} for gold in golds]
+        reasons = [reason or None for _, reason in self._run(requests)]
+        for late in [i for i, reason in enumerate(reasons) if reason is not None and reason.startswith(LATE)]:
+            ((_, reason),) = self._run([requests[late]])
+            reasons[late] = reason or None
+        return reasons
 
     def check_gold(self, gold: Gold) -> str | None:
         """Why this gold answer cannot be graded against, or None."""
@@ -291,7 +297,7 @@ class Grader:
                 item = worker.item
                 self._replace(slot, grace=0.0)
                 if item is not None:
-                    settled.append((item, ("error", f"wall limit: no verdict within {self.cfg.wall_seconds:g} s")))
+                    settled.append((item, ("error", f"{LATE}: no verdict within {self.cfg.wall_seconds:g} s")))
         return settled
 
     def _replace(self, slot: int, grace: float) -> int:

@@ -266,6 +266,13 @@ def test_worker_is_a_bare_interpreter(monkeypatch):
         assert not is_alive(pid)
 
 
+def test_a_gold_answer_that_a_busy_machine_did_not_come_to_is_asked_for_again():
+    with Grader(GraderConfig(workers=1, wall_seconds=1.0)) as grader:
+        assert grader.check_golds(["1"]) == [None]
+        os.kill(grader._workers[0].process.pid, signal.SIGSTOP)
+        assert grader.check_golds(["\\frac{1}{2}", "", "3"])[::2] == [None, None]
+
+
 def test_killed_worker_costs_its_own_item_only(grader):
     grader.grade([("42", boxed("42"))] * 4)
     result = []

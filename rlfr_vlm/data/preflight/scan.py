@@ -17,9 +17,8 @@ from rlfr_vlm.data.preflight.workers import Workers
 from rlfr_vlm.data.prompts import RowError, claim_id, read_rows, row_origin
 from rlfr_vlm.errors import UserError
 from rlfr_vlm.rewards.answers import MAX_GOLD, unwrap_gold
-from rlfr_vlm.rewards.grader import Grader
+from rlfr_vlm.rewards.grader import LATE, Grader
 
-LATE = "wall limit"  # reason of a verdict that a busy machine did not come to: such an answer is asked for again, alone
 BATCH = 128  # rows whose answers are graded together
 PENDING = 4  # batches being graded while rows are read on
 MAX_REMEMBERED = 50_000  # gold answers that are not graded again
@@ -243,8 +242,6 @@ class _Reading:
     def _read_golds(self, golds: list[str]) -> None:
         """Whether each can be graded against, and whether it is right by its own measure."""
         unreadable = [reason or "" for reason in self.grader.check_golds(golds)]
-        for late in (i for i, reason in enumerate(unreadable) if reason.startswith(LATE)):
-            unreadable[late] = self.grader.check_gold(golds[late]) or ""
         fine = [gold for gold, reason in zip(golds, unreadable, strict=True) if not reason]
         forms = {"boxed": r"\boxed{%s}", "tag": "<answer>%s</answer>", "text": "The answer is \\boxed{%s}."}
         responses = [(gold, forms[self.cfg.reward.answer].replace("%s", unwrap_gold(gold))) for gold in fine]
