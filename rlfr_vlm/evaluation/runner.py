@@ -185,7 +185,9 @@ def judge_rest(run: BenchmarkRun, ledger: Ledger) -> None:
     problems = run.by_id
     graded = dict(zip(waiting, rules(run, ledger, waiting), strict=True))
     items = [
-        JudgeItem(problems[s[0]].prompt.question, " or ".join(problems[s[0]].golds), graded[s].prediction, ledger.answers[s].response[-TAIL:])
+        JudgeItem(
+            problems[s[0]].prompt.question, " or ".join(problems[s[0]].golds), graded[s].prediction, ledger.answers[s].response[-TAIL:]
+        )
         for s in waiting
     ]
     for index, said in run.judge.judge(items):
