@@ -54,7 +54,7 @@ def read_events(folder: Path, problems: list[Problem]) -> EventLog:
     events: list[Event] = []
     left_out = strange = 0
     path = folder / "events.jsonl"
-    for row in json_lines(path, problems) if is_there(path) else ():
+    for row in json_lines(path, problems, may_be_empty=True) if is_there(path) else ():
         event = _event(row)
         if event is None:
             strange += 1

@@ -57,10 +57,11 @@ def is_there(path: Path) -> bool:
         return False
 
 
-def json_lines(path: Path, problems: list[Problem], growing: bool = False) -> Iterator[dict[str, Any]]:
+def json_lines(path: Path, problems: list[Problem], growing: bool = False, may_be_empty: bool = False) -> Iterator[dict[str, Any]]:
     """The objects of a JSONL file. What parses counts, also without its line break; a last line that does not is named as torn.
 
     growing: the file is written line by line for hours, and resumed: a torn end, or nothing yet, is nothing to speak of.
+    may_be_empty: so is a file without a line.
     """
     bad: list[int] = []
     torn = False
@@ -77,7 +78,7 @@ def json_lines(path: Path, problems: list[Problem], growing: bool = False) -> It
                     torn = True
                 elif line.strip():
                     bad.append(number)
-            if file.tell() == 0 and not growing:
+            if file.tell() == 0 and not growing and not may_be_empty:
                 problems.append(Problem("note", relative(path), "empty: nothing was written yet, or a kill came first"))
     except OSError as error:
         problems.append(unreadable(path, error))
