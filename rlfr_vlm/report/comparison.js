@@ -25,22 +25,8 @@ function groupName(runs) {
   return shared.length >= 2 ? `${shared}, ${names.length} seeds` : names.join(", ");
 }
 
-// The address bar holds the view and its settings (#curves?x=hours), so that a reload or a copied address shows the same.
-function readAddress() {
-  const [view, settings] = location.hash.slice(1).split("?");
-  return { view: view in VIEWS ? view : "runs", settings: new URLSearchParams(settings || "") };
-}
-
-function writeAddress(view, settings = {}) {
-  const text = new URLSearchParams(Object.entries(settings).filter(([, value]) => value !== "" && value !== null)).toString();
-  history.replaceState(null, "", `#${view}${text ? `?${text}` : ""}`);
-}
-
 function openView(view) {
-  for (const name of Object.keys(VIEWS)) {
-    byId(name).hidden = name !== view;
-    byId(`tab-${name}`).setAttribute("aria-selected", String(name === view));
-  }
+  selectTab(view);
   if (!shownViews.has(view)) VIEWS[view]();
   shownViews.add(view);
 }
@@ -256,15 +242,8 @@ function settingsTable(columns, rows) {
 function start() {
   byId("comparison-name").textContent = DATA.name;
   byId("num-runs").textContent = plural(DATA.runs.length, "run");
-  for (const name of Object.keys(VIEWS)) {
-    byId(`tab-${name}`).addEventListener("click", () => {
-      writeAddress(name);
-      openView(name);
-    });
-  }
-  window.addEventListener("hashchange", () => openView(readAddress().view));
   matchMedia("(prefers-color-scheme: dark)").addEventListener("change", redraw);
-  openView(readAddress().view);
+  startTabs(openView);
 }
 
 document.addEventListener("DOMContentLoaded", start);

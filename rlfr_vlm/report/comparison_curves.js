@@ -156,31 +156,13 @@ function drawChart(element, chart, height) {
   const limits = bandLimits(chart);
   const traces = GROUPS.filter(({ at }) => !hiddenGroups.has(at)).flatMap((group) => groupTraces(group, chart, limits));
   const known = drawn.some(([other]) => other === element);
-  const line = { gridcolor: css("--line"), zeroline: false, linecolor: css("--line"), tickfont: { size: 11 } };
-  const layout = {
-    height,
-    margin: { l: 50, r: 14, t: 10, b: 28 },
-    showlegend: false,
-    hovermode: "x unified",
-    paper_bgcolor: "rgba(0,0,0,0)",
-    plot_bgcolor: "rgba(0,0,0,0)",
-    font: { family: css("--sans"), size: 12, color: css("--muted") },
-    hoverlabel: { bgcolor: css("--card"), bordercolor: css("--line"), font: { color: css("--ink"), size: 12 }, namelength: -1 },
-    xaxis: {
-      ...line,
-      showgrid: false,
-      ticks: "outside",
-      ticklen: 3,
-      tickcolor: css("--line"),
-      spikecolor: css("--muted"),
-      spikethickness: 1,
-      spikedash: "dot",
-      ticksuffix: axis === "hours" ? ` ${CLOCK.unit}` : "",
-      unifiedhovertitle: { text: axis === "hours" ? `%{x:.3~f} ${CLOCK.unit}` : "step %{x}" },
-      ...(zoomed ? { range: zoomed } : {}),
-    },
-    yaxis: { ...line, tickformat: chart.percent ? ".2~p" : "", exponentformat: "e", nticks: 5, rangemode: limits[0] >= 0 ? "nonnegative" : "normal" },
+  const x = {
+    ticksuffix: axis === "hours" ? ` ${CLOCK.unit}` : "",
+    unifiedhovertitle: { text: axis === "hours" ? `%{x:.3~f} ${CLOCK.unit}` : "step %{x}" },
+    ...(zoomed ? { range: zoomed } : {}),
   };
+  const y = { tickformat: chart.percent ? ".2~p" : "", rangemode: limits[0] >= 0 ? "nonnegative" : "normal" };
+  const layout = plotLayout(height, { l: 50, r: 14, t: 10, b: 28 }, x, y);
   Plotly.react(element, traces, layout, { responsive: true, displayModeBar: false, doubleClick: "reset+autosize" });
   if (known) return;
   drawn.push([element, chart, height]);

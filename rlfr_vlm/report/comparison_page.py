@@ -22,7 +22,7 @@ VALUES = 600_000  # of all curves together; longer ones are thinned
 TEXT_BYTES = 6_000_000  # of responses as the page carries them
 CUTS = (10**9, 20_000, 8_000, 3_000, 1_000)  # characters of a response, tried in turn until TEXT_BYTES are enough
 MAX_NOTES = 50  # shown one by one
-SCRIPTS = ("shared.js", "comparison.js", "comparison_curves.js", "flips.js")  # in the order they are loaded
+SCRIPTS = ("shared.js", "tabs.js", "plots.js", "comparison.js", "comparison_curves.js", "flips.js")  # in the order they are loaded
 
 
 def write_comparison(folders: Sequence[Path], path: Path) -> Path:

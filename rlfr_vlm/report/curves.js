@@ -302,36 +302,15 @@ function drawChart(element, chart, height) {
   if (isNumber(chart.level) && traces.length) traces.push(levelTrace(chart));
   if (bySteps(chart) && traces.length) traces.push(...eventTraces());
   const known = drawn.some(([other]) => other === element);
-  const axis = { gridcolor: css("--line"), zeroline: false, linecolor: css("--line"), tickfont: { size: 11 }, fixedrange: false };
-  const layout = {
+  const margin = { l: 46, r: 16, t: 10, b: 26 };
+  const rangemode = chart.percent || chart.fromZero ? "tozero" : "normal";
+  const layout = plotLayout(
     height,
-    margin: { l: 46, r: 16, t: 10, b: 26 },
-    showlegend: false,
-    hovermode: "x unified",
-    paper_bgcolor: "rgba(0,0,0,0)",
-    plot_bgcolor: "rgba(0,0,0,0)",
-    font: { family: css("--sans"), size: 12, color: css("--muted") },
-    hoverlabel: { bgcolor: css("--card"), bordercolor: css("--line"), font: { color: css("--ink"), size: 12 } },
-    xaxis: {
-      ...axis,
-      showgrid: false,
-      ticks: "outside",
-      ticklen: 3,
-      tickcolor: css("--line"),
-      spikecolor: css("--muted"),
-      spikethickness: 1,
-      spikedash: "dot",
-      unifiedhovertitle: { text: "step %{x}" },
-    },
-    yaxis: {
-      ...axis,
-      tickformat: chart.percent ? ".2~p" : "",
-      exponentformat: "e",
-      nticks: 5,
-      rangemode: chart.percent || chart.fromZero ? "tozero" : "normal",
-    },
-    yaxis2: { overlaying: "y", range: [0, 1], fixedrange: true, visible: false },
-  };
+    margin,
+    { unifiedhovertitle: { text: "step %{x}" } },
+    { fixedrange: false, tickformat: chart.percent ? ".2~p" : "", rangemode },
+  );
+  layout.yaxis2 = { overlaying: "y", range: [0, 1], fixedrange: true, visible: false };
   if (zoomed && bySteps(chart)) layout.xaxis.range = zoomed;
   element.dataset.zoom = String(bySteps(chart) ? zoomed : null);
   Plotly.react(element, traces, layout, { responsive: true, displayModeBar: false, doubleClick: "reset+autosize" });

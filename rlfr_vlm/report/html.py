@@ -23,6 +23,8 @@ MAX_PROBLEMS = 50  # shown one by one
 EVALUATION_PAGE = "evaluation.html"  # of the benchmarks that a training run holds
 VIEWS = (  # in the order they are loaded
     "shared.js",
+    "tabs.js",
+    "plots.js",
     "page.js",
     "overview.js",
     "events.js",
