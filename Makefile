@@ -1,5 +1,5 @@
 # Two commands are all a newcomer needs: `make demo` and `make test`. Each installs into .venv what is missing, once.
-.PHONY: demo demo-text methods test test-slow bench lint install
+.PHONY: demo demo-text methods test test-slow bench lint install test-reliability
 SEED ?= 0
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM = false
@@ -18,10 +18,15 @@ methods: install         ## every method on the same data and seed: do the rewar
 	@.venv/bin/python scripts/methods.py --seed $(SEED)
 
 test: install            ## the fast lane
-	.venv/bin/python -m pytest -m "not slow and not gpu"
+	.venv/bin/python -m pytest -m "not slow and not gpu and not reliability"
 
 test-slow: install       ## kills, training curves and figures
 	.venv/bin/python -m pytest -m slow
+
+test-reliability: install ## the contract of docs/reliability.md at its full figures, which are written to docs/reliability_results.md
+	@rm -f .reliability.jsonl
+	RLFR_RELIABILITY_RESULTS=$(CURDIR)/.reliability.jsonl OMP_NUM_THREADS=1 .venv/bin/python -m pytest -m reliability
+	.venv/bin/python -m tests.reliability.results .reliability.jsonl docs/reliability_results.md
 
 lint: install
 	.venv/bin/ruff check . && .venv/bin/ruff format --check . && .venv/bin/mypy
