@@ -5,13 +5,14 @@ from __future__ import annotations
 import os
 import signal
 from collections import Counter
+from pathlib import Path
 
 _reached: Counter[str] = Counter()
 
 
-def faultpoint(name: str) -> None:
+def faultpoint(name: str, file: Path | None = None) -> None:
     """Pass a named point. With RLFR_FAULT=name:nth:action, its nth passing sends the process SIGKILL (`kill`), SIGSTOP
-    (`stop`) or SIGTERM (`term`), or raises (`raise`)."""
+    (`stop`) or SIGTERM (`term`), or raises (`raise`). file: what was written last; `tear` cuts it in half and then kills."""
     armed = os.environ.get("RLFR_FAULT")
     if not armed:
         return
@@ -19,6 +20,9 @@ def faultpoint(name: str) -> None:
     _reached[name] += 1
     if name != wanted or _reached[name] != int(nth):
         return
+    if action == "tear" and file is not None:
+        os.truncate(file, file.stat().st_size // 2)
+        action = "kill"
     signals = {"kill": signal.SIGKILL, "stop": signal.SIGSTOP, "term": signal.SIGTERM}
     if action in signals:
         os.kill(os.getpid(), signals[action])

@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
 from rlfr_vlm.config import Config, parse_config
 from rlfr_vlm.errors import CheckpointError, StoppedError, UserError
+from rlfr_vlm.faults import faultpoint
 from rlfr_vlm.models.policy import Policy
 from rlfr_vlm.ranks import ALONE, Ranks
 from rlfr_vlm.rollout.probe import TOLERANCE, probe_prompts
@@ -103,8 +104,11 @@ def plain_logprobs(model: Any, rollout: Rollout, banned: Sequence[int]) -> torch
 def export_policy(policy: Policy, folder: Path, ranks: Ranks = ALONE) -> None:
     """Write the policy as it is, whole or not at all; all ranks call it where it is sharded."""
     temporary = folder.with_name(f".tmp-{folder.name}")
+    if ranks.first:
+        shutil.rmtree(temporary, ignore_errors=True)  # of a run that was killed here
     policy.save(temporary, write=ranks.first)
     if ranks.first:
+        faultpoint("export")
         if folder.exists():
             shutil.rmtree(folder)
         temporary.rename(folder)

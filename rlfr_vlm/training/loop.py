@@ -61,6 +61,7 @@ def train(cfg: Config, learner: Learner, engine: RolloutEngine, prompts: PromptS
 def evaluate(learner: Learner, engine: RolloutEngine, prompts: PromptSource, run: Run, step: int) -> None:
     """Evaluate the policy as it is; the best checkpoint is kept."""
     engine.load_weights(learner.policy)
+    faultpoint("eval")
     run.keep_if_best(step, run.evaluate(step, engine), learner, prompts)
     engine.rest()
 

@@ -6,6 +6,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 
 from rlfr_vlm.config import Config
 from rlfr_vlm.data.render import PromptSource
+from rlfr_vlm.faults import faultpoint
 from rlfr_vlm.ranks import Ranks
 from rlfr_vlm.rewards.grader import Grader
 from rlfr_vlm.rollout.engine import RolloutEngine
@@ -52,6 +53,7 @@ class Rollouts:
     def _load(self, clock: dict[str, float]) -> None:
         with timed("sync", clock):
             self.engine.load_weights(self.learner.policy)
+        faultpoint("sync")
 
     def _collect(self, step: int, clock: dict[str, float]) -> Collected:
         batch = collect(self.cfg, self.engine, self.prompts, self.grader, step, clock, self.ranks)

@@ -11,6 +11,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from rlfr_vlm.errors import CheckpointError
+from rlfr_vlm.faults import faultpoint
 
 FILE_BYTES = 2**29  # of tensors that are held before they are written
 
@@ -34,7 +35,9 @@ class ShardWriter:
 
     def _flush(self) -> None:
         if self._held:
-            save_file(self._held, self.folder / f"{self.stem}-{self._files:04d}.safetensors")
+            path = self.folder / f"{self.stem}-{self._files:04d}.safetensors"
+            save_file(self._held, path)
+            faultpoint("checkpoint_file", path)
             self._held, self._files = {}, self._files + 1
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
