@@ -6,7 +6,6 @@ after that, and only then are old ones removed. Read in the opposite order of tr
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import json
 import os
@@ -14,81 +13,95 @@ import shutil
 import uuid
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
-from rlfr_vlm.errors import CheckpointError, DiskFullError
+from rlfr_vlm.errors import CheckpointError
 from rlfr_vlm.faults import faultpoint
+from rlfr_vlm.training.disk import check_room, refusals_named, written
 
 if TYPE_CHECKING:
     from rlfr_vlm.ranks import Ranks  # needs torch, which the lists of checkpoints below must not
 
 MANIFEST = "manifest.json"
 PREFIX = "global_step_"
+REPLACED = ".tmp-replaced-"  # and the name of a checkpoint, while another of the same step takes its place
 RANK = "rank_"  # and its number: a folder inside a checkpoint
+INTACT = "free some; the older checkpoints are intact"
+
+T = TypeVar("T")
 
 
 def commit_checkpoint(root: Path, step: int, write: Callable[[Path], None], keep: int, ranks: Ranks | None = None) -> Path:
     """Let `write` fill a folder and make it `root/global_step_N`, atomically. Keeps the newest `keep` checkpoints, and the best one.
 
     Every rank writes, flushes and hashes its own files; the first one commits them when all are done. Raises DiskFullError on every rank,
-    with every older checkpoint intact and nothing half-written left, when the disk is full.
+    with every older checkpoint intact and nothing half-written left, when the disk has no room for it or refuses it.
     """
     from rlfr_vlm.ranks import ALONE
 
     ranks = ranks or ALONE
-    final = root / f"{PREFIX}{step}"
-    name = ""
-    if ranks.first:
+    final, place = root / f"{PREFIX}{step}", f"checkpoint of step {step}"
+    temporary = root / ranks.broadcast(f".tmp-{final.name}-{uuid.uuid4().hex[:8]}", place)
+
+    def begin() -> None:
         root.mkdir(parents=True, exist_ok=True)
+        _put_back(root)
         _clear_temporary(root)
-        name = f".tmp-{final.name}-{uuid.uuid4().hex[:8]}"
-        (root / name).mkdir()
-    temporary = root / ranks.broadcast(name, f"checkpoint of step {step}")
-    problem: Exception | None = None
-    entries: dict[str, dict[str, Any]] = {}
-    try:
+        if found := list_checkpoints(root):
+            check_room(final, written(found[-1]), INTACT)
+        temporary.mkdir()
+
+    def fill() -> dict[str, dict[str, Any]]:
         rank_folder(temporary, ranks.rank).mkdir(parents=True, exist_ok=True)
         write(temporary)
         faultpoint("checkpoint_files")
-        entries = _flushed(temporary, ranks)
-    except Exception as error:
-        full = disk_is_full(error, root)
-        message = f"no space left for {final}: free some, the older checkpoints are intact"
-        problem = DiskFullError(message) if full else error
-        problem.__cause__ = error if full else None
-    try:
-        ranks.agree(problem, f"checkpoint of step {step}")
-        parts = ranks.gather(entries, f"checkpoint of step {step}")
-        if ranks.first:
-            _seal(temporary, step, {name: entry for part in parts for name, entry in part.items()})
-    except Exception as error:
-        if ranks.first:
-            full = disk_is_full(error, root)
-            shutil.rmtree(temporary, ignore_errors=True)
-            if full and not isinstance(error, DiskFullError):
-                raise DiskFullError(f"no space left for {final}: free some, the older checkpoints are intact") from error
-        raise
-    if ranks.first:
+        return _flushed(temporary, ranks)
+
+    def finish(parts: list[dict[str, dict[str, Any]]]) -> None:
+        _seal(temporary, step, {name: entry for part in parts for name, entry in part.items()})
         _commit(root, temporary, final, keep)
-    ranks.gather(None, f"commit of step {step}")
+
+    def together(act: Callable[[], T], here: bool) -> T | None:
+        """Where one rank fails, all do; none waits for one that has left."""
+        done, problem = None, None
+        try:
+            with refusals_named(final, temporary, INTACT):
+                done = act() if here else None
+        except Exception as error:
+            problem = error
+        ranks.agree(problem, place)
+        return done
+
+    try:
+        together(begin, ranks.first)
+        parts = ranks.gather(together(fill, True) or {}, place)
+        together(lambda: finish(parts), ranks.first)
+    except Exception:
+        if ranks.first:
+            shutil.rmtree(temporary, ignore_errors=True)
+            (root / "latest.tmp").unlink(missing_ok=True)
+        raise
     return final
 
 
 def _commit(root: Path, temporary: Path, final: Path, keep: int) -> None:
     faultpoint("checkpoint_manifest")
     if final.exists():  # of the same step: replaced, but never before the new one is complete
-        final.rename(root / f".tmp-replaced-{final.name}-{uuid.uuid4().hex[:8]}")
+        final.rename(root / f"{REPLACED}{final.name}-{uuid.uuid4().hex[:8]}")
+        faultpoint("checkpoint_replaced")
     temporary.rename(final)
     _sync_folder(root)
     faultpoint("checkpoint_rename")
     write_latest(root, final.name)
-    _clear_temporary(root)
+    faultpoint("checkpoint_latest")
     best = read_best(root)
     spared = {final.name, f"{PREFIX}{best['step']}" if best is not None else ""}
     others = [p for p in list_checkpoints(root) if p != final]
     for old in others[: -(keep - 1)]:
         if old.name not in spared:
-            shutil.rmtree(old)
+            old.rename(root / f".tmp-old-{old.name}-{uuid.uuid4().hex[:8]}")  # half removed, it would look like a damaged one
+            faultpoint("checkpoint_prune")
+    _clear_temporary(root)
 
 
 def write_latest(root: Path, name: str) -> None:
@@ -122,12 +135,10 @@ def set_aside(root: Path, step: int, why: str) -> None:
 
 def _clear_temporary(root: Path) -> None:
     for stale in root.glob(".tmp-*"):
-        shutil.rmtree(stale)
-
-
-def disk_is_full(error: BaseException, folder: Path) -> bool:
-    """Whether a failed write looks like a full disk: safetensors and torch.save report it as errors of their own, without an errno."""
-    return getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or shutil.disk_usage(folder).free < 2**20
+        if stale.is_dir():
+            shutil.rmtree(stale)
+        else:
+            stale.unlink()
 
 
 def rank_folder(folder: Path, rank: int) -> Path:
@@ -149,8 +160,14 @@ def _flushed(folder: Path, ranks: Ranks) -> dict[str, dict[str, Any]]:
 
 
 def _seal(folder: Path, step: int, entries: dict[str, dict[str, Any]]) -> None:
-    _write_durably(folder / MANIFEST, json.dumps({"step": step, "files": entries}, indent=1))
+    content = {"step": step, "files": entries}
+    _write_durably(folder / MANIFEST, json.dumps({**content, "sha256": _digest(content)}, indent=1))
     _sync_folder(folder)
+
+
+def _digest(content: dict[str, Any]) -> str:
+    """Of what a manifest says: a changed number or a missing line shows as a changed file does."""
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def _write_durably(path: Path, text: str) -> None:
@@ -182,11 +199,7 @@ def list_checkpoints(root: Path) -> list[Path]:
 
 def verify(folder: Path) -> None:
     """Raises CheckpointError naming the file, with what was expected and found."""
-    try:
-        files = json.loads((folder / MANIFEST).read_text())["files"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{folder / MANIFEST} cannot be read: {error}") from None
-    for name, entry in files.items():
+    for name, entry in _manifest(folder).items():
         path = folder / name
         if not path.is_file():
             raise CheckpointError(f"{path} is missing")
@@ -196,11 +209,38 @@ def verify(folder: Path) -> None:
             raise CheckpointError(f"{path} has sha256 {found[:12]}, expected {entry['sha256'][:12]}")
 
 
+def _manifest(folder: Path) -> dict[str, dict[str, Any]]:
+    """Size and sum of each file, by name. Raises CheckpointError where they are not what was written, or files were added."""
+    path = folder / MANIFEST
+    try:
+        content = json.loads(path.read_text())
+        told = content.pop("sha256")
+        files: dict[str, dict[str, Any]] = content["files"]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{path} cannot be read: {error!r}") from None
+    if told != _digest(content):
+        raise CheckpointError(f"{path} was changed after it was written")
+    for found in folder.rglob("*"):  # what is read back is found by its name
+        name = found.relative_to(folder)
+        if found.is_file() and str(name) not in files and str(name) != MANIFEST and not any(part.startswith(".") for part in name.parts):
+            raise CheckpointError(f"{found} is not in the manifest")
+    return files
+
+
+def _put_back(root: Path) -> None:
+    """Undo a replacement that a kill cut short: the checkpoint that was taken away, and the new one that is not there."""
+    for replaced in root.glob(f"{REPLACED}*"):
+        final = root / replaced.name.removeprefix(REPLACED).rpartition("-")[0]
+        if not final.exists():
+            replaced.rename(final)
+
+
 def newest_good(root: Path, warn: Callable[[str], None]) -> Path | None:
     """The newest checkpoint that verifies; each damaged one is reported and set aside. None where none was ever committed.
 
     Raises CheckpointError when there are checkpoints and none is good: a run never starts afresh in silence.
     """
+    _put_back(root)
     found = list_checkpoints(root)
     problems = []
     for folder in reversed(found):
