@@ -10,10 +10,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from rlfr_vlm.errors import DiskFullError, UserError
+from rlfr_vlm.errors import DiskFullError, Preempted, UserError
 
 FULL = (errno.ENOSPC, errno.EDQUOT)
 REFUSALS = (*FULL, errno.EFBIG, errno.EIO, errno.EROFS, errno.ESTALE)
+NO_SPACE = "no space left"
 NOTHING_FREE = 2**20  # bytes: whatever fails with less than that, a full disk is why
 
 
@@ -28,7 +29,7 @@ def refusal(error: BaseException, folder: Path) -> str | None:
         number = errno.ENOSPC
     if number not in REFUSALS:
         return None
-    return "no space left" if number in FULL else os.strerror(number)
+    return NO_SPACE if number in FULL else os.strerror(number)
 
 
 @contextmanager
@@ -46,10 +47,27 @@ def refusals_named(target: Path, partial: Path, rest: str = "free some") -> Iter
         raise DiskFullError(message(why, target, f"more than the {size(written(partial))} that were written", root, rest)) from error
 
 
+@contextmanager
+def fullness_named(folder: Path) -> Iterator[None]:
+    """Raises DiskFullError, naming the folder or the file, for whatever finds its disk full in this block."""
+    try:
+        yield
+    except (UserError, Preempted):
+        raise
+    except Exception as error:
+        if refusal(error, folder) != NO_SPACE:
+            raise
+        where = getattr(error, "filename", None) or folder
+        free = size(shutil.disk_usage(folder).free)
+        raise DiskFullError(
+            f"{NO_SPACE} for {where}: {free} are free on the disk of {folder}; free some and run the same command"
+        ) from error
+
+
 def check_room(target: Path, needed: int, rest: str = "free some") -> None:
     """Raises DiskFullError where less than `needed` bytes are free for `target`, before a byte is written."""
     if shutil.disk_usage(target.parent).free < needed:
-        raise DiskFullError(message("no space left", target, size(needed), target.parent, rest))
+        raise DiskFullError(message(NO_SPACE, target, size(needed), target.parent, rest))
 
 
 def message(why: str, target: Path, needed: str, root: Path, rest: str) -> str:

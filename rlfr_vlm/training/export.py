@@ -106,7 +106,12 @@ def export_policy(policy: Policy, folder: Path, ranks: Ranks = ALONE) -> None:
     temporary = folder.with_name(f".tmp-{folder.name}")
     if ranks.first:
         shutil.rmtree(temporary, ignore_errors=True)  # of a run that was killed here
-    policy.save(temporary, write=ranks.first)
+    try:
+        policy.save(temporary, write=ranks.first)
+    except Exception:
+        if ranks.first:
+            shutil.rmtree(temporary, ignore_errors=True)
+        raise
     if ranks.first:
         faultpoint("export")
         if folder.exists():
