@@ -16,6 +16,7 @@ from rich.console import Console
 from transformers import AutoConfig
 
 from rlfr_vlm.config import Config
+from rlfr_vlm.data.digests import RowDigests
 from rlfr_vlm.data.prompts import BadRows, PromptStream, RowError, load_prompts
 from rlfr_vlm.data.render import PromptSource, Renderer, encode_all
 from rlfr_vlm.errors import RolledBack, UserError
@@ -46,6 +47,7 @@ from rlfr_vlm.training.export import export_policy
 from rlfr_vlm.training.fit_flow import fit_flow
 from rlfr_vlm.training.learner import make_learner
 from rlfr_vlm.training.loop import train as train_loop
+from rlfr_vlm.training.resume import check_resumable
 from rlfr_vlm.training.run import Run
 from rlfr_vlm.training.schedule import check_field, new_field_folder
 from rlfr_vlm.training.trackers import check_recording
@@ -197,21 +199,42 @@ def _train_once(cfg: Config, ranks: Ranks, make: Callable[[Policy, Ranks], Rollo
     prompts, heldout, bad = rl_prompts(cfg)
     if not ranks.first:
         bad.record = None  # written once
+    rows = _rows_to_go_on_with(cfg, prompts, ranks)
     planned = plan(in_training(cfg)) if cfg.eval.every and ranks.first else []
     policy = Policy(cfg.model)
     learner = make_learner(cfg, policy, ranks)
     with ranks.named(), Grader(cfg.reward.grader, cfg.reward.answer) as grader:
         engine = make_engine(cfg, policy) if make is None else make(policy, ranks)
         try:
-            return run_training(Workbench(cfg, policy, grader, engine, learner), prompts, heldout if ranks.first else [], bad, planned)
+            bench = Workbench(cfg, policy, grader, engine, learner)
+            return run_training(bench, prompts, heldout if ranks.first else [], bad, planned, rows)
         finally:
             engine.close()
 
 
+def _rows_to_go_on_with(cfg: Config, prompts: Sequence[Prompt], ranks: Ranks) -> RowDigests:
+    """Digests of the rows, on the first rank. Raises UserError on all ranks where the folder holds a run that this one cannot go on with."""
+    rows, problem = RowDigests(), None
+    try:
+        if ranks.first:
+            rows = RowDigests.of(prompts)
+            for note in check_resumable(cfg, rows, ranks.size):
+                say(f"warning: {note}")
+    except UserError as error:
+        problem = error
+    ranks.agree(problem, "looking for a checkpoint")
+    return rows
+
+
 def run_training(
-    bench: Workbench, prompts: Sequence[Prompt], heldout: Sequence[Prompt], bad: BadRows, planned: Sequence[Planned] = ()
+    bench: Workbench,
+    prompts: Sequence[Prompt],
+    heldout: Sequence[Prompt],
+    bad: BadRows,
+    planned: Sequence[Planned] = (),
+    rows: RowDigests | None = None,
 ) -> Path:
-    """RL with parts that are already up; `planned` benchmarks are run every `eval.every` steps."""
+    """RL with parts that are already up; `planned` benchmarks are run every `eval.every` steps. rows: digests of the prompts."""
     cfg, policy = bench.cfg, bench.policy
     learner = bench.learner or make_learner(cfg, policy)
     ranks = learner.ranks
@@ -225,6 +248,7 @@ def run_training(
         PromptStream(len(kept), cfg.run_seed, cfg.data.shuffle),
         bad,
         ranks=ranks,
+        rows=rows or RowDigests.of(prompts),
     )
     encoded = encode_heldout(bench, heldout) if heldout else []
     run = Run(cfg, bench.grader, encoded, ranks=ranks)

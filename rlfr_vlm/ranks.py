@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import os
 import re
+import signal
 import socket
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -22,6 +25,7 @@ T = TypeVar("T")
 LOOPBACK = ("127.", "localhost", "::1")
 JOIN_SECONDS = 300.0  # for all ranks to start
 ADD_BYTES = 2**28
+PR_SET_PDEATHSIG = 1  # of Linux: the signal that a process gets when its parent ends
 
 
 @dataclass(frozen=True)
@@ -241,6 +245,8 @@ def join(cfg: Config, launch: Launch | None = None) -> Ranks:
     check_launch(cfg, launch)
     if cfg.deepspeed is None:
         return Ranks(timeout_s=cfg.train.timeout_s)
+    if launch.agent:
+        _end_with_parent()
     if launch.host.startswith(LOOPBACK):
         os.environ.setdefault("GLOO_SOCKET_IFNAME", next((name for _, name in socket.if_nameindex() if name.startswith("lo")), "lo"))
     if torch.cuda.is_available():
@@ -253,6 +259,12 @@ def join(cfg: Config, launch: Launch | None = None) -> Ranks:
     except RuntimeError as error:
         raise StoppedError(f"rank {launch.rank} of {launch.size}: the others did not come: {' '.join(str(error).split())[:200]}") from None
     return Ranks(launch.rank, launch.size, cfg.train.timeout_s, dist.PrefixStore("rlfr", store))
+
+
+def _end_with_parent() -> None:
+    """torchrun starts ranks in sessions of their own: killed, it would leave them behind, training on and holding the run's folder."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def _store(launch: Launch) -> dist.TCPStore:

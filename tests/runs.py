@@ -30,6 +30,15 @@ def make_data(folder: Path, count: int = 8) -> None:
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
+def make_text_data(folder: Path, count: int = 8) -> None:
+    """The same files with sums to do, for models without eyes."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in ("train", "test", "expert"):
+        rows = [{"id": f"{name}{i}", "prompt": f"How much is {i} + 2?", "answer": str(i + 2), "data_source": "sums"} for i in range(count)]
+        lines = [json.dumps({**row, "response": f"= \\boxed{{{row['answer']}}}"}) for row in rows]
+        (folder / f"{name}.jsonl").write_text("\n".join(lines) + "\n")
+
+
 def make_config(folder: Path, model: str, **sections) -> Path:
     """A run of four small steps with the flow on, saved at every second one."""
     tree = {

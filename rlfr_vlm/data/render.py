@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from PIL import Image
 
 from rlfr_vlm.config import DataConfig
+from rlfr_vlm.data.digests import RowDigests
 from rlfr_vlm.data.images import ImageError, open_image
 from rlfr_vlm.data.prompts import BadRows, PromptStream, RowError
 from rlfr_vlm.errors import UserError
@@ -181,10 +182,14 @@ class PromptSource:
         bad: BadRows,
         check: Callable[[EncodedPrompt], None] | None = None,
         ranks: Ranks = ALONE,
+        rows: RowDigests | None = None,
     ) -> None:
-        """check: raises RowError for an encoded prompt that cannot be used after all. ranks: who share the encoding of each batch."""
+        """check: raises RowError for an encoded prompt that cannot be used after all. ranks: who share the encoding of each batch.
+
+        rows: of the data set as it was read, for checkpoints.
+        """
         self.prompts, self.renderer, self.stream, self.bad, self.check = prompts, renderer, stream, bad, check
-        self.ranks = ranks
+        self.ranks, self.rows = ranks, rows or RowDigests()
         self._known_bad: set[int] = set()
         self._held: int | None = None
 

@@ -200,13 +200,24 @@ def list_checkpoints(root: Path) -> list[Path]:
 def verify(folder: Path) -> None:
     """Raises CheckpointError naming the file, with what was expected and found."""
     for name, entry in _manifest(folder).items():
-        path = folder / name
-        if not path.is_file():
-            raise CheckpointError(f"{path} is missing")
-        if path.stat().st_size != entry["size"]:
-            raise CheckpointError(f"{path} has {path.stat().st_size} bytes, expected {entry['size']}")
-        if (found := sha256(path)) != entry["sha256"]:
-            raise CheckpointError(f"{path} has sha256 {found[:12]}, expected {entry['sha256'][:12]}")
+        _check(folder / name, entry)
+
+
+def verify_file(folder: Path, name: str) -> None:
+    """The same of one file."""
+    files = _manifest(folder)
+    if name not in files:
+        raise CheckpointError(f"{folder / MANIFEST} does not name {name}")
+    _check(folder / name, files[name])
+
+
+def _check(path: Path, entry: dict[str, Any]) -> None:
+    if not path.is_file():
+        raise CheckpointError(f"{path} is missing")
+    if path.stat().st_size != entry["size"]:
+        raise CheckpointError(f"{path} has {path.stat().st_size} bytes, expected {entry['size']}")
+    if (found := sha256(path)) != entry["sha256"]:
+        raise CheckpointError(f"{path} has sha256 {found[:12]}, expected {entry['sha256'][:12]}")
 
 
 def _manifest(folder: Path) -> dict[str, dict[str, Any]]:
@@ -241,6 +252,7 @@ def newest_good(root: Path, warn: Callable[[str], None]) -> Path | None:
     Raises CheckpointError when there are checkpoints and none is good: a run never starts afresh in silence.
     """
     _put_back(root)
+    _clear_temporary(root)
     found = list_checkpoints(root)
     problems = []
     for folder in reversed(found):

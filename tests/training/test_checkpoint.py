@@ -2,9 +2,11 @@
 
 import errno
 import json
+from collections import Counter
 
 import pytest
 
+from rlfr_vlm import faults
 from rlfr_vlm.errors import CheckpointError, DiskFullError
 from rlfr_vlm.training.checkpoint import commit_checkpoint, list_checkpoints, newest_good, verify
 
@@ -109,3 +111,36 @@ def test_no_good_checkpoint_is_never_a_fresh_start(tmp_path):
         newest_good(tmp_path, lambda message: None)
     assert raised.value.exit_code == 4
     assert newest_good(tmp_path / "empty", lambda message: None) is None
+
+
+STAGES = ["checkpoint_files", "checkpoint_manifest", "checkpoint_replaced", "checkpoint_rename", "checkpoint_latest", "checkpoint_prune"]
+
+
+@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("step", [3, 4])
+def test_ended_at_any_stage_of_a_commit_a_whole_checkpoint_is_left_and_nothing_else_is_called_one(tmp_path, monkeypatch, stage, step):
+    """Step 3 is saved a second time: the only whole checkpoint of that step is out of the way for a moment."""
+    committed(tmp_path, 2, 3)
+    monkeypatch.setattr(faults, "_reached", Counter())
+    monkeypatch.setenv("RLFR_FAULT", f"{stage}:1:raise")
+    reached = (stage != "checkpoint_replaced" or step == 3) and (stage != "checkpoint_prune" or step == 4)
+    try:
+        commit_checkpoint(tmp_path, step, write(b"new"), keep=2)
+        assert not reached
+    except RuntimeError as fault:
+        assert reached and stage in str(fault)
+    monkeypatch.delenv("RLFR_FAULT")
+    found = newest_good(tmp_path, lambda message: pytest.fail(message))
+    assert found is not None and found.name == (f"global_step_{step}" if stage not in STAGES[:3] or not reached else "global_step_3")
+    for folder in list_checkpoints(tmp_path):
+        verify(folder)
+    assert (tmp_path / (tmp_path / "latest").read_text()).is_dir()
+    commit_checkpoint(tmp_path, 5, write(b"newer"), keep=2)
+    assert not [*tmp_path.glob(".tmp-*")]
+
+
+def test_a_stale_file_of_a_roll_back_is_cleared_as_well(tmp_path):
+    committed(tmp_path, 1)
+    (tmp_path / ".tmp-roll_backs.json").write_text("[")
+    committed(tmp_path, 2)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["global_step_1", "global_step_2", "latest"]

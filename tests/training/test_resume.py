@@ -1,33 +1,22 @@
-"""A run killed anywhere and started again ends with the same weights, to the bit; and would not if anything were left out of the restore."""
+"""A run killed anywhere and started again ends with the same weights, to the bit (all of it: tests/reliability)."""
 
 import json
-import random
-from pathlib import Path
 
 import pytest
 
 from rlfr_vlm.commands import train
 from rlfr_vlm.config import load_config
 from rlfr_vlm.errors import UserError
-from rlfr_vlm.rollout import hf_engine
-from rlfr_vlm.training import run as run_module
-from rlfr_vlm.training import state as state_module
-from rlfr_vlm.training.checkpoint import list_checkpoints
+from tests.reliability.started import NOISY_REWARD
 from tests.runs import POLICY, cli, digest, make_config, make_data
 
 POINTS = ["rollout:3:kill", "reward:2:kill", "backward:4:kill", "step:3:kill", "checkpoint_policy:2:kill"]
-STOCHASTIC_REWARD = """
-import random
-
-def reward(prompts, completions, **columns):
-    return [random.random() for _ in completions]
-"""
 
 
 def prepared(folder, model, **sections):
     folder.mkdir(exist_ok=True)
     make_data(folder)
-    (folder / "noisy.py").write_text(STOCHASTIC_REWARD)  # draws from a generator that only the checkpoint can bring back
+    (folder / "noisy.py").write_text(NOISY_REWARD)  # draws from a generator that only the checkpoint can bring back
     return make_config(folder, model, reward={"function": f"{folder / 'noisy.py'}:reward"}, **sections)
 
 
@@ -76,54 +65,6 @@ def test_killed_at_five_points_resumes_to_the_same_weights(model_folder, tmp_pat
     expected = digest(tmp_path / "whole", 4)
     for number, point in enumerate(POINTS):
         assert killed_and_resumed(config, tmp_path / f"killed{number}", point) == expected, point
-
-
-@pytest.fixture
-def interrupted(model_folder, tmp_path):
-    """Runs in this process: the config of a run that stands at step 2, and the digest of the uninterrupted one."""
-    config = prepared(tmp_path / "a", model_folder("qwen2_5_vl"))
-    whole = load_config(config, (f"output_dir={tmp_path / 'whole'}",))
-    train(whole)
-    half = tmp_path / "half" / "checkpoints"
-    half.mkdir(parents=True)
-    list_checkpoints(tmp_path / "whole" / "checkpoints")[0].rename(half / "global_step_2")
-    return load_config(config, (f"output_dir={tmp_path / 'half'}",)), digest(tmp_path / "whole", 4)
-
-
-def resume(cfg):
-    random.seed(99)  # another process would not be where this one is
-    train(cfg)
-    return digest(Path(cfg.output_dir), 4)
-
-
-@pytest.mark.slow
-def test_resumed_in_full_is_equal(interrupted):
-    cfg, expected = interrupted
-    assert resume(cfg) == expected
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("left_out", ["rng", "data_position", "flow_optimizer", "request_seeds"])
-def test_negative_control_leaving_one_thing_out_is_seen(interrupted, monkeypatch, left_out):
-    cfg, expected = interrupted
-    if left_out == "rng":
-        monkeypatch.setattr(state_module, "set_rng_state", lambda state: None)
-    elif left_out == "request_seeds":
-        original = hf_engine.request_seed
-        monkeypatch.setattr(hf_engine, "request_seed", lambda *parts: original("another process", *parts))
-    else:
-        load = run_module.load_state
-
-        def partial(folder, learner, prompts, state):
-            load(folder, learner, prompts, state)
-            if left_out == "data_position":
-                prompts.stream.position = 0
-            else:
-                learner.flow_optimizer.torch.state.clear()
-                learner.flow_optimizer.steps = 0
-
-        monkeypatch.setattr(run_module, "load_state", partial)
-    assert resume(cfg) != expected
 
 
 def test_a_changed_config_is_not_resumed_in_silence(model_folder, tmp_path):
