@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import gc
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -45,6 +45,7 @@ from rlfr_vlm.rollout import make_engine
 from rlfr_vlm.rollout.engine import RolloutEngine
 from rlfr_vlm.training.export import export_policy
 from rlfr_vlm.training.fit_flow import fit_flow
+from rlfr_vlm.training.hold import held
 from rlfr_vlm.training.learner import make_learner
 from rlfr_vlm.training.loop import train as train_loop
 from rlfr_vlm.training.resume import check_resumable
@@ -89,10 +90,11 @@ def workbench(cfg: Config) -> Iterator[Workbench]:
 def flow(cfg: Config) -> Path:
     """Fit the flow field offline on `data.expert`; returns its folder, `output_dir/flow`."""
     new_field_folder(cfg)
-    _forget_bad_rows(cfg)
-    rows = expert_prompts(cfg)
-    policy = Policy(cfg.model)
-    return fit(cfg, policy, rows)
+    with held(Path(cfg.output_dir)):
+        _forget_bad_rows(cfg)
+        rows = expert_prompts(cfg)
+        policy = Policy(cfg.model)
+        return fit(cfg, policy, rows)
 
 
 def fit(cfg: Config, policy: Policy, rows: Sequence[Prompt]) -> Path:
@@ -172,6 +174,9 @@ def train(cfg: Config) -> Path:
     if cfg.launcher == "ray":
         from rlfr_vlm.training.ray_launch import launch
 
+        if Path(cfg.output_dir).exists():
+            with held(Path(cfg.output_dir)):
+                pass  # rank 0 holds it; whoever cannot have it is told before a cluster starts
         return launch(cfg, train_rank)
     ranks = join(cfg)
     try:
@@ -185,14 +190,28 @@ def train_rank(cfg: Config, ranks: Ranks, make: Callable[[Policy, Ranks], Rollou
 
     Where a monitor rolls the run back everything is made anew: nothing of the steps that went wrong is left in optimisers or engines.
     """
-    if ranks.first:
-        _forget_bad_rows(cfg)
-    while True:
+    with _folder_of(cfg, ranks):
+        while True:
+            try:
+                return _train_once(with_roll_backs(cfg, ranks), ranks, make)
+            except RolledBack:  # said already; leaving this block lets go of what the traceback holds
+                cfg = cfg.model_copy(update={"resume": True})  # what is gone on from was made by this command
+            gc.collect()
+
+
+@contextmanager
+def _folder_of(cfg: Config, ranks: Ranks) -> Iterator[None]:
+    """The first rank holds the run's folder, before anything is read or written there. Raises UserError on all ranks where it cannot."""
+    with ExitStack() as stack:
+        problem = None
         try:
-            return _train_once(with_roll_backs(cfg), ranks, make)
-        except RolledBack:
-            pass  # said already; leaving this block lets go of what the traceback holds
-        gc.collect()
+            if ranks.first:
+                stack.enter_context(held(Path(cfg.output_dir)))
+                _forget_bad_rows(cfg)
+        except UserError as error:
+            problem = error
+        ranks.agree(problem, "output_dir")
+        yield
 
 
 def _train_once(cfg: Config, ranks: Ranks, make: Callable[[Policy, Ranks], RolloutEngine] | None) -> Path:
@@ -208,6 +227,10 @@ def _train_once(cfg: Config, ranks: Ranks, make: Callable[[Policy, Ranks], Rollo
         try:
             bench = Workbench(cfg, policy, grader, engine, learner)
             return run_training(bench, prompts, heldout if ranks.first else [], bad, planned, rows)
+        except RolledBack:
+            for optimizer in learner.optimizers.values():
+                optimizer.destroy()
+            raise
         finally:
             engine.close()
 
@@ -262,6 +285,7 @@ def run_training(
     try:
         train_loop(cfg, learner, bench.engine, source, bench.grader, run)
         export_policy(policy, run.folder / "hf" / f"global_step_{cfg.train.steps}", ranks)
+        run.end()
     finally:
         run.close()
     if bad.rows and ranks.first:

@@ -26,7 +26,11 @@ class StoppedError(UserError):
 
 
 class NonFiniteError(StoppedError):
-    """A loss, deviation or gradient is not a finite number, and no weight has seen it. Exit code 3."""
+    """A log-prob, reward, advantage, deviation, loss or gradient is not a finite number, and no weight has seen it. Exit code 3."""
+
+
+class NonFiniteWeightError(NonFiniteError):
+    """A weight, or a moment of an optimiser, is not a finite number, and no engine and no checkpoint has seen it. Exit code 3."""
 
 
 class RolledBack(StoppedError):

@@ -182,8 +182,12 @@ class ShardedOptimizer:
         return torch.Size(getattr(tensor, "ds_shape", tensor.shape))
 
     def destroy(self) -> None:
-        """Let go of hooks and buffers."""
+        """See PolicyOptimizer: hooks, buffers, and at stage 3 DeepSpeed's list of the modules that it is in the middle of."""
         self.engine.destroy()
+        if self.stage == 3:
+            from deepspeed.runtime.zero import parameter_offload
+
+            parameter_offload.FWD_MODULE_STACK.clear()
 
 
 def _view(tensor: Tensor | None, shape: torch.Size) -> Tensor:

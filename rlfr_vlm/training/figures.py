@@ -28,7 +28,7 @@ class ResponseFigures:
     advantage: float  # of the outcome
     rewarded: bool  # whether a token of it has a flow reward
     deviation: float  # mean over its tokens that have one; nan without such a token
-    spread: float  # standard deviation of them over their mean; nan likewise
+    spread: float  # standard deviation of them over their mean; nan with fewer than two
 
 
 class Figures:
@@ -101,7 +101,7 @@ class Figures:
         responses = ranks.merge(self.responses, "metrics of the update")
         if "rollout/surprisal_square" in figures:
             figures["rollout/surprisal_z"] = standard_errors(
-                figures["rollout/surprisal_gap"], figures.pop("rollout/surprisal_square"), self.size.num_tokens
+                figures["rollout/surprisal_gap"], figures.pop("rollout/surprisal_square"), self.size.num_tokens, figures["actor/entropy"]
             )
         gaps = {
             kind: figures.pop(f"gap/{kind}") / figures.pop(f"tokens/{kind}") for kind in ("pictures", "text") if f"gap/{kind}" in figures
@@ -114,7 +114,11 @@ class Figures:
             if f"{name}/outcome_size" in figures:
                 size, outcome = figures.pop(f"{name}/advantage_size"), figures.pop(f"{name}/outcome_size")
                 figures[f"{name}/advantage_share"] = size / max(size + outcome, 1e-12)
-        return figures | (flow_health(responses) if responses else {})
+        if responses:
+            figures |= flow_health(responses)
+            if self.cfg.algorithm.advantage in ("whitened", "gae"):  # there a group has no advantage of its own
+                del figures["flow/only_groups_frac"]
+        return figures
 
 
 def response_figures(samples: Sequence[Sample], deviations: Tensor, valid: Tensor, token_rewards: Tensor) -> list[ResponseFigures]:
@@ -125,7 +129,7 @@ def response_figures(samples: Sequence[Sample], deviations: Tensor, valid: Tenso
     for sample, (own, mask, rewards) in zip(samples, columns, strict=True):
         own = own[mask]
         mean = own.mean().item() if len(own) else float("nan")
-        spread = own.std(correction=0).item() / max(abs(mean), 1e-12) if len(own) else float("nan")
+        spread = own.std(correction=0).item() / max(abs(mean), 1e-12) if len(own) > 1 else float("nan")
         found.append(ResponseFigures(sample.position, sample.outcome.correct, sample.advantage, bool(rewards.any()), mean, spread))
     return found
 
@@ -137,7 +141,7 @@ def flow_health(responses: Sequence[ResponseFigures]) -> dict[str, float]:
     alone = [all(abs(r.advantage) < MIN_STD for r in group) and any(r.rewarded for r in group) for group in groups]
     figures = {"flow/only_groups_frac": sum(alone) / len(groups)}
     known = [[r for r in group if np.isfinite(r.deviation)] for group in groups]
-    if spreads := [r.spread for group in known for r in group]:
+    if spreads := [r.spread for group in known for r in group if np.isfinite(r.spread)]:
         figures["flow/deviation_spread"] = float(np.mean(spreads))
     siblings = [_wins(group) for group in known]
     everyone = [_wins([r for group in known for r in group])]
@@ -155,7 +159,11 @@ def _wins(responses: Sequence[ResponseFigures]) -> tuple[float, int]:
     return float((below + upto).sum()) / 2, len(right) * len(wrong)
 
 
-def standard_errors(mean: float, mean_square: float, count: int) -> float:
-    """How many standard errors a mean of `count` uncorrelated values is from 0; 0 where they do not vary and are 0."""
-    error = (max(0.0, mean_square - mean * mean) / max(1, count)) ** 0.5
+def standard_errors(mean: float, mean_square: float, count: int, least_variance: float = 0.0) -> float:
+    """How many standard errors a mean of `count` uncorrelated values is from 0; 0 where they do not vary and are 0.
+
+    least_variance: what the values are known to vary by at least, where rare large ones may be missing from a small sample; for surprisals
+    their entropy, of the size of their variance where most tokens are certain.
+    """
+    error = (max(least_variance, mean_square - mean * mean) / max(1, count)) ** 0.5
     return mean / error if error > 1e-12 else 0.0 if abs(mean) < 1e-9 else float(np.sign(mean)) * 1e6

@@ -27,7 +27,7 @@ def train(cfg: Config, learner: Learner, engine: RolloutEngine, prompts: PromptS
     done = run.restore(learner, prompts)
     if run.owes_evaluation(done):
         evaluate(learner, engine, prompts, run, done)
-    with closing(Rollouts(cfg, learner, engine, prompts, grader)) as rollouts, run.watch.guard():
+    with closing(Rollouts(cfg, learner, engine, prompts, grader)) as rollouts, run.guarded():
         for step in range(done + 1, cfg.train.steps + 1):
             with timed("step") as clock:
                 # 1. Sample G responses to each prompt from the current policy, and verify the answers: one outcome per response.

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from statistics import fmean, median
 from typing import Any
 
@@ -18,6 +19,7 @@ CLIFF = 2.0  # responses so many times longer or shorter than before
 PAID_LENGTH = 0.5  # correlation of reward and length, verdict and format being equal
 FALL = 0.5  # of the best accuracy
 LEAST_ACCURACY = 0.1  # below this best there is nothing to fall from
+LEAST_GROUPS = 20  # that a share of groups is taken of
 HOT = 2.0  # times the entropy that the run began with
 
 
@@ -69,12 +71,13 @@ def check_non_finite(cfg: Config, rows: Sequence[Figures], _refrain: str) -> Sig
 
 def check_update(cfg: Config, rows: Sequence[Figures], _refrain: str) -> Sign | None:
     """Weights that change by more than a few percent in a step."""
-    value, limit = rows[-1].get("actor/update_ratio", 0.0), cfg.monitors.max_update
+    value, limit = rows[-1].get("actor/update_ratio", 0.0), update_limit(cfg)
     if value <= limit:
         return None
+    now = rows[-1].get("actor/lr", cfg.optim.lr)
     what = f"the step changed the weights by {value:.1%} of their size, more than {limit:.1%}"
-    cause = f"the learning rate, optim.lr={cfg.optim.lr:g} (now {rows[-1].get('actor/lr', cfg.optim.lr):.2g})"
-    return Sign(value, limit, what, cause, f"Try optim.lr={cfg.optim.lr * limit / value / 10:.0e}")
+    cause = f"the learning rate, optim.lr={cfg.optim.lr:g} (now {now:.2g})"
+    return Sign(value, limit, what, cause, f"Try optim.lr={now * limit / value / 10:.0e}, in another output_dir")
 
 
 def check_accuracy(cfg: Config, rows: Sequence[Figures], _refrain: str) -> Sign | None:
@@ -84,7 +87,7 @@ def check_accuracy(cfg: Config, rows: Sequence[Figures], _refrain: str) -> Sign 
         return None
     best = max(fmean(values[at : at + WINDOW]) for at in range(len(values) - WINDOW))
     now = fmean(values[-3:])
-    if best < LEAST_ACCURACY or now >= FALL * best:
+    if best < LEAST_ACCURACY or now >= FALL * best or not _beyond_noise(values, best - now):
         return None
     what = f"accuracy fell to {now:.1%}, from {best:.1%} at its best"
     return Sign(now, FALL * best, what, _cause_of_fall(cfg, rows), "Go back to an older checkpoint; read the responses since then")
@@ -106,7 +109,18 @@ def _cause_of_fall(cfg: Config, rows: Sequence[Figures]) -> str:
 def _broken_by_rate(cfg: Config, rows: Sequence[Figures]) -> str:
     """The learning rate, where it moved the weights too far in one of the steps before: whatever else looks wrong comes from that."""
     moved = max(_column(rows[-3 * WINDOW :], "actor/update_ratio"), default=0.0)
-    return f"the learning rate, optim.lr={cfg.optim.lr:g}: it broke the policy" if moved > cfg.monitors.max_update else ""
+    return f"the learning rate, optim.lr={cfg.optim.lr:g}: it broke the policy" if moved > update_limit(cfg) else ""
+
+
+def update_limit(cfg: Config) -> float:
+    """Of a step's change of the trained weights over their size; adapters start from nearly nothing and may move ten times as far."""
+    return cfg.monitors.max_update * (10 if cfg.model.lora is not None else 1)
+
+
+def _beyond_noise(values: Sequence[float], change: float) -> bool:
+    """Whether a change of the mean of three steps is more than four standard errors; the noise of a step is taken from its successor."""
+    noise = fmean((b - a) ** 2 for a, b in pairwise(values)) / 2
+    return abs(change) > 4 * math.sqrt(noise / 3)
 
 
 def check_entropy(cfg: Config, rows: Sequence[Figures], _refrain: str) -> Sign | None:
@@ -138,7 +152,7 @@ def check_length(cfg: Config, rows: Sequence[Figures], _refrain: str) -> Sign | 
         return None
     before, now = median(lengths[-4 * WINDOW : -WINDOW]), fmean(lengths[-3:])
     better = fmean(accuracy[-3:]) - median(accuracy[-4 * WINDOW : -WINDOW])
-    if 1 / CLIFF < now / max(before, 1e-9) < CLIFF or better > 0.02:
+    if 1 / CLIFF < now / max(before, 1e-9) < CLIFF or better > 0.02 or not _beyond_noise(lengths[-4 * WINDOW :], now - before):
         return None
     longer = now > before
     what = f"responses went from {before:.0f} to {now:.0f} tokens while accuracy did not rise"
@@ -151,7 +165,7 @@ def check_length(cfg: Config, rows: Sequence[Figures], _refrain: str) -> Sign | 
 def check_truncation(cfg: Config, rows: Sequence[Figures], _refrain: str) -> Sign | None:
     """Responses that are cut off before they can answer."""
     value, limit = rows[-1].get("response_length/clip_ratio", 0.0), cfg.monitors.max_truncated
-    if value <= limit:
+    if value <= limit or cfg.rollout.ignore_eos:
         return None
     budget = cfg.rollout.max_new_tokens
     grown = rows[0].get("response_length/clip_ratio", 0.0) < limit / 2
@@ -185,7 +199,7 @@ def check_format(cfg: Config, rows: Sequence[Figures], _refrain: str) -> Sign | 
         return None
     was, now = (slice(-4 * WINDOW, -3 * WINDOW), slice(-WINDOW, None))
     rise, better = fmean(form[now]) - fmean(form[was]), fmean(accuracy[now]) - fmean(accuracy[was])
-    if rise < 0.1 or better > 0.01:
+    if rise < 0.1 or better > 0.01 or not _beyond_noise(form[-4 * WINDOW :], rise):
         return None
     what = f"in {3 * WINDOW} steps the format rose by {rise:.0%} while accuracy went {better:+.1%}"
     return Sign(rise, 0.1, what, f"reward.format_weight={cfg.reward.format_weight:g} is earned without solving anything", "Lower it")
@@ -193,26 +207,29 @@ def check_format(cfg: Config, rows: Sequence[Figures], _refrain: str) -> Sign | 
 
 def check_zero_variance(cfg: Config, rows: Sequence[Figures], _refrain: str) -> Sign | None:
     """Groups that teach nothing, since all siblings earn the same."""
-    value, limit = rows[-1].get("reward/frac_zero_std", 0.0), cfg.monitors.max_zero_variance
-    if value <= limit:
+    steps = math.ceil(LEAST_GROUPS / cfg.rollout.num_prompts)
+    shares, limit = _column(rows, "reward/frac_zero_std"), cfg.monitors.max_zero_variance
+    if len(shares) < steps or cfg.algorithm.advantage in ("whitened", "gae") or (value := fmean(shares[-steps:])) <= limit:
         return None
     easy = rows[-1]["reward/accuracy"] > 0.5
     what = f"in {value:.0%} of the groups all siblings earn the same: they give no advantage"
     hard = _broken_by_rate(cfg, rows) or "the problems are too hard for this policy, or no answer is recognised"
     cause = "the problems are too easy for this policy" if easy else hard
     do = "Use harder data" if easy else "Use easier data; read responses; check reward.answer"
-    return Sign(value, limit, what, cause, f"{do}; rollout.max_rounds=3 samples such groups anew; a larger rollout.group_size helps")
+    anew = "rollout.max_rounds=3 samples such groups anew; " if cfg.rollout.max_rounds == 1 else ""
+    return Sign(value, limit, what, cause, f"{do}; {anew}a larger rollout.group_size helps")
 
 
 def check_mismatch(cfg: Config, rows: Sequence[Figures], _refrain: str) -> Sign | None:
-    """Tokens that were not drawn from the policy which is trained. Not judged where rollouts are older than the weights by design."""
+    """Tokens that were not drawn from the policy which is trained. Not judged where rollouts are older than the weights by design, nor by
+    their surprisal where groups are selected by their rewards."""
     now, limit = rows[-1], tolerance(cfg)
     gap = now.get("rollout/logprob_diff_mean")
     if gap is None or cfg.rollout.staleness or cfg.rollout.ignore_eos:
         return None
     if gap > limit:
         what = f"the engine's log-probs are {gap:.3g} nats from the trainer's on average, more than {limit:g}"
-    elif not_from_policy(now):
+    elif not_from_policy(now) and cfg.rollout.max_rounds == 1:
         gap, limit = now["rollout/surprisal_gap"], SURPRISE_NATS
         what = f"sampled tokens are {gap:+.3g} nats off the policy's entropy, {abs(now['rollout/surprisal_z']):.0f} standard errors"
     else:
@@ -251,7 +268,7 @@ def check_flow_collapse(cfg: Config, rows: Sequence[Figures], _refrain: str) -> 
         cause = f"flow.reward.threshold={cfg.flow.reward.threshold:g} keeps nothing"
         return Sign(0.0, 0.0, "no token has a flow reward", cause, "Lower it")
     selected = _column(rows[-2 * WINDOW :], "flow/selected_frac")
-    if len(selected) == 2 * WINDOW and not any(selected):
+    if len(selected) == 2 * WINDOW and not any(selected) and cfg.flow is not None and cfg.flow.online.soft_weight == 0:
         what = f"the flow field has learnt nothing for {2 * WINDOW} steps: no response is verified as correct"
         cause = _broken_by_rate(cfg, rows)
         return Sign(0.0, 0.0, what, cause, "flow.online.select=[] follows all of them; a reward function may report its accuracy")
@@ -288,10 +305,12 @@ class Monitors:
         self.streaks: dict[str, int] = dict.fromkeys(CHECKS, 0)  # steps in a row that look wrong, or minus those that do not
         self.quiet: dict[str, bool] = dict.fromkeys(CHECKS, False)  # it has spoken, and speaks again after as many good steps
 
-    def replay(self, rows: Sequence[Mapping[str, Any]]) -> None:
-        """See the steps before a resumed run's first; what they gave rise to was said before."""
+    def replay(self, rows: Sequence[Mapping[str, Any]], said: Collection[str] = ()) -> None:
+        """See the steps before a resumed run's first. said: monitors that have warned of them; others may have been off, or had other limits."""
         for row in rows:
             self.see({name: float(value) for name, value in row.items() if isinstance(value, int | float)})
+        for name in CHECKS:
+            self.quiet[name] &= name in said and getattr(self.cfg.monitors, name) == "warn"
 
     def see(self, figures: Figures, refrain: str = "") -> list[Event]:
         """What a further step gives rise to. figures: its metrics, `step` among them; refrain: text of the commonest repeated 4-gram."""

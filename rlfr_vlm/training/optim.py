@@ -94,6 +94,10 @@ class PolicyOptimizer(Protocol):
         """Restore what `entries` gave, at any number of ranks; `read` returns None for what was not stored."""
         ...
 
+    def destroy(self) -> None:
+        """Let go of whatever keeps model and state in memory. The optimiser is of no use afterwards."""
+        ...
+
 
 class Optimizer:
     """One optimiser over named parameters that every rank holds whole; its state is everything that a resumed run needs of it."""
@@ -205,6 +209,9 @@ class Optimizer:
                 state = {part: stored_moment(read, part, name).to(parameter.device, torch.float32, copy=True) for part in MOMENTS}
                 self.torch.state[parameter] = {"step": count.to(parameter.device, copy=True), **state}
         self.steps = steps
+
+    def destroy(self) -> None:
+        """See PolicyOptimizer: nothing else holds them."""
 
 
 def stored_moment(read: Callable[[str], Tensor | None], part: str, name: str) -> Tensor:

@@ -17,7 +17,7 @@ from rlfr_vlm.training.update import TokenRecord
 from rlfr_vlm.types import EncodedPrompt, Outcome, Rollout
 
 NGRAM = 4  # tokens
-MIN_PAIRED = 8  # responses that have siblings like them
+MIN_PAIRED = 16  # responses that have siblings like them
 
 
 def rollout_line(
@@ -70,12 +70,19 @@ def save_pictures(prompt: EncodedPrompt, folder: Path) -> list[str]:
 
 
 def over_updates(results: Sequence[tuple[dict[str, float], int]]) -> dict[str, float]:
-    """Metrics of a step's updates, with the number of samples of each: means weighted by it, and the largest of `_max`."""
+    """Metrics of a step's updates, with the number of samples of each: means weighted by it, but the largest of `_max`, standard errors of
+    all together, the whole way of the weights, and where the field is in the end."""
     merged: dict[str, float] = {}
     for name in dict.fromkeys(name for figures, _ in results for name in figures):
         found = [(figures[name], count) for figures, count in results if name in figures]
         if name.endswith("_max"):
             merged[name] = max(value for value, _ in found)
+        elif name == "actor/update_ratio":
+            merged[name] = sum(value for value, _ in found)
+        elif name == "flow/drift":
+            merged[name] = found[-1][0]
+        elif name.endswith("_z"):
+            merged[name] = sum(value for value, _ in found) / len(found) ** 0.5
         else:
             merged[name] = sum(value * count for value, count in found) / max(1, sum(count for _, count in found))
     return merged

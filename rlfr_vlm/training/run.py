@@ -6,18 +6,19 @@ import json
 import os
 import signal
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
-import filelock
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from rlfr_vlm.config import Config, to_yaml
 from rlfr_vlm.data.render import PromptSource
-from rlfr_vlm.errors import Preempted, UserError
+from rlfr_vlm.errors import DiskFullError, Preempted, RolledBack, UserError
 from rlfr_vlm.evaluation.heldout import HeldoutResult, evaluate_heldout
 from rlfr_vlm.ranks import ALONE, Ranks
 from rlfr_vlm.rewards.grader import Grader
@@ -36,9 +37,11 @@ from rlfr_vlm.training.update import Learner, TokenRecord
 from rlfr_vlm.training.watch import Watch
 from rlfr_vlm.types import EncodedPrompt
 
+MAX_UNSAVED = 2  # saves in a row that may fail for want of disk
+
 
 class Run:
-    """One output folder, held by one process at a time."""
+    """What happens in one output folder, which the command holds (training/hold.py)."""
 
     def __init__(
         self,
@@ -48,43 +51,25 @@ class Run:
         console: Console | None = None,
         ranks: Ranks = ALONE,
     ) -> None:
-        """Of several ranks the first one writes, all of them save. Raises UserError when another run holds the folder."""
+        """Of several ranks the first one writes, all of them save."""
         self.cfg, self.grader, self.heldout, self.ranks = cfg, grader, heldout, ranks
         self.folder = Path(cfg.output_dir)
         self.console = console or Console(stderr=True, quiet=not ranks.first)
-        self._lock = filelock.FileLock(self.folder / ".lock")
-        problem = None
-        try:
-            if ranks.first:
-                self._hold()
-        except UserError as error:
-            problem = error
-        ranks.agree(problem, "output_dir")
+        self._unsaved: dict[int, DiskFullError] = {}  # steps since the last checkpoint whose saves failed
         self._asked_to_stop = False
         self._previous_handler = signal.signal(signal.SIGTERM, self._on_sigterm)
         self._trackers: Trackers | None = None
         self.watch = Watch(cfg, self.folder, ranks, self.warn)
         self._progress: Progress | None = None  # on a terminal; elsewhere one line per step
 
-    def _hold(self) -> None:
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UserError(f"output_dir {self.folder} cannot be made: {error.strerror}") from None
-        try:
-            self._lock.acquire(timeout=0)
-        except filelock.Timeout:
-            raise UserError(f"output_dir {self.folder} is in use by another run; choose another one or wait") from None
-
     def close(self) -> None:
-        """Write the last report and let go of the folder."""
+        """Write the last report and close the trackers."""
         self._report(last=True)
         signal.signal(signal.SIGTERM, self._previous_handler)
         if self._progress is not None:
             self._progress.stop()
         if self._trackers is not None:
             self._trackers.close(failed=sys.exception() is not None)
-        self._lock.release()
 
     def _on_sigterm(self, _signal: int, _frame: FrameType | None) -> None:
         if self._asked_to_stop:  # asked twice: at once; whatever was committed stays good
@@ -130,17 +115,32 @@ class Run:
             self._progress.add_task("train", total=self.cfg.train.steps, completed=step, figures="")
             self._progress.start()
 
-    def save(self, step: int, learner: Learner, prompts: PromptSource) -> None:
-        """Commit a checkpoint of everything that decides the rest of the run."""
-        commit_checkpoint(
-            self.checkpoints,
-            step,
-            lambda folder: write_state(folder, self.cfg, step, learner, prompts),
-            self.cfg.train.keep_checkpoints,
-            self.ranks,
-        )
+    def save(self, step: int, learner: Learner, prompts: PromptSource, must: bool = False) -> bool:
+        """Commit a checkpoint of everything that decides the rest of the run; whether that worked.
+
+        Where the disk has no room, training goes on: what was learned since the last checkpoint is lost if it stops, and may yet be saved
+        if somebody frees some. Raises DiskFullError at the third such save in a row, or at once where it `must` be.
+        """
+        write = partial(write_state, cfg=self.cfg, step=step, learner=learner, prompts=prompts)
+        try:
+            commit_checkpoint(self.checkpoints, step, write, self.cfg.train.keep_checkpoints, self.ranks)
+        except DiskFullError as error:
+            self._unsaved[step] = error
+            if must or len(self._unsaved) > MAX_UNSAVED:
+                raise
+            self.warn(
+                f"{error}. Training goes on; it stops when {MAX_UNSAVED + 1} saves in a row fail, and this is number {len(self._unsaved)}"
+            )
+            return False
+        self._unsaved = {}
         if not self.due(step, self.cfg.eval.every):  # else the evaluation of this step comes next, and has more to show
             self._report()
+        return True
+
+    def end(self) -> None:
+        """After the last step, and after the model is exported: raises DiskFullError where its checkpoint could not be written."""
+        if error := self._unsaved.get(self.cfg.train.steps):
+            raise error
 
     def _report(self, last: bool = False) -> None:
         if self.report is not None and self.ranks.first:
@@ -160,11 +160,22 @@ class Run:
         """Whether something done every so many steps (0: never) is due; the last step counts."""
         return every > 0 and (step % every == 0 or step == self.cfg.train.steps)
 
+    @contextmanager
+    def guarded(self) -> Iterator[None]:
+        """What is not finite in this block is an event; a roll-back in a run that was asked to stop is its end: the way back is on record."""
+        try:
+            with self.watch.guard():
+                yield
+        except RolledBack as back:
+            if any(self.ranks.gather(self._asked_to_stop, "rolling back")):
+                raise Preempted(f"stopped on SIGTERM while rolling back: {back}") from back
+            raise
+
     def stop_if_asked(self, step: int, learner: Learner, prompts: PromptSource) -> None:
         """After SIGTERM to any rank: save and raise Preempted."""
         if step < self.cfg.train.steps and any(self.ranks.gather(self._asked_to_stop, f"end of step {step}")):
-            if not self.due(step, self.cfg.train.save_steps):
-                self.save(step, learner, prompts)
+            if not self.due(step, self.cfg.train.save_steps) or step in self._unsaved:
+                self.save(step, learner, prompts, must=True)
             raise Preempted(f"stopped at step {step} on SIGTERM; run the same command to go on")
 
     # -- writing -------------------------------------------------------------------------------------------------
@@ -268,10 +279,8 @@ class Run:
         best = read_best(self.checkpoints)
         known = (best is not None and best["score"] >= score, (self.checkpoints / f"{PREFIX}{step}").exists())
         beaten, saved = self.ranks.broadcast(known, f"best checkpoint at step {step}")
-        if beaten:
+        if beaten or step in self._unsaved or not (saved or self.save(step, learner, prompts)):
             return
-        if not saved:
-            self.save(step, learner, prompts)
         if self.ranks.first:
             write_best(self.checkpoints, step, score)
 

@@ -82,7 +82,7 @@ class Trackers:
             if name == "tensorboard":
                 self._open[name] = TensorBoard(folder, step)
             else:
-                memory = Memory(folder / STATE_FILE, name, step, num_roll_backs(folder))
+                memory = Memory(folder / STATE_FILE, name, step, cfg.monitors.roll_backs)
                 self._open[name] = (WandB if name == "wandb" else Trackio)(cfg, memory, say, warn)
         for line in _metrics(folder) if step else []:
             self._each(partial(_replay, line.pop("step"), line))
@@ -120,16 +120,6 @@ def _breakage(name: str) -> tuple[type[Exception], ...]:
     import wandb
 
     return (OSError, wandb.Error)
-
-
-def num_roll_backs(folder: Path) -> int:
-    """How often steps of a run were taken back: the last number in `rolled_back.jsonl`."""
-    try:
-        lines = (folder / "rolled_back.jsonl").read_text().splitlines()
-    except FileNotFoundError:
-        return 0
-    found = [json.loads(line)["roll_back"] for line in lines if line.endswith("}")]  # the last one may be torn
-    return max(found, default=0)
 
 
 class Memory:

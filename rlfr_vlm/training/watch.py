@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
+import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
@@ -12,9 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from rlfr_vlm.config import Config
-from rlfr_vlm.errors import NonFiniteError, RolledBack, StoppedError
-from rlfr_vlm.ranks import Ranks
-from rlfr_vlm.training.checkpoint import PREFIX, list_checkpoints, set_aside, write_latest
+from rlfr_vlm.errors import NonFiniteError, NonFiniteWeightError, RolledBack, StoppedError
+from rlfr_vlm.ranks import ALONE, Ranks
+from rlfr_vlm.training.checkpoint import PREFIX, list_checkpoints, read_best, set_aside, write_latest
 from rlfr_vlm.training.monitors import Event, Monitors
 
 EVENTS, METRICS, ROLLED_BACK = "events.jsonl", "metrics.jsonl", "rolled_back.jsonl"
@@ -37,13 +39,9 @@ class Watch:
             return
         keep_lines(self.folder / METRICS, lambda row: row["step"] <= step)
         (self.folder / EVENTS).touch()  # an empty file says that there were monitors, and that they saw nothing
-        rows = read_lines(self.folder / EVENTS)
-        final = max(
-            (at for at, row in enumerate(rows) if row.get("action") != "warn"), default=-1
-        )  # of a stop or a roll-back: on record for good
-        if rows:
-            _write_lines(self.folder / EVENTS, [row for at, row in enumerate(rows) if at <= final or row["step"] <= step])
-        self.monitors.replay(merged(read_lines(self.folder / METRICS)))
+        rows = kept_events(read_lines(self.folder / EVENTS), step, count_roll_backs(self.folder))
+        _write_lines(self.folder / EVENTS, rows)
+        self.monitors.replay(merged(read_lines(self.folder / METRICS)), {row["monitor"] for row in rows if row["action"] == "warn"})
 
     def look(self, step: int, figures: Mapping[str, float], refrain: str) -> None:
         """Let the monitors see a step, and do as they say. All ranks call it; figures and refrain are the first one's.
@@ -56,12 +54,13 @@ class Watch:
 
     @contextmanager
     def guard(self) -> Iterator[None]:
-        """A loss, deviation or gradient in this block that is not finite is an event of the step after the last one."""
+        """Whatever in this block is not finite is an event of the step after the last one. All ranks must meet it."""
         try:
             yield
         except NonFiniteError as error:
             step = self.step + 1
-            event = Event(step, step, "non_finite", self.cfg.monitors.non_finite, math.nan, 0.0, str(error), "", "No weight has seen it")
+            seen = "No engine and no checkpoint has seen it" if isinstance(error, NonFiniteWeightError) else "No weight has seen it"
+            event = Event(step, step, "non_finite", self.cfg.monitors.non_finite, math.nan, 0.0, str(error), "", seen)
             try:
                 self._act([event])
             except StoppedError as outcome:
@@ -72,14 +71,14 @@ class Watch:
         urgent = min((e for e in events if e.action in ("stop", "roll_back")), key=lambda e: e.action != "stop", default=None)
         for event in events:
             if event is not urgent:
-                self._say(event)
+                self._say(replace(event, action="warn"))  # what it would have done is done by the urgent one
         if urgent is None:
             return
         if urgent.action == "roll_back":
             urgent = self._roll_back(urgent)
         if urgent.action == "stop":
             self._say(urgent)
-            raise StoppedError(f"{urgent.line} (monitors.{urgent.monitor}=stop)")
+            raise StoppedError(f"{urgent.line} (monitors.{urgent.monitor}={getattr(self.cfg.monitors, urgent.monitor)})")
         raise RolledBack(
             f"{urgent.line} (monitors.{urgent.monitor}=roll_back: the run stands at step {urgent.to}; the same command goes on)"
         )
@@ -121,9 +120,9 @@ def count_roll_backs(folder: Path) -> int:
         return 0
 
 
-def with_roll_backs(cfg: Config) -> Config:
+def with_roll_backs(cfg: Config, ranks: Ranks = ALONE) -> Config:
     """The config of a run that may have been rolled back: after each time it draws other samples, and learns more slowly."""
-    count = count_roll_backs(Path(cfg.output_dir))
+    count = ranks.broadcast(count_roll_backs(Path(cfg.output_dir)) if ranks.first else 0, "counting roll-backs")
     return cfg.model_copy(update={"monitors": cfg.monitors.model_copy(update={"roll_backs": count})})
 
 
@@ -133,7 +132,8 @@ def checkpoint_steps(folder: Path) -> list[int]:
 
 
 def take_back(folder: Path, event: Event, number: int) -> None:
-    """Set aside checkpoints, and move away metrics, of the steps after the one that is gone back to; the count comes last.
+    """Set aside checkpoints, evaluations and rollouts, and move away metrics, of the steps after the one that is gone back to; the count
+    comes last.
 
     Killed before that, the run goes on from the same checkpoint as if it had never gone further, and comes to the same point again.
     """
@@ -143,9 +143,15 @@ def take_back(folder: Path, event: Event, number: int) -> None:
         if step > event.to:
             set_aside(root, step, f"rolled-back-{number}")
     write_latest(root, f"{PREFIX}{event.to}")
-    taken = [row for row in read_lines(folder / METRICS) if row["step"] > event.to]
-    with (folder / ROLLED_BACK).open("a") as file:
-        file.writelines(json.dumps({"roll_back": number, **row}) + "\n" for row in taken)
+    best = read_best(root)
+    if best is None or best["step"] > event.to:  # another checkpoint will have its name
+        (root / "best.json").unlink(missing_ok=True)
+    for path in [*(folder / "eval").glob("step_*"), *(folder / "rollouts").glob("step_*")]:
+        if (found := re.match(r"step_(\d+)", path.name)) and int(found[1]) > event.to:
+            path.rename(path.with_name(f"rolled-back-{number}-{uuid.uuid4().hex[:8]}-{path.name}"))
+    before = [row for row in read_lines(folder / ROLLED_BACK) if row.get("roll_back", 0) < number]  # a kill may have left some of this time
+    taken = [{"roll_back": number, **row} for row in read_lines(folder / METRICS) if row["step"] > event.to]
+    _write_lines(folder / ROLLED_BACK, [*before, *taken])
     keep_lines(folder / METRICS, lambda row: row["step"] <= event.to)
     known = json.loads((root / ROLL_BACKS).read_text()) if (root / ROLL_BACKS).exists() else []
     temporary = root / f".tmp-{ROLL_BACKS}"
@@ -154,6 +160,23 @@ def take_back(folder: Path, event: Event, number: int) -> None:
         file.flush()
         os.fsync(file.fileno())
     temporary.replace(root / ROLL_BACKS)
+
+
+def kept_events(rows: Sequence[Mapping[str, Any]], step: int, num_roll_backs: int) -> list[Mapping[str, Any]]:
+    """Events that stay when the run goes on after this step: those up to it, and all up to the last stop or roll-back.
+
+    A roll-back beyond the count was cut short by a kill: it will come again.
+    """
+    kept: list[Mapping[str, Any]] = []
+    later: list[Mapping[str, Any]] = []  # of steps that are to come again, unless a stop or a roll-back follows
+    done = 0
+    for row in rows:
+        done += row.get("action") == "roll_back"
+        if row.get("action") == "stop" or (row.get("action") == "roll_back" and done <= num_roll_backs):
+            kept, later = [*kept, *later, row], []
+        elif row.get("action") == "warn":
+            (kept if row["step"] <= step else later).append(row)
+    return kept
 
 
 def merged(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:

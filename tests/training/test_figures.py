@@ -62,6 +62,19 @@ def test_standard_errors():
     assert standard_errors(0.0, 0.0, 10) == 0.0
 
 
+def test_rare_tokens_that_a_small_sample_lacks_are_no_mismatch():
+    """Tokens of one likely and one rare kind, honestly drawn: without a rare one the sample hardly varies."""
+    rng = np.random.default_rng(2)
+    rare = 0.002
+    entropy = -(rare * np.log(rare) + (1 - rare) * np.log(1 - rare))
+    worst = dict.fromkeys((0.0, entropy), 0.0)
+    for _ in range(200):
+        surprise = np.where(rng.random(256) < rare, -np.log(rare), -np.log(1 - rare)) - entropy
+        for least in worst:
+            worst[least] = max(worst[least], abs(standard_errors(surprise.mean(), (surprise**2).mean(), 256, least)))
+    assert worst[0.0] > 100 and worst[entropy] < 6
+
+
 def test_weights_moved_by_a_known_share():
     before = sampled([torch.full((10, 10), 2.0), torch.zeros(5)])
     after = sampled([torch.full((10, 10), 2.2), torch.zeros(5)])
@@ -80,18 +93,18 @@ def group(rewards, lengths, verdicts=None, parts=None, position=0, repetition=No
 
 
 def test_a_reward_that_pays_for_length_is_told_from_one_whose_right_answers_are_long():
-    paid = [group([n / 10 for n in (3, 5, 9, 12)], (3, 5, 9, 12), position=i) for i in range(2)]
+    paid = [group([n / 10 for n in (3, 5, 9, 12)], (3, 5, 9, 12), position=i) for i in range(4)]
     assert length_correlation(paid) == pytest.approx(1.0)
     # right answers are longer, but among the right ones the reward is the same
-    honest = [group([1.0, 1.0, 0.0, 0.0], (20, 30, 5, 9), ["correct", "correct", "wrong", "wrong"], position=i) for i in range(2)]
+    honest = [group([1.0, 1.0, 0.0, 0.0], (20, 30, 5, 9), ["correct", "correct", "wrong", "wrong"], position=i) for i in range(4)]
     assert length_correlation(honest) == 0.0
-    charged = [group([-n / 10 for n in (3, 5, 9, 12)], (3, 5, 9, 12), position=i) for i in range(2)]
+    charged = [group([-n / 10 for n in (3, 5, 9, 12)], (3, 5, 9, 12), position=i) for i in range(4)]
     assert length_correlation(charged) == pytest.approx(-1.0)
 
 
 def test_a_format_that_takes_tokens_is_no_pay_for_length():
     formatted = [
-        group([1.5, 1.5, 1.0, 1.0], (30, 28, 10, 12), parts=[{"format": 1.0}] * 2 + [{"format": 0.0}] * 2, position=i) for i in range(2)
+        group([1.5, 1.5, 1.0, 1.0], (30, 28, 10, 12), parts=[{"format": 1.0}] * 2 + [{"format": 0.0}] * 2, position=i) for i in range(4)
     ]
     assert length_correlation(formatted) == 0.0
     assert length_correlation([group([1.0, 0.0], (3, 4), ["correct", "wrong"])]) is None  # nobody has a sibling like it

@@ -2,6 +2,7 @@
 
 import json
 import math
+import random
 from pathlib import Path
 
 import pytest
@@ -9,9 +10,10 @@ import pytest
 from rlfr_vlm.config import parse_config
 from rlfr_vlm.errors import NonFiniteError, RolledBack, StoppedError
 from rlfr_vlm.ranks import ALONE
+from rlfr_vlm.training.checkpoint import read_best, write_best
 from rlfr_vlm.training.mismatch import likely_cause
 from rlfr_vlm.training.monitors import CHECKS, Monitors
-from rlfr_vlm.training.watch import Watch, count_roll_backs, read_lines, with_roll_backs
+from rlfr_vlm.training.watch import Watch, count_roll_backs, kept_events, read_lines, with_roll_backs
 
 HEALTHY = {
     "reward/mean": 0.5, "reward/accuracy": 0.5, "reward/frac_zero_std": 0.2, "reward/length_corr": 0.1, "reward/format": 0.9,
@@ -121,6 +123,37 @@ def test_the_refrain_is_quoted():
     (event,) = said({"response/repetition": 0.8}, refrain=" the the the the")
     assert event.what == "80% of the 4-grams of responses repeat, most of all ' the the the the'"
     assert event.cause == "the model itself repeats tokens, from the first step on"
+
+
+def noisy(accuracy, samples, steps=200, seed=0):
+    """A run whose accuracy does not change, measured on so many responses a step."""
+    rng = random.Random(seed)
+    return lambda step: {"reward/accuracy": sum(rng.random() < accuracy for _ in range(samples)) / samples}
+
+
+@pytest.mark.parametrize(("accuracy", "samples"), [(0.3, 128), (0.12, 256), (0.5, 32)])
+def test_accuracy_that_only_flickers_has_not_fallen(accuracy, samples):
+    fired = [said(noisy(accuracy, samples, seed=seed), steps=200) for seed in range(5)]
+    assert sum(map(bool, fired)) <= 1
+    rng = random.Random(1)
+    falls = lambda step: {"reward/accuracy": (0.4 if step < 60 else 0.05) + 0.05 * rng.random()}  # noqa: E731
+    (event,) = said(falls, steps=80)
+    assert event.monitor == "accuracy" and 60 < event.since <= event.step < 70
+
+
+def test_settings_in_which_a_sign_means_nothing():
+    """Each of these was a false alarm."""
+    flat = {"reward/frac_zero_std": 1.0}
+    assert said(flat, cfg=config(algorithm={"method": "reinforce_pp"}, rollout={"group_size": 1}), steps=8) == []
+    one = config(rollout={"num_prompts": 1})
+    assert said(lambda step: {"reward/frac_zero_std": float(step % 7 > 0)}, cfg=one, steps=60) == []
+    assert [e.monitor for e in said(flat, cfg=one, steps=60)] == ["zero_variance"]
+    assert said({"response_length/clip_ratio": 1.0}, cfg=config(rollout={"ignore_eos": True}), steps=8) == []
+    assert said({"actor/update_ratio": 0.1}, cfg=config(model={"path": "m", "lora": {}}), steps=8) == []
+    soft = config(flow={"online": {"soft_weight": 0.5}})
+    assert said({"flow/selected_frac": 0.0}, cfg=soft, steps=20) == []
+    selected = {"rollout/surprisal_gap": 0.05, "rollout/surprisal_z": 9.0}
+    assert said(selected, cfg=config(rollout={"max_rounds": 3}), steps=8) == []
 
 
 # -- why engine and trainer disagree ---------------------------------------------------------------------------------------
@@ -248,6 +281,84 @@ def test_a_loss_that_is_not_finite_is_an_event(tmp_path):
         raise NonFiniteError("the policy loss is not finite; responses: ['a']")
     (row,) = read_lines(tmp_path / "events.jsonl")
     assert (row["step"], row["value"]) == (8, None)
+
+
+def test_what_comes_after_the_step_gone_back_to_is_set_aside(tmp_path):
+    """An evaluation of other weights must not be taken for one of the new ones, nor decide which checkpoint is the best."""
+    cfg = config(tmp_path, monitors={"repetition": "roll_back"})
+    for step in (2, 4, 6):
+        (tmp_path / f"checkpoints/global_step_{step}").mkdir(parents=True)
+        (tmp_path / f"eval/step_{step:06d}/bench").mkdir(parents=True)
+        (tmp_path / "rollouts").mkdir(exist_ok=True)
+        (tmp_path / f"rollouts/step_{step:06d}.jsonl").write_text("{}\n")
+    write_best(tmp_path / "checkpoints", 6, 0.9)
+    write_metrics(tmp_path, range(1, 5))
+    (tmp_path / "rolled_back.jsonl").write_text('{"roll_back": 1, "step": 5}\n{"roll_back": 1, "st')  # of a kill on the way back
+    found, _ = watch(cfg)
+    found.resume(4)
+    with pytest.raises(RolledBack):
+        bad_steps(found, 5)
+    assert sorted(path.name for path in (tmp_path / "eval").glob("step_*")) == ["step_000002", "step_000004"]
+    assert sorted(path.name for path in (tmp_path / "rollouts").glob("step_*")) == ["step_000002.jsonl", "step_000004.jsonl"]
+    assert not (tmp_path / "checkpoints/best.json").exists()
+    assert [row["step"] for row in read_lines(tmp_path / "rolled_back.jsonl")] == [5, 6, 7]
+
+
+def test_a_best_checkpoint_from_before_stays_the_best(tmp_path):
+    cfg = config(tmp_path, monitors={"repetition": "roll_back"})
+    (tmp_path / "checkpoints/global_step_4").mkdir(parents=True)
+    write_best(tmp_path / "checkpoints", 4, 0.9)
+    found, _ = watch(cfg)
+    found.resume(4)
+    with pytest.raises(RolledBack):
+        bad_steps(found, 5)
+    assert read_best(tmp_path / "checkpoints") == {"step": 4, "score": 0.9}
+
+
+def test_events_that_stay_when_a_run_goes_on():
+    warn, back = ({"step": step, "action": action} for step, action in ((3, "warn"), (7, "roll_back")))
+    late = {"step": 6, "action": "warn"}
+    assert kept_events([warn, late, back], 4, 1) == [warn, late, back]
+    assert kept_events([warn, late, back], 4, 0) == [warn]  # killed before the roll-back was counted: it comes again
+    assert kept_events([warn, back, back, late], 4, 1) == [warn, back]
+    stop = {"step": 6, "action": "stop"}
+    assert kept_events([warn, late, stop, {**late, "step": 9}], 4, 0) == [warn, late, stop]
+
+
+def test_a_torn_log_of_events_is_written_on(tmp_path):
+    (tmp_path / "events.jsonl").write_text('{"step": 3, "acti')
+    found, _ = watch(config(tmp_path))
+    found.resume(0)
+    bad_steps(found, 1)
+    assert [row["step"] for row in read_lines(tmp_path / "events.jsonl")] == [3]
+
+
+def test_a_monitor_that_is_switched_on_when_the_run_goes_on_speaks_of_what_goes_on(tmp_path):
+    for before, after in ((("off", 0.3), ("stop", 0.3)), (("warn", 0.3), ("stop", 0.3)), (("warn", 0.95), ("warn", 0.3))):
+        folder = tmp_path / "-".join(map(str, (*before, *after)))
+        folder.mkdir()
+        found, _ = watch(config(folder, monitors={"repetition": before[0], "max_repetition": before[1]}))
+        found.resume(0)
+        bad_steps(found, 1, 5)
+        again, warnings = watch(config(folder, monitors={"repetition": after[0], "max_repetition": after[1]}))
+        again.resume(5)
+        if after[0] == "stop":
+            with pytest.raises(StoppedError):
+                bad_steps(again, 6, 1)
+        else:
+            bad_steps(again, 6, 1)
+        assert len(warnings) == 1
+
+
+def test_a_second_roll_back_at_one_step_is_a_warning(tmp_path):
+    (tmp_path / "checkpoints/global_step_4").mkdir(parents=True)
+    found, _ = watch(config(tmp_path, monitors={"repetition": "roll_back", "truncation": "roll_back"}))
+    found.resume(4)
+    with pytest.raises(RolledBack):
+        for step in (5, 6, 7):
+            found.look(step, {**HEALTHY, "response/repetition": 0.9, "response_length/clip_ratio": 1.0}, "")
+    rows = read_lines(tmp_path / "events.jsonl")
+    assert [(row["monitor"], row["action"], row["to"]) for row in rows] == [("repetition", "warn", None), ("truncation", "roll_back", 4)]
 
 
 def test_a_resumed_run_remembers_what_was_seen(tmp_path):

@@ -16,6 +16,12 @@ def test_metrics_of_several_updates_weigh_by_their_samples():
     merged = over_updates([(first, 2), (second, 1)])
     assert merged == {"actor/pg_loss": pytest.approx(2.0), "rollout/logprob_diff_max": 0.7, "flow/loss": pytest.approx(3.0)}
     assert over_updates([]) == {}
+    updates = [{"rollout/surprisal_z": 3.0, "actor/update_ratio": 0.01, "flow/drift": drift} for drift in (0.1, 0.2, 0.3, 0.4)]
+    assert over_updates([(found, 2) for found in updates]) == {
+        "rollout/surprisal_z": pytest.approx(6.0),
+        "actor/update_ratio": pytest.approx(0.04),
+        "flow/drift": 0.4,
+    }
 
 
 @pytest.fixture
