@@ -2,21 +2,39 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import binascii
 import io
 import re
+import struct
+import zlib
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 from PIL import Image, UnidentifiedImageError
 
 MAX_BYTES = 32 * 2**20
 MAX_PIXELS = 50_000_000  # checked in the header, before anything is decoded
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF")
-UNREADABLE = (OSError, SyntaxError, ValueError)  # what Pillow raises at a damaged file
-
+FETCH_SECONDS = 60.0  # of a download, redirects and all
+# What Pillow's readers raise at a damaged file: of the formats above TIFF and GIF fall over their own tables.
+UNREADABLE = (
+    OSError,
+    SyntaxError,
+    ValueError,
+    TypeError,
+    LookupError,
+    ArithmeticError,
+    AttributeError,
+    MemoryError,
+    EOFError,
+    struct.error,
+    zlib.error,
+)
 
 BASE64 = re.compile(r"(?:[A-Za-z0-9+/]{4}){16,}(?:[A-Za-z0-9+/]{2}==|[A-Za-z0-9+/]{3}=)?")  # at least 48 bytes
 
@@ -87,9 +105,13 @@ def read_bytes(source: Any, roots: Sequence[Path], allow_urls: bool) -> tuple[st
         if BASE64.fullmatch(source):
             return "the base64 picture", decode_base64(source)
         raise
-    if path.stat().st_size > MAX_BYTES:
-        raise ImageError(f"{source} has {path.stat().st_size} bytes, more than {MAX_BYTES}", "image_bytes")
-    return source, path.read_bytes()
+    try:
+        if (size := path.stat().st_size) > MAX_BYTES:
+            raise ImageError(f"{source} has {size} bytes, more than {MAX_BYTES}", "image_bytes")
+        with path.open("rb") as file:
+            return source, file.read(MAX_BYTES + 1)
+    except OSError as error:
+        raise ImageError(f"{source} cannot be read: {error.strerror}") from None
 
 
 def decode_base64(text: str) -> bytes:
@@ -104,13 +126,30 @@ def fetch(url: str, allow_urls: bool) -> bytes:
     """Download a picture, where the user allowed it, with a limit on time and size."""
     if not allow_urls:
         raise ImageError(f"{url} is a URL: set data.allow_urls=true to download pictures", "image_url")
-    import urllib.request
+    import httpx  # here: hardly anybody downloads pictures
+
+    async def download() -> bytes:
+        body = b""
+        async with (
+            asyncio.timeout(FETCH_SECONDS),
+            httpx.AsyncClient(follow_redirects=True, max_redirects=5, timeout=None) as client,
+            client.stream("GET", url, headers={"Accept-Encoding": "identity"}) as response,
+        ):
+            response.raise_for_status()
+            async for chunk in response.aiter_raw():
+                body += chunk
+                if len(body) > MAX_BYTES:
+                    break
+        return body
 
     try:
-        with urllib.request.urlopen(url, timeout=20) as response:
-            return response.read(MAX_BYTES + 1)
-    except OSError as error:
-        raise ImageError(f"{url}: {error}", "image_url") from None
+        urlsplit(url).port  # noqa: B018  a ValueError beyond 65535, where sockets raise something else
+        with ThreadPoolExecutor(1) as pool:  # the caller's thread may have a loop of its own
+            return pool.submit(lambda: asyncio.run(download())).result()
+    except TimeoutError:
+        raise ImageError(f"{url}: not complete within {FETCH_SECONDS:g} s", "image_url") from None
+    except (httpx.HTTPError, httpx.InvalidURL, OSError, ValueError) as error:
+        raise ImageError(f"{url}: {type(error).__name__}: {error}", "image_url") from None
 
 
 def locate(name: str, roots: Sequence[Path]) -> Path:
@@ -124,7 +163,7 @@ def locate(name: str, roots: Sequence[Path]) -> Path:
                 outside = True
             elif path.is_file():
                 return path
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RuntimeError) as error:  # the last: a link that leads to itself
             raise ImageError(f"{name[:80]!r} is no file name: {error}", "image_source") from None
     where = ", ".join(str(root) for root in roots) or "no folder"
     if outside:

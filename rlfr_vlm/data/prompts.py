@@ -28,6 +28,13 @@ ROLES = {"human": "user", "gpt": "assistant", "user": "user", "assistant": "assi
 
 
 LONE_SURROGATE = re.compile("[\ud800-\udfff]")
+UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+MAX_NESTING = 100  # of objects and lists in one another; a row needs six, and what walks over it is recursive
+
+
+def printable(text: str) -> str:
+    """Text of a row for a message: what steers a terminal, turns its direction or cannot be encoded is shown as its escape."""
+    return UNPRINTABLE.sub(lambda found: repr(found[0])[1:-1], text)
 
 
 class RowError(Exception):
@@ -35,7 +42,7 @@ class RowError(Exception):
     the message says what is wrong and where."""
 
     def __init__(self, kind: str, message: str, fault: str = "") -> None:
-        super().__init__(message)
+        super().__init__(printable(message))
         self.kind = kind
         self.fault = fault or kind
 
@@ -69,9 +76,13 @@ class BadRows:
         self.max_frac = cfg.max_bad_frac
         self.record = record
         self.rows: list[BadRow] = []
+        self.total = 0  # rows of the data set
 
     def add(self, row_id: str, error: RowError, total: int) -> None:
-        """Raises UserError with `on_bad_row=stop`, or when more than `max_bad_frac` of `total` rows are bad."""
+        """Raises UserError with `on_bad_row=stop`, or when more than `max_bad_frac` of all rows are bad.
+
+        total: rows that the caller looks at. A later look is at those that earlier ones left: the first is at all of them.
+        """
         if self.stop:
             raise UserError(f"{error} ({self.switch} leaves such rows out)")
         row = BadRow(row_id, error.kind, str(error))
@@ -80,8 +91,9 @@ class BadRows:
             self.record.parent.mkdir(parents=True, exist_ok=True)
             with self.record.open("a") as file:
                 file.write(json.dumps(row.__dict__) + "\n")
-        if len(self.rows) > self.max_frac * total:
-            raise UserError(f"{len(self.rows)} bad rows of {total} exceed data.max_bad_frac={self.max_frac}; the last: {error}")
+        self.total = max(self.total, total)
+        if len(self.rows) > self.max_frac * self.total:
+            raise UserError(f"{len(self.rows)} bad rows of {self.total} exceed data.max_bad_frac={self.max_frac}; the last: {error}")
 
 
 def read_rows(source: str) -> Iterator[tuple[str, dict[str, Any] | None, Unreadable | None]]:
@@ -105,8 +117,7 @@ def read_rows(source: str) -> Iterator[tuple[str, dict[str, Any] | None, Unreada
         if not isinstance(rows, list):
             raise UserError(f"data file {source}: expected a list of rows")
         for number, row in enumerate(rows):
-            name = f"{path.name}[{number}]"
-            yield (name, row, None) if isinstance(row, dict) else (name, None, Unreadable("not_object", "not an object"))
+            yield (f"{path.name}[{number}]", *_object(row, "not an object"))
     elif path.suffix in (".parquet", ".arrow"):
         for number, row in enumerate(_table_rows(path)):
             yield f"{path.name}[{number}]", row, None
@@ -135,7 +146,17 @@ def _json_row(line: bytes) -> tuple[dict[str, Any] | None, Unreadable | None]:
         return None, Unreadable("utf8_invalid", f"not JSON: {error}")
     except (ValueError, RecursionError) as error:
         return None, Unreadable("json_invalid", f"not JSON: {error}")
-    return (row, None) if isinstance(row, dict) else (None, Unreadable("not_object", "not a JSON object"))
+    return _object(row, "not a JSON object", line.count(b"[") + line.count(b"{"))
+
+
+def _object(value: Any, otherwise: str, opened: int = MAX_NESTING + 1) -> tuple[dict[str, Any] | None, Unreadable | None]:
+    """A value of JSON as a row. opened: how many objects and lists it holds, at most."""
+    if not isinstance(value, dict):
+        return None, Unreadable("not_object", otherwise)
+    level: list[Any] = [value] if opened > MAX_NESTING else []
+    for _ in range(MAX_NESTING):
+        level = [part for nest in level for part in (nest.values() if isinstance(nest, dict) else nest) if isinstance(part, dict | list)]
+    return (None, Unreadable("json_invalid", f"nested more than {MAX_NESTING} deep")) if level else (value, None)
 
 
 def _hub_rows(source: str) -> Iterator[tuple[str, dict[str, Any] | None, Unreadable | None]]:

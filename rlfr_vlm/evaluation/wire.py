@@ -202,10 +202,10 @@ def retry_after(header: str | None) -> float | None:
     """Seconds that a Retry-After header asks for: a number, or a date."""
     if not header:
         return None
-    if re.fullmatch(r"\s*\d{1,9}(\.\d{1,9})?\s*", header):
-        return float(header)
+    if re.fullmatch(r"[0-9]{1,9}(\.[0-9]{1,9})?", header.strip()):
+        return float(header.strip())
     try:
         when = parsedate_to_datetime(header)
-    except ValueError:
+    except (ValueError, OverflowError):
         return None
     return max(0.0, ((when if when.tzinfo else when.replace(tzinfo=UTC)) - datetime.now(UTC)).total_seconds())

@@ -250,3 +250,33 @@ def test_the_stream_covers_every_row_each_epoch_and_resumes():
     again = PromptStream(10, seed=3, shuffle=True)
     again.position = 7
     assert [again.draw() for _ in range(5)] == (epochs[0] + epochs[1])[7:12]
+
+
+def test_a_later_look_is_at_fewer_rows_and_the_share_is_still_of_all():
+    """The reader sees 100 rows, the grader the 95 that it left, the renderer what those two left."""
+    cfg = DataConfig(on_bad_row="skip", max_bad_frac=0.1)
+    bad = BadRows(cfg)
+    for i in range(10):
+        bad.add(str(i), RowError("image", f"row {i}"), 100 if i < 5 else 95)
+    with pytest.raises(UserError, match="11 bad rows of 100 exceed"):
+        bad.add("10", RowError("image", "row 10"), 90)
+
+
+def test_messages_hold_nothing_that_steers_a_terminal_or_cannot_be_encoded(tmp_path):
+    path = write(tmp_path, {"prompt": "x", "answer": "1", "id": "\x1b[2J\u202e\ud800"}, {"prompt": "x", "answer": "1", "id": "\x1b[2J"})
+    cfg = DataConfig(on_bad_row="skip", max_bad_frac=1.0)
+    bad = BadRows(cfg)
+    load_prompts(path, cfg, bad)
+    assert "half a character" in bad.rows[0].reason
+    path = write(tmp_path, *[{"prompt": "x", "answer": "1", "id": "\x1b[2J\u202eé"}] * 2)
+    with pytest.raises(UserError, match=r"id `\\x1b\[2J\\u202eé` was already used"):
+        load_prompts(path, CFG, BadRows(CFG))
+
+
+def test_rows_that_are_nested_too_deep_for_what_walks_over_them(tmp_path):
+    deep = '{"prompt": "x", "answer": "1", "more": ' + "[" * 99 + "]" * 99 + "}"
+    deeper = deep.replace("[]", "[[]]")
+    (tmp_path / "rows.json").write_text(f"[{deep}, {deeper}]")
+    for source in (write(tmp_path, deep, deeper), str(tmp_path / "rows.json")):
+        with pytest.raises(UserError, match=r"(:2|\[1\]): nested more than 100 deep"):
+            load_prompts(source, CFG, BadRows(CFG))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import struct
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -151,14 +150,15 @@ class Examiner:
         """A picture of this file's rows, or why there is none."""
         try:
             name, image = open_header(source, self._roots, self.cfg.data.allow_urls)
-            notices = header_notices(image)
             pixels = decode(name, image)
         except ImageError as error:
             return error.with_traceback(None)
+        notices: list[Notice] = []
         if all(high - low <= FLAT for low, high in pixels.getextrema()):  # type: ignore[misc, union-attr]
             notices.append(("image_blank", f"the {pixels.width} x {pixels.height} pixels have one colour, about {pixels.getpixel((0, 0))}"))
         if clear := _clear_share(image):
             notices.append(("image_transparent", f"{100 * clear:.0f} % of the picture is transparent"))
+        notices += header_notices(image)  # last: to count frames moves the picture on, and a damaged one need not come back
         return Picture(pixels.size, digest_of(repr(pixels.size).encode() + pixels.tobytes()), tuple(notices))
 
 
@@ -169,13 +169,13 @@ def header_notices(image: Image.Image) -> list[Notice]:
         found.append(("image_tiny", f"the picture has {image.width} x {image.height} pixels"))
     try:
         turned = image.getexif().get(ORIENTATION, 1)
-        several = bool(getattr(image, "is_animated", False))
-    except (*UNREADABLE, struct.error, KeyError, TypeError, EOFError):  # damaged metadata: of no use to anyone, and to training no matter
+        frames = getattr(image, "n_frames", 1)
+    except UNREADABLE:  # damaged metadata: of no use to anyone, and to training no matter
         return found
     if turned in range(2, 9):
         found.append(("image_rotated", f"EXIF orientation {turned}"))
-    if several:
-        found.append(("image_frames", f"the picture has {getattr(image, 'n_frames', 'several')} frames"))
+    if frames > 1:
+        found.append(("image_frames", f"the picture has {frames} frames"))
     return found
 
 

@@ -14,7 +14,7 @@ from rlfr_vlm.config import Config
 from rlfr_vlm.data.preflight.facts import Facts, Role, Task, digest_of
 from rlfr_vlm.data.preflight.kinds import KINDS
 from rlfr_vlm.data.preflight.workers import Workers
-from rlfr_vlm.data.prompts import RowError, claim_id, read_rows, row_origin
+from rlfr_vlm.data.prompts import RowError, claim_id, printable, read_rows, row_origin
 from rlfr_vlm.errors import UserError
 from rlfr_vlm.rewards.answers import MAX_GOLD, unwrap_gold
 from rlfr_vlm.rewards.grader import LATE, Grader
@@ -140,8 +140,8 @@ class _Reading:
     def note(self, line: int | None, row_id: str, kind: str, reason: str) -> None:
         """A defect of a row, or of the file; reasons need not say the row again."""
         name = Path(self.scan.file).name
-        reason = re.sub(rf"^\S*{re.escape(name)}(?::{line}|\[{line}\]): ", "", reason)
-        found = self.scan.add(line, row_id, kind, reason, "error" if kind in self.quarantine else "")
+        reason = printable(re.sub(rf"^\S*{re.escape(name)}(?::{line}|\[{line}\]): ", "", reason))
+        found = self.scan.add(line, printable(row_id), kind, reason, "error" if kind in self.quarantine else "")
         if found.severity == "error":
             self.on_error(found)
 
