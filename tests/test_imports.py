@@ -9,7 +9,7 @@ import rlfr_vlm
 
 ROOT = Path(rlfr_vlm.__file__).parent
 LEVELS = [
-    {"errors", "faults", "methods"},
+    {"errors", "faults", "finite", "methods"},
     {"config", "sections", "types"},
     {"ranks"},
     {"losses", "advantages", "shaping", "flow"},

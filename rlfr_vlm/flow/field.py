@@ -15,7 +15,8 @@ from torch import Tensor
 
 from rlfr_vlm.config import FlowConfig
 from rlfr_vlm.errors import UserError
-from rlfr_vlm.faults import faultpoint
+from rlfr_vlm.faults import faultpoint, poison
+from rlfr_vlm.finite import check_finite
 from rlfr_vlm.flow.latents import ContextMode, LatentRequest, Latents, Side, resolve_layers
 from rlfr_vlm.flow.network import VelocityNet
 from rlfr_vlm.flow.objective import debias_weight, logit_normal_times, velocity_deviation
@@ -109,7 +110,7 @@ class FlowField:
             for tile in self.tiles(latents, lengths, [draw_seed(seed, draw) for seed in seeds]):
                 weighted = torch.stack([debias_weight(t) * self.deviation(tile, t).mean(0) for t in self.spec.times])
                 scores.index_add_(0, tile.tokens, weighted.mean(0) * tile.share / draws)
-        return scores
+        return poison("flow_score", scores)
 
     def accumulate_gradient(
         self,
@@ -128,7 +129,7 @@ class FlowField:
         for tile in self.tiles(latents, lengths, seeds, chosen):
             at: Sequence[float | Tensor] = self.spec.times if times == "reward" else [logit_normal_times(tile.time_normal)]
             deviations = torch.stack([self.deviation(tile, t).mean(0) for t in at]).mean(0)
-            part = (deviations * tile.share * weights[tile.tokens]).sum()
+            part = poison("flow_loss", (deviations * tile.share * weights[tile.tokens]).sum())
             part.backward()
             loss += part.item()
         return loss
@@ -185,13 +186,18 @@ class FlowField:
         return torch.randn(size, generator=generator, device=self.device)
 
     def save(self, folder: str | Path) -> None:
-        """Write weights (safetensors) and then the spec (JSON) into a folder, each whole or not at all: beside a spec the weights are whole."""
+        """Write weights (safetensors) and then the spec (JSON) into a folder, each whole or not at all: beside a spec the weights are whole.
+
+        Raises NonFiniteWeightError naming a weight that holds NaN or an infinity.
+        """
+        network = {name: tensor.detach().cpu().contiguous() for name, tensor in self.network.state_dict().items()}
+        check_finite(network, "a field's checkpoint")
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         (folder / SPEC_FILE).unlink(missing_ok=True)
         weights, spec = (folder / f".tmp-{name}" for name in (WEIGHTS_FILE, SPEC_FILE))
         spec.write_text(json.dumps(asdict(self.spec), indent=1))
-        save_file({k: v.detach().cpu().contiguous() for k, v in self.network.state_dict().items()}, weights)
+        save_file(network, weights)
         faultpoint("field_weights")
         weights.replace(folder / WEIGHTS_FILE)
         faultpoint("field_spec")

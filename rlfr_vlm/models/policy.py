@@ -20,6 +20,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageText
 
 from rlfr_vlm.config import ModelConfig
 from rlfr_vlm.errors import UserError
+from rlfr_vlm.faults import poison
+from rlfr_vlm.finite import check_finite
 from rlfr_vlm.flow.latents import LatentRequest, Latents, capture_latents, context_rows
 from rlfr_vlm.models.attention import IMPLEMENTATION
 from rlfr_vlm.models.families import find_family
@@ -72,7 +74,7 @@ class PackedModel(nn.Module):
     ) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None, tuple[Tensor, ...] | None]:
         """See Policy.forward; a plain tuple, because DeepSpeed looks for tensors in nothing else."""
         states, latents = self.states(batch, request)
-        hidden = states.index_select(0, batch.predict_rows)
+        hidden = poison("logits", states.index_select(0, batch.predict_rows))
         head = self.model.get_output_embeddings().weight
         logprobs, entropy = token_logprobs(hidden, head, batch.response_ids, self.banned, temperature, with_entropy)
         means = prompt_means(states, batch.prompt_start, batch.prompt_end) if with_prompt_means else None
@@ -206,6 +208,7 @@ class Policy:
         """Every weight once, by name, whole and with adapters merged, about `max_bytes` at a time; a decoder layer is never split.
 
         A bucket's tensors are good until the next one is asked for. Where weights are sharded, all ranks must iterate together.
+        Raises NonFiniteWeightError naming a weight that holds NaN or an infinity.
         """
         tensors = self.model.state_dict(keep_vars=True)
         owners: dict[int, str] = {}
@@ -227,7 +230,9 @@ class Policy:
     def _gathered(self, names: Sequence[str], tensors: dict[str, Tensor]) -> Iterator[dict[str, Tensor]]:
         needed = [tensors[own] for own in names] + [factor for own in names for factor in factors_of(self.model, own)]
         with self.whole([p for p in needed if isinstance(p, nn.Parameter)]):
-            yield {str(plain_name(own)): merged(self.model, own, tensors[own].detach()) for own in names}
+            bucket = {str(plain_name(own)): merged(self.model, own, tensors[own].detach()) for own in names}
+            check_finite(bucket, "an engine or an export")
+            yield bucket
 
     def trained(self) -> dict[str, nn.Parameter]:
         """The parameters that learn."""

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rlfr_vlm.errors import StoppedError, UserError
+from rlfr_vlm.faults import poison
 from rlfr_vlm.rewards.grader import Graded
 from rlfr_vlm.types import Outcome
 
@@ -59,7 +60,7 @@ def _outcome(rollout: Rollout, graded: Graded, score: CustomScore | None, cfg: R
     if cfg.overlong_buffer:
         parts["overlong"] = overlong_penalty(len(rollout.token_ids), max_new_tokens, cfg.overlong_buffer)
         reward += parts["overlong"]
-    return Outcome(reward, graded.verdict, parts, graded.prediction)
+    return Outcome(poison("reward", reward), graded.verdict, parts, graded.prediction)
 
 
 def tags_reward(text: str) -> float:
@@ -112,12 +113,13 @@ class CustomScore:
     reward: float | None  # None: not gradable
     correct: bool | None = None  # None: the built-in grader decides
     parts: dict[str, float] = field(default_factory=dict)
+    reason: str = "the reward function returned None"  # why it is not gradable
 
 
 def _settle(graded: Graded, score: CustomScore) -> Graded:
     """The verdict where grader and function have both spoken. A gold answer that only the function can read is no error."""
     if score.reward is None:
-        return Graded("error", graded.prediction, "the reward function returned None")
+        return Graded("error", graded.prediction, score.reason)
     correct = graded.verdict == "correct" if score.correct is None else score.correct
     return Graded("correct" if correct else "wrong", graded.prediction)
 
@@ -280,26 +282,30 @@ class _UserFunction:
         return list(values)
 
     def score(self, value: Any, reward: str, accuracy: str, rollout: Rollout) -> CustomScore:
-        """A score out of a number, or of a dict with the named keys (`accuracy` may be absent); its other numbers become parts."""
+        """A score out of a number, or of a dict with the named keys (`accuracy` may be absent); its other numbers become parts.
+
+        Where one of them is NaN or an infinity the response is not gradable.
+        """
         if not isinstance(value, Mapping):
-            return CustomScore(self._number(value, rollout))
+            return self._score(self._number(value, rollout))
         if reward not in value:
             raise UserError(f"reward.function {self.spec}: its dict for row {rollout.prompt.prompt.id} has no `{reward}`: {sorted(value)}")
-        verified = self._number(value.get(accuracy), rollout)
+        given, verified = self._number(value[reward], rollout), self._number(value.get(accuracy), rollout)
         parts = {name: float(part) for name, part in value.items() if name != reward and isinstance(part, (int, float))}
-        return CustomScore(self._number(value[reward], rollout), None if verified is None else verified > 0.5, parts)
+        return self._score(given, verified, parts)
+
+    def _score(self, reward: float | None, accuracy: float | None = None, parts: Mapping[str, float] | None = None) -> CustomScore:
+        numbers = {"reward": reward, "accuracy": accuracy, **(parts or {})}
+        if broken := [f"{name}={number}" for name, number in numbers.items() if number is not None and not math.isfinite(number)]:
+            return CustomScore(None, reason=f"the reward function returned {', '.join(broken)}")
+        return CustomScore(reward, None if accuracy is None else accuracy > 0.5, dict(parts or {}))
 
     def _number(self, value: Any, rollout: Rollout) -> float | None:
-        """A finite float, or None for None: nothing else may reach the optimiser."""
-        if value is None:
-            return None
+        """A float, or None for None. Raises UserError for what is no number."""
         try:
-            number = float(value)
+            return None if value is None else float(value)
         except (TypeError, ValueError):
-            number = math.nan
-        if not math.isfinite(number):
-            raise UserError(f"reward.function {self.spec}: {value!r} for row {rollout.prompt.prompt.id} is no finite number")
-        return number
+            raise UserError(f"reward.function {self.spec}: {value!r} for row {rollout.prompt.prompt.id} is no number") from None
 
 
 def _describe(error: Exception) -> str:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from rlfr_vlm.config import ModelConfig, RolloutConfig
 from rlfr_vlm.errors import StoppedError
+from rlfr_vlm.faults import faultpoint
 from rlfr_vlm.models.attention import PackedLayout, Segment, grouped_sdpa
 from rlfr_vlm.models.pack import concatenate_vision
 from rlfr_vlm.models.policy import Policy
@@ -228,6 +229,7 @@ class HFEngine:
                 decode.keep(rows.to(decode.used.device))
                 active, tokens, positions = [active[i] for i in going], tokens[rows], positions[rows]
             decode.advance()
+            faultpoint("decode")
             positions = positions + 1
             hidden = self._forward(tokens, positions.expand(self.sampler.family.position_axes, -1), decode, {})
         groups = [requests[i : i + sampling.group_size] for i in range(0, len(requests), sampling.group_size)]
@@ -255,6 +257,7 @@ class HFEngine:
             steps = [min(len(r.tokens), len(r.uniforms) - 1) for r in active]
             uniform = torch.stack([r.uniforms[step] for r, step in zip(active, steps, strict=True)]).to(logits.device)
             tokens = torch.searchsorted(cumulative, (uniform * cumulative[:, -1])[:, None], right=True)[:, 0]
+            tokens = tokens.clamp(max=cumulative.shape[1] - 1)  # of NaN it is beyond the last one; its log-prob says so
         else:
             logprobs = logits.log_softmax(-1)
             tokens = logits.argmax(-1)

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from rlfr_vlm.config import Config
-from rlfr_vlm.errors import StoppedError, UserError
+from rlfr_vlm.errors import NonFiniteError, StoppedError, UserError
 from rlfr_vlm.models.policy import Policy
 from rlfr_vlm.ranks import Ranks
 from rlfr_vlm.rollout import engine_name
@@ -127,8 +127,7 @@ class RemoteEngine:
         """Until every worker holds the same weights. `buckets` is called by all ranks, which then iterate together."""
         while True:
             sync_id = ranks.broadcast(uuid.uuid4().hex, "weight sync")
-            report = ranks.broadcast(self._send(ranks, buckets(), sync_id), "weight sync")
-            if not self._settle(ranks, [report]):
+            if not self._settle(ranks, ranks.gather(self._send(ranks, buckets(), sync_id), "weight sync")):
                 self._sync_id = sync_id
                 return
 
@@ -137,15 +136,18 @@ class RemoteEngine:
         report = _Report({})
         in_flight: deque[tuple[str, list[tuple[int, Any]]]] = deque()
         count = 0
-        for bucket in buckets:
-            if not ranks.first or report.losses or report.problem:
-                continue
-            if len(in_flight) == MAX_BUCKETS:
-                self._answers(*in_flight.popleft(), report)
-            shared = self.workers.share(bucket)
-            calls = [(worker, self.workers.submit(worker, "load_bucket", shared, sync_id)) for worker in range(len(self.workers))]
-            in_flight.append((f"the weights from `{next(iter(bucket))}` on", calls))
-            count += 1
+        try:
+            for bucket in buckets:
+                if not ranks.first or report.losses or report.problem:
+                    continue
+                if len(in_flight) == MAX_BUCKETS:
+                    self._answers(*in_flight.popleft(), report)
+                shared = self.workers.share(bucket)
+                calls = [(worker, self.workers.submit(worker, "load_bucket", shared, sync_id)) for worker in range(len(self.workers))]
+                in_flight.append((f"the weights from `{next(iter(bucket))}` on", calls))
+                count += 1
+        except NonFiniteError as error:
+            report.problem = Problem.of(error)
         while in_flight and not report.problem:
             self._answers(*in_flight.popleft(), report)
         if ranks.first and not report.losses and not report.problem:

@@ -20,6 +20,7 @@ from rlfr_vlm.config import Config, ModelConfig
 from rlfr_vlm.data.prompts import RowError
 from rlfr_vlm.data.render import Renderer
 from rlfr_vlm.errors import StoppedError, UserError
+from rlfr_vlm.faults import faultpoint
 from rlfr_vlm.models.policy import Policy
 from rlfr_vlm.rollout import engine_name, make_engine
 from rlfr_vlm.rollout.engine import SamplingConfig
@@ -109,6 +110,7 @@ class RolloutWorker:
     def __init__(self, cfg: Config) -> None:
         """Load model and engine. Raises UserError as they do."""
         self.name = engine_name(cfg)
+        faultpoint("engine_load")
         model = worker_model(cfg.model)
         self.policy = Policy(model, weights=False)
         self.engine = make_engine(cfg.model_copy(update={"model": model}), self.policy)
@@ -125,6 +127,7 @@ class RolloutWorker:
         """Take a part of the weights. From the first one on, until `finish_load`, nothing is sampled."""
         count = self._loading[1] if self._loading is not None and self._loading[0] == sync_id else 0
         self._sync_id, self._loading = None, (sync_id, count + 1)
+        faultpoint("engine_sync")
         self.engine.load_bucket({name: unpacked(tensor) for name, tensor in bucket.items()})
 
     def finish_load(self, version: int, sync_id: str, num_buckets: int) -> WorkerState:
@@ -139,6 +142,7 @@ class RolloutWorker:
         """Responses to each request, or why there are none. Raises StoppedError naming a prompt that reads as other tokens here."""
         if self._sync_id != sync_id:
             return Refusal("stale")
+        faultpoint("engine_prefill")
         encoded = [self._encode(request) for request in requests]
         if None in encoded:
             return Refusal("pictures", tuple(i for i, found in enumerate(encoded) if found is None))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,14 +10,16 @@ from dataclasses import dataclass
 from rlfr_vlm.advantages import MIN_STD
 from rlfr_vlm.config import Config
 from rlfr_vlm.data.render import PromptSource
-from rlfr_vlm.errors import UserError
+from rlfr_vlm.errors import NonFiniteError, UserError
 from rlfr_vlm.faults import faultpoint
 from rlfr_vlm.ranks import ALONE, Ranks
 from rlfr_vlm.rewards.grader import Grader
 from rlfr_vlm.rewards.outcome import grade, reasons, stop_on_errors
 from rlfr_vlm.rollout.engine import RolloutEngine, SamplingConfig
 from rlfr_vlm.training.timing import timed
-from rlfr_vlm.types import Outcome, RolloutGroup
+from rlfr_vlm.types import Outcome, Rollout, RolloutGroup
+
+NAMED = 8  # responses in a message
 
 
 @dataclass(frozen=True)
@@ -115,6 +118,7 @@ def _round(
         faultpoint("rollout")
         with timed("reward", clock):
             outcomes = grade(groups, lenient, grader, cfg.rollout.max_new_tokens)
+        check_finite(groups, outcomes)
     except UserError as error:
         return [], error
     remaining = iter(outcomes)
@@ -122,6 +126,22 @@ def _round(
         GradedGroup(group, tuple(next(remaining) for _ in group.rollouts), position)
         for group, position in zip(groups, positions, strict=True)
     ], None
+
+
+def check_finite(groups: Sequence[RolloutGroup], outcomes: Sequence[Outcome]) -> None:
+    """Raises NonFiniteError naming the responses whose log-probs by the engine, or rewards, are not finite: weights may be, or a reward."""
+    rollouts = [rollout for group in groups for rollout in group.rollouts]
+    if unsure := [rollout for rollout in rollouts if not all(map(math.isfinite, rollout.logprobs))]:
+        raise not_finite_of("the engine's log-probs", unsure)
+    if wrong := [rollout for rollout, outcome in zip(rollouts, outcomes, strict=True) if not math.isfinite(outcome.reward)]:
+        raise not_finite_of("the rewards", wrong)
+
+
+def not_finite_of(what: str, rollouts: Sequence[Rollout]) -> NonFiniteError:
+    """What to say of responses, as PROMPT#SAMPLE."""
+    named = [f"{rollout.prompt.prompt.id}#{rollout.sample_index}" for rollout in rollouts]
+    more = f" and {len(named) - NAMED} more" * (len(named) > NAMED)
+    return NonFiniteError(f"not finite: {what} of response{'s' * (len(named) > 1)} {', '.join(named[:NAMED])}{more}")
 
 
 def sampling(cfg: Config, step: int, further_round: int = 0) -> SamplingConfig:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from rlfr_vlm.advantages import gae, group_advantages, leave_one_out, rewards_to_go, whiten
 from rlfr_vlm.config import AlgorithmConfig, Config, TokenRewardConfig
+from rlfr_vlm.faults import poison
 from rlfr_vlm.flow.reward import flow_reward
 from rlfr_vlm.losses import kl_estimate
 from rlfr_vlm.ranks import ALONE, Ranks
@@ -129,9 +130,9 @@ def assign_credit(cfg: Config, samples: Sequence[Sample], scores: Scores, ranks:
     if algorithm.advantage == "gae":
         assert scores.values is not None
         advantages, returns = gae(rewards, scores.values, lengths, algorithm.gamma, algorithm.gae_lambda)
-        return Credit(whole_batch(advantages), extra, returns)
+        return Credit(poison("advantage", whole_batch(advantages)), extra, returns)
     advantages = rewards_to_go(rewards, lengths, algorithm.gamma)
-    return Credit(whole_batch(advantages) if algorithm.advantage == "whitened" else advantages, extra)
+    return Credit(poison("advantage", whole_batch(advantages) if algorithm.advantage == "whitened" else advantages), extra)
 
 
 def keep_step(cfg: Config, ranks: Ranks) -> None:

@@ -6,6 +6,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 
 from rlfr_vlm.config import Config
 from rlfr_vlm.data.render import PromptSource
+from rlfr_vlm.errors import NonFiniteError
 from rlfr_vlm.faults import faultpoint
 from rlfr_vlm.ranks import Ranks
 from rlfr_vlm.rewards.grader import Grader
@@ -51,8 +52,13 @@ class Rollouts:
         return batch
 
     def _load(self, clock: dict[str, float]) -> None:
+        problem: NonFiniteError | None = None
         with timed("sync", clock):
-            self.engine.load_weights(self.learner.policy)
+            try:
+                self.engine.load_weights(self.learner.policy)
+            except NonFiniteError as error:  # of this rank's weights: the others are about to sample
+                problem = error
+        self.learner.ranks.agree(problem, "weight sync")
         faultpoint("sync")
 
     def _collect(self, step: int, clock: dict[str, float]) -> Collected:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from rlfr_vlm.errors import CheckpointError
 from rlfr_vlm.faults import faultpoint
+from rlfr_vlm.finite import check_finite
 
 FILE_BYTES = 2**29  # of tensors that are held before they are written
 
@@ -28,8 +29,9 @@ class ShardWriter:
         return self
 
     def add(self, name: str, tensor: Tensor) -> None:
-        """Write this tensor, now or with later ones: until then it must not change."""
+        """Write this tensor, now or with later ones: until then it must not change. Raises NonFiniteWeightError naming one that is not finite."""
         self._held[name] = tensor.detach().to("cpu").contiguous()
+        check_finite({name: self._held[name]}, f"a checkpoint ({self.stem})")
         if sum(held.nbytes for held in self._held.values()) >= FILE_BYTES:
             self._flush()
 

@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from rlfr_vlm.config import Config, config_hash
 from rlfr_vlm.data.render import PromptSource
 from rlfr_vlm.faults import faultpoint
+from rlfr_vlm.finite import check_finite
 from rlfr_vlm.flow.field import FlowField
 from rlfr_vlm.models.policy import Policy
 from rlfr_vlm.training.checkpoint import rank_folder
@@ -51,7 +52,9 @@ def write_state(folder: Path, cfg: Config, step: int, learner: Learner, prompts:
     if learner.field is not None:
         learner.field.save(folder / "flow")
     if learner.head is not None:
-        save_file({k: v.detach().cpu().contiguous() for k, v in learner.head.state_dict().items()}, folder / "head.safetensors")
+        head = {k: v.detach().cpu().contiguous() for k, v in learner.head.state_dict().items()}
+        check_finite(head, "a checkpoint (head)")
+        save_file(head, folder / "head.safetensors")
     state = {
         "format": FORMAT,
         "step": step,

@@ -5,13 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
 from rlfr_vlm.config import Config, FlowOnlineConfig
 from rlfr_vlm.errors import NonFiniteError
-from rlfr_vlm.faults import faultpoint
+from rlfr_vlm.faults import faultpoint, poison
 from rlfr_vlm.flow.field import FlowField
 from rlfr_vlm.flow.latents import Latents
 from rlfr_vlm.flow.sketch import sketch_latents
@@ -19,6 +20,7 @@ from rlfr_vlm.models.heads import ValueHead
 from rlfr_vlm.models.pack import PackedBatch
 from rlfr_vlm.models.policy import Policy
 from rlfr_vlm.ranks import ALONE, Ranks
+from rlfr_vlm.training.collect import not_finite_of
 from rlfr_vlm.training.credit import Credit, Sample, Scores, assign_credit, join, keep_step, split
 from rlfr_vlm.training.figures import Figures
 from rlfr_vlm.training.microbatches import in_step
@@ -26,6 +28,8 @@ from rlfr_vlm.training.objective import UpdateSize, objective
 from rlfr_vlm.training.optim import PolicyOptimizer
 from rlfr_vlm.training.timing import timed
 from rlfr_vlm.types import PolicyOutput
+
+TOO_FAST = "the field or the policy's latents are broken; lower flow.online.lr"
 
 
 @dataclass(frozen=True)
@@ -92,7 +96,7 @@ def _scores(
 ) -> Scores:
     """Scores from a forward of the policy as it is."""
     assert output.entropy is not None
-    scores = Scores(output.logprobs.detach(), output.entropy)
+    scores = Scores(poison("old_logprob", output.logprobs.detach()), output.entropy)
     if learner.reference is not None:
         with timed("reference", clock):
             scores = replace(scores, ref_logprobs=learner.reference.forward(batch, cfg.rollout.temperature).logprobs)
@@ -161,7 +165,8 @@ def update(
         credit = join(due) if due else assign_credit(cfg, chosen, scores)
         if train_policy:
             loss, metrics = objective(cfg, learner.head, output, scores, credit, chosen, size)
-            problem = problem or not_finite_here(loss, scores, chosen)
+            problem = problem or not_finite_here(output, scores, credit, chosen, loss)
+            output.logprobs.register_hook(partial(poison, "gradient"))
             learner.optimizer.backward(loss)
             faultpoint("backward")
             figures.add({name: value.item() for name, value in metrics.items()})
@@ -171,6 +176,8 @@ def update(
                 shares = flow_token_weights(cfg.flow.online, [online[i] for i in part.rows], sizes, output.latents.scorable, scores.entropy)
                 seeds = [s.seed for s in chosen]
                 loss_here = learner.field.accumulate_gradient(output.latents, sizes, seeds, shares, cfg.flow.online.times)
+            if not math.isfinite(loss_here):
+                problem = problem or NonFiniteError(f"the flow loss is not finite: {TOO_FAST}")
             if selected:  # where nothing is selected there is no loss, not a loss of 0
                 figures.add({"flow/loss": loss_here})
         figures.add_tokens(chosen, scores, credit)
@@ -179,13 +186,27 @@ def update(
     return {**figures.result(ranks), **_step(learner, train_policy, selected, clock)}, records
 
 
-def not_finite_here(loss: Tensor, scores: Scores, samples: Sequence[Sample]) -> NonFiniteError | None:
-    """What is wrong with a micro-batch whose loss or deviations are not finite."""
-    if scores.deviations is not None and not bool(scores.deviations.isfinite().all()):
-        return NonFiniteError("a deviation from the flow is not finite: the field or the policy's latents are broken; lower flow.online.lr")
-    if math.isfinite(loss.item()):
+def not_finite_here(output: PolicyOutput, scores: Scores, credit: Credit, samples: Sequence[Sample], loss: Tensor) -> NonFiniteError | None:
+    """The first column of a micro-batch, in the order in which they come to be, that is not finite, and the responses to blame."""
+    columns = {
+        "the log-probs": output.logprobs.detach(),
+        "the old log-probs": scores.logprobs,
+        "the reference's log-probs": scores.ref_logprobs,
+        "the values": scores.values,
+        f"the deviations from the flow ({TOO_FAST})": scores.deviations,
+        "the token rewards": credit.token_rewards,
+        "the advantages": credit.advantages,
+        "the returns": credit.returns,
+    }
+    present = {what: column for what, column in columns.items() if column is not None}
+    good = torch.stack([*(column.isfinite().all() for column in present.values()), loss.isfinite()]).tolist()
+    if all(good):
         return None
-    return NonFiniteError(f"the policy loss is not finite; responses: {[s.rollout.prompt.prompt.id for s in samples][:8]}")
+    for (what, column), fine in zip(present.items(), good, strict=False):
+        if not fine:
+            parts = column.split([s.length for s in samples])
+            return not_finite_of(what, [s.rollout for s, part in zip(samples, parts, strict=True) if not bool(part.isfinite().all())])
+    return not_finite_of("the policy loss", [s.rollout for s in samples])
 
 
 def _step(learner: Learner, train_policy: bool, flow_selected: bool, clock: dict[str, float] | None) -> dict[str, float]:
@@ -200,6 +221,9 @@ def _step(learner: Learner, train_policy: bool, flow_selected: bool, clock: dict
                 figures[f"{name}/grad_norm"] = optimizer.step()
         learner.policy.version += 1
         figures["actor/update_ratio"] = moved(before, learner.optimizer.sample(), learner.ranks)
+        first = next(p for p in learner.policy.model.parameters() if p.requires_grad)
+        with torch.no_grad():
+            first.copy_(poison("parameter", first))  # nothing happens where it is the same tensor
     faultpoint("step")
     if learner.flow_optimizer is not None:
         with timed("flow_update", clock):
