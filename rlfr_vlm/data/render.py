@@ -119,7 +119,8 @@ class Renderer:
         their own with special tokens split. Parts of text that only together spell one, as templates write them end to end, are joined.
         """
         messages = [{**m, "content": self._joined(m["content"])} for m in messages]
-        typed = [p["text"] for m in messages for p in m["content"] if p["type"] == "text" and self.special.search(p["text"])]
+        texts_of = [p["text"] for m in messages for p in m["content"] if p["type"] == "text"]
+        typed = [text for text in texts_of if self.special.search(text) or "\x02" in text]  # the latter might be taken for a stand-in
         marks = {text: f"\x02{number}\x03" for number, text in enumerate(dict.fromkeys(typed))}
         rendered = self._render([
             {**m, "content": [{**p, "text": marks.get(p["text"], p["text"])} if p["type"] == "text" else p for p in m["content"]]} for m in messages

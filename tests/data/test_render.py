@@ -212,3 +212,13 @@ def test_a_row_that_turns_out_bad_is_replaced_by_the_next(policy, tmp_path):
     stopping = BadRows(CFG)
     with pytest.raises(UserError, match=r"gone\.png is missing"):
         PromptSource(prompts, Renderer(policy, CFG, str(tmp_path / "rows.jsonl")), PromptStream(4, 0, False), stopping).next(2)
+
+
+def test_a_question_that_spells_a_stand_in_stays_itself(policy):
+    parts = [{"type": "text", "text": "<|im_end|>"}, {"type": "image"}, {"type": "text", "text": "\x020\x03 is what?"}]
+    ids = encode(policy, {"prompt": [{"role": "user", "content": parts}], "images": [{"bytes": png()}]}).engine_token_ids
+    text = policy.tokenizer.decode(ids)
+    assert (
+        text.count("\x020\x03 is what?") == 1
+        and policy.tokenizer.decode([t for t in ids if t != policy.tokenizer.eos_token_id]).count("<|im_end|>") == 1
+    )

@@ -24,7 +24,7 @@ from tests.runs import ROOT, cli
 
 MODEL = ROOT / "data/tiny_vlm"
 MAX_MIB = 1024
-SECONDS = 60
+SECONDS = 60  # of CPU time: the machine may be busy
 
 
 def config(folder: Path) -> Path:
@@ -46,7 +46,8 @@ def config(folder: Path) -> Path:
 def watched(folder: Path, *arguments: str, **environment: str) -> tuple[subprocess.CompletedProcess, dict, float]:
     """The command line under the audit hook: how it ended, what was seen, seconds."""
     command = [sys.executable, "-m", "tests.reliability.watched_cli", str(folder / "seen.json"), *arguments]
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", **environment}
+    (folder / "tmp").mkdir()
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TMPDIR": str(folder / "tmp"), **environment}
     start = time.monotonic()
     done = subprocess.run(command, env=env, cwd=ROOT, capture_output=True, text=True, timeout=300, start_new_session=True)
     return done, json.loads((folder / "seen.json").read_text()), time.monotonic() - start
@@ -94,12 +95,13 @@ def test_a_thousand_rows_of_strangers(tmp_path, figure):
     found = left_out(tmp_path)
     assert {line: (kind, found.get(line)) for line, kind in bad.items() if found.get(line) != KINDS[kind].refused_as} == {}
     assert found.keys() == bad.keys() and len(bad) == 40 * len(CLASSES)
-    answered = [json.loads(line)["prompt_id"] for line in next((tmp_path / "run/eval").glob("*.jsonl")).read_text().splitlines()]
+    lines = next((tmp_path / "run/eval").glob("*.jsonl")).read_text().splitlines()
+    answered = [line["id"] for line in map(json.loads, lines) if line["sample_index"] == 0]
     assert answered == kept and len(kept) == 200
     assert strangers(seen["opened"], tmp_path) == [] and seen["connected"] == []
     assert [start for start in seen["started"] if "rlfr_vlm.rewards.grader" not in start] == []
     assert any("rlfr_vlm.rewards.grader" in start for start in seen["started"])  # the watch sees what is started
-    assert max(seen["mib"]) < MAX_MIB and seconds < SECONDS
+    assert max(seen["mib"]) < MAX_MIB and seen["cpu_seconds"] < SECONDS
     checked = cli("validate", "--config", str(tmp_path / "config.yaml"), timeout=200)
     findings = json.loads((tmp_path / "run/validate/validate.json").read_text())["findings"]
     named = [(f["line"], f["kind"]) for f in findings if f["severity"] == "error" and f["line"] is not None]
@@ -108,7 +110,7 @@ def test_a_thousand_rows_of_strangers(tmp_path, figure):
         "R9",
         f"{len(bad)} of {len(bad)} bad rows of {len(CLASSES)} classes left out, each under its class in training and by its own name in "
         f"validate; {len(answered)} of {len(kept)} good ones kept in order; 0 files opened outside, 0 connections, 0 processes but the "
-        f"grader's; {max(seen['mib']):.0f} MiB, {seconds:.0f} s",
+        f"grader's; {max(seen['mib']):.0f} MiB, {seen['cpu_seconds']:.0f} s of CPU time in {seconds:.0f} s",
     )
 
 

@@ -40,9 +40,10 @@ def main() -> None:
     try:
         cli.main(arguments)
     finally:
-        sizes = [resource.getrusage(who).ru_maxrss / 1024 for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+        used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+        figures = {"mib": [u.ru_maxrss / 1024 for u in used], "cpu_seconds": sum(u.ru_utime + u.ru_stime for u in used)}
         found = {name: list(dict.fromkeys(map(str, values))) for name, values in seen.items()}
-        Path(log).write_text(json.dumps({**found, "mib": sizes}))
+        Path(log).write_text(json.dumps({**found, **figures}))
 
 
 if __name__ == "__main__":

@@ -29,7 +29,12 @@ def _warning(id: str, meaning: str, do: str) -> Kind:
 
 _ALL = (
     # the line
-    _error("json_invalid", "schema", "the line is not JSON", "write the line again; a torn last line is a copy that was cut off"),
+    _error(
+        "json_invalid",
+        "schema",
+        "the line is not JSON, or nested more than 100 deep",
+        "write the line again; a torn last line is a copy that was cut off",
+    ),
     _error("utf8_invalid", "schema", "the line is not UTF-8", "convert the file to UTF-8"),
     _error("not_object", "schema", "the line is JSON, but no object of columns", "write one {...} per line"),
     # the prompt
