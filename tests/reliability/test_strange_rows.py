@@ -61,29 +61,21 @@ def left_out(folder: Path) -> dict[int, str]:
 
 def strangers(opened: list[str], folder: Path) -> list[str]:
     """What was opened beside the data, the run, the program and the system's own files."""
-    own = [
-        folder / "data",
-        folder / "run",
-        folder / "seen.json",
-        folder / "config.yaml",
+    ours = [folder / name for name in ("data", "run", "tmp", "seen.json", "config.yaml")]
+    theirs = [
         ROOT,
         sys.prefix,
         sys.base_prefix,
         *site.getsitepackages(),
-    ]
-    own += [
         "/proc",
         "/sys",
         "/dev/null",
         "/dev/shm",
         "/usr/lib",
         "/usr/share",
-        "/lib",
-        "/etc/ld.so.cache",
-        "/etc/nsswitch.conf",
-        "/etc/passwd",
     ]
-    known = tuple(str(Path(place).resolve()) for place in own)
+    theirs += ["/lib", "/etc/ld.so.cache", "/etc/nsswitch.conf", "/etc/passwd"]
+    known = tuple(str(Path(place).resolve()) for place in (*ours, *theirs))
     return [path for path in opened if not os.path.realpath(path).startswith(known)]
 
 
