@@ -10,7 +10,7 @@ from typing import Any
 from rlfr_vlm.config import Config, config_hash, differences
 from rlfr_vlm.data.digests import RowDigests
 from rlfr_vlm.errors import CheckpointError, UserError
-from rlfr_vlm.training.checkpoint import list_checkpoints, newest_good, verify_file
+from rlfr_vlm.training.checkpoint import MANIFEST, list_checkpoints, newest_good, verify_file
 from rlfr_vlm.training.state import FORMAT, ROWS_FILE, STATE_FILE, environment
 
 
@@ -68,7 +68,7 @@ def _described(folder: Path) -> dict[str, Any] | None:
     """What a checkpoint says of itself; None where that is damaged, which `newest_good` will tell."""
     try:
         state = json.loads((folder / STATE_FILE).read_text())
-        if state.get("format") == FORMAT:  # others had other manifests
+        if "sha256" in json.loads((folder / MANIFEST).read_text()):  # those of older formats do not vouch for themselves
             verify_file(folder, STATE_FILE)
             verify_file(folder, ROWS_FILE)
     except (OSError, ValueError, AttributeError, CheckpointError):
