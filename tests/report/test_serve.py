@@ -16,6 +16,7 @@ import sys
 import threading
 import time
 from contextlib import closing, contextmanager
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -262,7 +263,8 @@ def test_a_run_that_vanishes_leaves_the_last_page_and_one_complaint(tmp_path, mo
 
 def start(*arguments: str | Path) -> tuple[subprocess.Popen, str]:
     command = [sys.executable, "-m", "rlfr_vlm.cli", "report", *map(str, arguments), "--serve"]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    heard = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # what the background of a shell starts ignores it
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True, preexec_fn=heard)
     return process, process.stdout.readline()
 
 

@@ -134,9 +134,16 @@ def test_a_passing_fault_is_rolled_back_and_the_run_ends_well(tmp_path, data):
 
 
 @pytest.mark.slow
-def test_two_ranks_roll_back_together(tmp_path, data):
+@pytest.mark.parametrize("stage", [2, 3])
+def test_two_ranks_roll_back_together(tmp_path, data, stage):
     (tmp_path / "pays.py").write_text(PAYS_FOR_LENGTH_ONCE)
-    settings = ["train.save_steps=2", "train.steps=8", "monitors.length=roll_back", "rollout.num_prompts=16", "deepspeed.zero_stage=2"]
+    settings = [
+        "train.save_steps=2",
+        "train.steps=8",
+        "monitors.length=roll_back",
+        "rollout.num_prompts=16",
+        f"deepspeed.zero_stage={stage}",
+    ]
     cfg = demo_config(tmp_path / "run", data, f"reward.function={tmp_path / 'pays.py'}:score", *settings)
     (tmp_path / "config.yaml").write_text(json.dumps(cfg.model_dump(mode="json")))
     torchrun(2, "rlfr_vlm.cli", "train", "--config", tmp_path / "config.yaml", timeout=600)
