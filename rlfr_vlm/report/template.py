@@ -20,10 +20,11 @@ from rlfr_vlm.errors import UserError
 
 
 def page(template: str, title: str, style: str, data: Sequence[str], scripts: Mapping[str, str]) -> str:
-    """The template with its parts. `scripts`: by placeholder; the browser runs these and nothing else."""
+    """The template, which is the body, in its frame and with its parts. `scripts`: by placeholder; the browser runs these and nothing else."""
+    frame = asset("frame.html").replace("{{content}}", asset(template))
     policy = f"default-src 'none'; img-src data: blob:; style-src 'unsafe-inline'; script-src {' '.join(map(_digest, scripts.values()))}"
     parts = {"title": html.escape(shown(title)), "policy": policy, "style": style, "data": "\n".join(data), **scripts}
-    return re.sub(r"\{\{(\w+)\}\}", lambda match: parts[match[1]], asset(template))  # one pass: data is never searched for placeholders
+    return re.sub(r"\{\{(\w+)\}\}", lambda match: parts[match[1]], frame)  # one pass: data is never searched for placeholders
 
 
 def write_page(path: Path, text: str) -> Path:
