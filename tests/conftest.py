@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from tests import tiny_models
+from tests.reliability.conftest import figure  # noqa: F401
 
 torch.set_num_threads(1)  # tiny models; a second thread only waits
 

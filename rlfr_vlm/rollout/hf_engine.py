@@ -14,6 +14,7 @@ from torch import Tensor
 from rlfr_vlm.config import ModelConfig, RolloutConfig
 from rlfr_vlm.errors import StoppedError
 from rlfr_vlm.faults import faultpoint
+from rlfr_vlm.finite import check_finite
 from rlfr_vlm.models.attention import PackedLayout, Segment, grouped_sdpa
 from rlfr_vlm.models.pack import concatenate_vision
 from rlfr_vlm.models.policy import Policy
@@ -142,10 +143,11 @@ class HFEngine:
             self._arrivals = Arrivals(self.sampler.weight_specs())
 
     def load_weights(self, policy: Policy) -> None:
-        """Nothing where the engine samples from the policy's own tensors. Else see RolloutEngine."""
+        """Where the engine samples from the policy's own tensors, only a look whether they are finite. Else see RolloutEngine."""
         if self._arrivals is None:
             if policy is not self.policy:
                 raise ValueError("the HF engine samples from the policy that it was made with")
+            check_finite(dict(policy.model.named_parameters()), "an engine")
             return
         self._arrivals.forget()
         for bucket in policy.weight_buckets(self.bucket_bytes):

@@ -1,6 +1,8 @@
 """R8: nothing that is not finite reaches a weight, an engine or a checkpoint, and the responses to blame are named."""
 
 import json
+import math
+from dataclasses import replace
 from itertools import product
 
 import pytest
@@ -13,8 +15,10 @@ from rlfr_vlm.finite import check_finite, not_finite
 from rlfr_vlm.flow.field import FlowField
 from rlfr_vlm.models.policy import Policy
 from rlfr_vlm.ranks import ALONE
+from rlfr_vlm.rollout.hf_engine import HFEngine
 from rlfr_vlm.training import collect, shards, update
 from rlfr_vlm.training.watch import read_lines
+from rlfr_vlm.types import RolloutGroup
 from tests.reliability.spoilt_runs import ACTIONS, PLACES, SETTINGS, VALUES, check, spoil
 from tests.runs import cli, make_config, make_data, torchrun
 
@@ -82,17 +86,30 @@ def test_from_the_command_line(config, tmp_path):
 
 
 def test_a_model_that_is_spoilt_already_gives_no_step(model_folder, tmp_path):
-    """The engine shares its tensors with the policy, so that nothing is sent: the log-probs of what it samples tell."""
     make_data(tmp_path)
     policy = Policy(ModelConfig(path=model_folder("qwen2_5_vl"), dtype="float32"))
     with torch.no_grad():
         next(iter(policy.trained().values()))[0] = torch.nan
     policy.save(tmp_path / "spoilt")
     path = make_config(tmp_path, str(tmp_path / "spoilt"), flow=None)
-    with pytest.raises(StoppedError, match=r"not finite: the engine's log-probs of responses train\d#0, .*No weight has seen it"):
+    with pytest.raises(StoppedError, match=r"step 1: non_finite: `model.*` holds NaN or an infinity on its way to an engine. No engine "):
         train_rank(load_config(path), ALONE)
     with pytest.raises(NonFiniteWeightError, match=r"holds NaN or an infinity on its way to an engine"):
         list(policy.weight_buckets(2**20))
+
+
+def test_log_probs_of_an_engine_that_are_no_numbers_end_the_run(config):
+    """With finite weights, and of one response."""
+
+    class Overflowing(HFEngine):
+        def sample(self, prompts, sampling):
+            (first, *others), *groups = [group.rollouts for group in super().sample(prompts, sampling)]
+            changed = [(replace(first, logprobs=(-math.inf, *first.logprobs[1:])), *others), *groups]
+            return [RolloutGroup(rollouts[0].prompt, tuple(rollouts)) for rollouts in changed]
+
+    cfg = load_config(config)
+    with pytest.raises(StoppedError, match=r"not finite: the engine's log-probs of response train\d#0. No weight has seen it"):
+        train_rank(cfg, ALONE, lambda policy, _: Overflowing(cfg.rollout, policy))
 
 
 def test_a_field_that_is_not_finite_is_not_written(tmp_path, model_folder, config):

@@ -220,7 +220,8 @@ FOUR = {"deepspeed": {"ranks": 2, "zero_stage": 2}, "ray": {"engines": 2}, "trai
 
 
 @pytest.mark.slow
-def test_an_engine_and_then_a_rank_are_killed_and_nothing_changes(prepared, tmp_path):
+@pytest.mark.reliability
+def test_an_engine_and_then_a_rank_are_killed_and_nothing_changes(prepared, tmp_path, figure):
     path = prepared(**FOUR)
     with Launched(path, tmp_path / "whole") as whole:
         whole.wait_for("step 1/12")
@@ -245,6 +246,7 @@ def test_an_engine_and_then_a_rank_are_killed_and_nothing_changes(prepared, tmp_
     assert weights(tmp_path / "killed", 12) == weights(tmp_path / "whole", 12)
     assert weights(tmp_path / "killed", 12) != (Path(load_config(path).model.path) / "model.safetensors").read_bytes()
     assert len((tmp_path / "killed" / "metrics.jsonl").read_text().splitlines()) == 12
+    figure("R6", "launcher=ray, 2 ranks, 2 engines: an engine and then a rank SIGKILLed, the group starts again, final weights bit-equal")
 
 
 def intrude(sockets):
@@ -301,6 +303,52 @@ def test_the_fourth_death_stops_the_run_and_what_a_rank_stops_at_is_said(prepare
     with Launched(path, tmp_path / "run", "optim.lr=0.5") as run:
         assert run.end() == 2, run.text[-4000:]
         assert re.search(r"rlfr-vlm train: .* was written with another config: optim.lr", run.text)
+
+
+DEATHS = {"engine_load": 1, "engine_sync": 2, "engine_prefill": 3, "decode": 10}  # fault point: its passing in the process that dies there
+GRADING = """
+import hashlib, time
+
+def reward(prompts, completions, **columns):
+    with open({log!r}, "a") as file:
+        file.write("x")
+    time.sleep(1)  # the engine is idle
+    return [hashlib.sha256(str(text).encode()).digest()[0] / 255 for text in completions]
+"""
+
+
+@pytest.mark.reliability
+@pytest.mark.parametrize(("action", "number"), [("kill", signal.SIGKILL), ("stop", signal.SIGSTOP)])
+def test_an_engine_that_dies_at_any_point_changes_nothing(prepared, tmp_path, figure, action, number):
+    """While it loads, gets weights, begins to sample, decodes, and waits: five processes in a row die, or hang, each at another point."""
+    (tmp_path / "noisy.py").write_text(GRADING.format(log=str(tmp_path / "graded")))
+    path = prepared(train={"steps": 6, "save_steps": 6, "timeout_s": 60}, ray={"engines": 1, "max_restarts": 9})
+    train(load_config(path, ("launcher=process", "ray.engines=0", f"output_dir={tmp_path / 'plain'}")))
+    (tmp_path / "graded").unlink()
+    faults = ",".join(f"{point}:{nth}:{action}:{tmp_path / point}" for point, nth in DEATHS.items())
+    begun = time.monotonic()
+    with Launched(path, tmp_path / "ray", RLFR_FAULT=faults) as run:
+        while len((tmp_path / "graded").read_text() if (tmp_path / "graded").exists() else "") < 5:
+            assert run.process.poll() is None and time.monotonic() < begun + START, run.text[-4000:]
+            time.sleep(0.02)
+        os.kill(int(re.findall(r"engine 0.*process (\d+)", run.text)[-1]), number)
+        assert run.end() == 0, run.text[-4000:]
+        assert not run.left() and not traces(run.process.pid)
+    assert all((tmp_path / point).exists() for point in DEATHS)
+    assert weights(tmp_path / "ray", 6) == weights(tmp_path / "plain", 6)
+    spent = time.monotonic() - begun
+    figure("R7", f"{action} at {', '.join(DEATHS)}, idle: 5 of 5 replaced and refitted, final weights bit-equal, {spent:.0f} s in all")
+
+
+@pytest.mark.reliability
+def test_the_fourth_death_of_an_engine_ends_the_run(prepared, tmp_path, figure):
+    path = prepared(ray={"engines": 1}, train={"steps": 50})
+    with Launched(path, tmp_path / "run", RLFR_FAULT="decode:3:kill") as run:
+        assert run.end() == 3, run.text[-4000:]
+        last = run.text.strip().splitlines()[-1]
+        assert re.search(r"rlfr-vlm train: .*engine 0.*ray.max_restarts=3", last), run.text[-4000:]
+        assert not run.left()
+    figure("R7", "4th death of an engine: exit 3, engine 0 named")
 
 
 CLUSTER = """

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 import uuid
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 import pytest
@@ -15,20 +16,38 @@ import pytest
 from rlfr_vlm.training.processes import processes_with
 from tests.runs import ROOT, make_config, make_data
 
-STEPS, WARM = 300, 50
-MOST_GROWTH = 0.02
+WARM, SAVED = 50, 25  # steps
+MOST_GROWTH, MOST_MORE = 0.02, 2
 
 
-def resident(mark):
-    """Resident bytes of every process of a run, shared pages by share."""
-    total = 0
-    for pid, _ in processes_with(mark):
-        try:
-            lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
-            total += next(int(line.split()[1]) * 1024 for line in lines if line.startswith("Pss:"))
-        except (OSError, StopIteration):
-            continue
-    return total
+@dataclass(frozen=True)
+class Held:
+    """What all processes of a run hold at one moment."""
+
+    resident: int = 0  # bytes, shared pages by share
+    files: int = 0
+    threads: int = 0
+    shared: int = 0  # entries of /dev/shm with the number of one of them in the name
+
+    @classmethod
+    def now(cls, mark):
+        """Of the processes with this mark; those that end meanwhile are left out."""
+        pids = [pid for pid, _ in processes_with(mark)]
+        total = cls(shared=len(in_shared_memory(pids)))
+        for pid in pids:
+            try:
+                lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
+                size = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("Pss:"))
+                files, threads = (len(os.listdir(f"/proc/{pid}/{folder}")) for folder in ("fd", "task"))
+            except (OSError, StopIteration):
+                continue
+            total = replace(total, resident=total.resident + size, files=total.files + files, threads=total.threads + threads)
+        return total
+
+    @classmethod
+    def typical(cls, moments):
+        """The median of each, whatever happened at one moment."""
+        return cls(*(sorted(getattr(moment, field.name) for moment in moments)[len(moments) // 2] for field in fields(cls)))
 
 
 def left_over(folder, members):
@@ -37,22 +56,30 @@ def left_over(folder, members):
     torchrun's folder of logs and torch's cache of compiled functions are meant to stay.
     """
     theirs = ("torchelastic_", "torchinductor_")
-    named = [p for p in Path("/dev/shm").iterdir() if any(str(pid) in p.name for pid in members)]
-    return [str(p) for p in (*folder.iterdir(), *named) if not p.name.startswith(theirs)]
+    return [str(p) for p in (*folder.iterdir(), *in_shared_memory(members)) if not p.name.startswith(theirs)]
+
+
+def in_shared_memory(pids):
+    """What is named after one of these processes."""
+    return [path for path in Path("/dev/shm").iterdir() if any(str(pid) in path.name for pid in pids)]
 
 
 def steps_done(metrics):
     return len([line for line in metrics.read_text().splitlines() if "reward/mean" in json.loads(line)]) if metrics.exists() else 0
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("kind", ["one process", "two ranks, stage 3, vLLM"])
-def test_memory_stays_and_nothing_is_left(model_folder, tmp_path, kind):
+KINDS = ["one process", "two ranks, stage 3, vLLM"]
+LENGTHS = [pytest.param(300, marks=pytest.mark.slow), pytest.param(500, marks=pytest.mark.reliability)]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("steps", LENGTHS)
+def test_memory_stays_and_nothing_is_left(model_folder, tmp_path, kind, steps, figure):
     make_data(tmp_path)
     engine = "hf" if kind == "one process" else "vllm"
     config = make_config(
         tmp_path, model_folder("qwen2_5_vl"), rollout={"engine": engine, "num_prompts": 2, "group_size": 2, "max_new_tokens": 4},
-        train={"steps": STEPS, "save_steps": 25, "log_rollouts": 1}, eval={"every": 50, "num_samples": 1, "limit": 2},
+        train={"steps": steps, "save_steps": SAVED, "log_rollouts": 1}, eval={"every": 50, "num_samples": 1, "limit": 2},
     )  # fmt: skip
     module = ["-m", "rlfr_vlm.cli", "train", "--config", str(config)]
     if kind != "one process":
@@ -72,20 +99,23 @@ def test_memory_stays_and_nothing_is_left(model_folder, tmp_path, kind):
     try:
         while process.poll() is None:
             done = steps_done(tmp_path / "run" / "metrics.jsonl")
-            samples[done] = max(samples.get(done, 0), resident(mark))
+            samples.setdefault(done, []).append(Held.now(mark))
             seen |= {pid for pid, _ in processes_with(mark)}
             time.sleep(0.2)
     finally:
         for pid, _ in processes_with(mark) if process.poll() is None else ():
             os.kill(pid, signal.SIGKILL)
     assert process.returncode == 0, (tmp_path / "log").read_text()[-3000:]
-    warm = [size for step, size in samples.items() if WARM - 10 <= step <= WARM + 10]
-    late = [size for step, size in samples.items() if STEPS - 30 <= step < STEPS]
-    growth = sorted(late)[len(late) // 2] / sorted(warm)[len(warm) // 2] - 1
-    print(f"{kind}: {sorted(warm)[len(warm) // 2] / 2**20:.1f} MiB at step {WARM}, {growth:+.2%} at step {STEPS}")
-    assert growth < MOST_GROWTH
+    warm = Held.typical([held for step in samples if WARM - 10 <= step <= WARM + 10 for held in samples[step]])
+    late = Held.typical([held for step in samples if steps - 30 <= step < steps for held in samples[step]])
+    growth = late.resident / warm.resident - 1
+    more = {name: getattr(late, name) - getattr(warm, name) for name in ("files", "threads", "shared")}
+    told = f"{kind}: {warm.resident / 2**20:.0f} MiB at step {WARM}, {growth:+.2%} at step {steps}; {more} more"
+    print(told)
+    assert growth < MOST_GROWTH and max(more.values()) <= MOST_MORE, told
     assert not processes_with(mark)
     assert left_over(tmp_path / "tmp", seen) == []
     kept = {p.name for p in (tmp_path / "run" / "checkpoints").iterdir()}
-    assert {"global_step_275", "global_step_300", "latest", "best.json"} <= kept
+    assert {f"global_step_{steps - SAVED}", f"global_step_{steps}", "latest", "best.json"} <= kept
     assert len(kept) <= 5  # and the best one
+    figure("R17", told.replace("{", "").replace("}", "").replace("'", ""))
