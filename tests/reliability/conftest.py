@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.reliability.forks import Forks
+
 RESULTS = "RLFR_RELIABILITY_RESULTS"  # file that figures are appended to, as JSON lines; unset: they are only printed
 
 
@@ -23,3 +25,10 @@ def figure(request):
                 file.write(json.dumps(line) + "\n")
 
     return record
+
+
+@pytest.fixture(scope="session")
+def forks():
+    """Starts the command line many times."""
+    with Forks() as found:
+        yield found

@@ -15,8 +15,9 @@ from pathlib import Path
 
 from rlfr_vlm.training.checkpoint import PREFIX, list_checkpoints
 from rlfr_vlm.training.processes import processes_with
-from tests.runs import ROOT
+from tests.runs import ROOT, make_config, make_data, make_text_data
 
+STEPS, SAVE_STEPS = 12, 3
 END_SECONDS = 5.0  # for what a killed process started to be gone
 NOISY_REWARD = """
 import random
@@ -26,30 +27,56 @@ def reward(prompts, completions, **columns):  # draws from a generator that only
 """
 
 
+def prepared(folder, model_folder, kind, **sections):
+    """The config of a small run (text, vision, or `two ranks...` with text), and how it is started."""
+    folder.mkdir(exist_ok=True)
+    (make_data if kind == "vision" else make_text_data)(folder)
+    (folder / "noisy.py").write_text(NOISY_REWARD)
+    sections = {
+        "reward": {"function": f"{folder / 'noisy.py'}:reward"},
+        "train": {"steps": STEPS, "save_steps": SAVE_STEPS},
+        "eval": {"every": SAVE_STEPS, "num_samples": 1, "limit": 2},
+        **sections,
+    }
+    config = make_config(folder, model_folder("qwen2_5_vl" if kind == "vision" else "qwen2"), **sections)
+    two = kind.startswith("two ranks")
+    return config, ["model.dtype=bfloat16", "deepspeed.zero_stage=2"] if two else [], 2 if two else 1
+
+
 class Started:
     """`rlfr-vlm train` in a session of its own, on one or several ranks. Its temporary folder marks every process that comes of it."""
 
-    def __init__(self, config, out, *overrides, ranks=1, fault=None):
+    def __init__(self, config, out, *overrides, ranks=1, fault=None, forks=None):
+        """forks: start it as one of these."""
         self.out, self.temporary = Path(out), tempfile.mkdtemp(prefix="rlfr")
-        env = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TMPDIR": self.temporary}
-        env.pop("RLFR_FAULT", None)
-        env |= {"RLFR_FAULT": fault} if fault else {}
-        command = ["-m", "rlfr_vlm.cli", "train", "--config", str(config), f"output_dir={out}", *overrides]
+        self.log = Path(self.temporary) / "log"
+        added = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TMPDIR": self.temporary} | ({"RLFR_FAULT": fault} if fault else {})
+        arguments = ["train", "--config", str(config), f"output_dir={out}", *overrides]
+        if forks is not None and ranks == 1:
+            self.process = forks.start(arguments, added, self.log)
+            return
+        command = ["-m", "rlfr_vlm.cli", *arguments]
         if ranks > 1:
             with socket.create_server(("127.0.0.1", 0)) as free:
                 port = str(free.getsockname()[1])
             launcher = ["-m", "torch.distributed.run", "--nproc-per-node", str(ranks), "--master-addr", "127.0.0.1", "--master-port", port]
             command = [*launcher, *command]
-        self.log = Path(self.temporary) / "log"
         self.process = subprocess.Popen(
-            [sys.executable, *command], env=env, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=self.log.open("w"), start_new_session=True
+            [sys.executable, *command],
+            env={k: v for k, v in os.environ.items() if k != "RLFR_FAULT"} | added,
+            cwd=ROOT,
+            stdout=subprocess.DEVNULL,
+            stderr=self.log.open("w"),
+            start_new_session=True,
         )
 
     def __enter__(self):
         return self
 
     def __exit__(self, *_):
-        for pid, _since in self.left():
+        if self.process.poll() is None:
+            self.process.kill()
+        for pid, _ in self.left():
             with suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
         self.process.wait()
@@ -83,11 +110,10 @@ class Started:
         return [Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode() for pid, _ in left]
 
 
-def finished(config, out, *overrides, ranks=1, timeout=300.0):
-    """The same command to its end. Returns what it said."""
-    with Started(config, out, *overrides, ranks=ranks) as run:
-        assert run.end(timeout) == 0, run.text[-3000:]
-        return run.text
+def finished(config, out, *overrides, ranks=1, forks=None):
+    """The same command to its end."""
+    with Started(config, out, *overrides, ranks=ranks, forks=forks) as run:
+        assert run.end() == 0, run.text[-3000:]
 
 
 def sums(run, step):

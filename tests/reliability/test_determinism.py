@@ -9,8 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.reliability.started import Started, finished, ledger, sums
-from tests.reliability.test_kills import prepared
+from tests.reliability.started import Started, finished, ledger, prepared, sums
 
 STEPS = 6
 REWARD = {"function": None, "answer": "text", "grader": {"workers": 1}}  # graded by worker processes

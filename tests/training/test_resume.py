@@ -1,12 +1,16 @@
 """A run killed anywhere and started again ends with the same weights, to the bit (all of it: tests/reliability)."""
 
 import json
+import random
 
+import numpy as np
 import pytest
+import torch
 
 from rlfr_vlm.commands import train
 from rlfr_vlm.config import load_config
 from rlfr_vlm.errors import UserError
+from rlfr_vlm.training.state import generators_kept, seed_generators
 from tests.reliability.started import NOISY_REWARD
 from tests.runs import POLICY, cli, digest, make_config, make_data
 
@@ -73,6 +77,18 @@ def test_a_changed_config_is_not_resumed_in_silence(model_folder, tmp_path):
     train(load_config(config))
     with pytest.raises(UserError, match=r"another config: optim\.lr: 0\.001 -> 0\.5"):
         train(load_config(config, ("optim.lr=0.5",)))
+
+
+def test_what_an_evaluation_draws_training_does_not_miss():
+    def draw():
+        return random.random(), np.random.rand(), torch.rand(1).item()
+
+    seed_generators(1)
+    expected = draw()
+    seed_generators(1)
+    with generators_kept():
+        draw()
+    assert draw() == expected
 
 
 def test_two_runs_cannot_share_a_folder(model_folder, tmp_path):
