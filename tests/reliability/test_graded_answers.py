@@ -67,7 +67,9 @@ class Measured:
             self.peak = max([self.peak, *(status(worker.process.pid, "VmHWM") for worker in list(self.grader._workers))])
 
     def grade(self, gold, response):
-        """The verdict. The CPU time is that of the workers of before: those that ended meanwhile have told theirs to the system."""
+        """Verdict, seconds, seconds of CPU time: those of the workers of before, of which ended ones have told theirs to the system."""
+        while not all(worker.ready for worker in self.grader._workers):  # one that still imports is not at this answer
+            self.grader.grade([pair[:2] for pair in HONEST * 2])
         before = {worker.process.pid: cpu_seconds(worker.process.pid) for worker in self.grader._workers}
         ended, start = resource.getrusage(resource.RUSAGE_CHILDREN), time.monotonic()
         (result,) = self.grader.grade([(gold, response)])
@@ -192,7 +194,7 @@ def honest_pairs() -> tuple[str, list[tuple[str, str, str]]]:
     """Where from; (gold answer, response, label)."""
     rng = random.Random(0)
     files = sorted(BENCHMARKS.glob("*/*.jsonl")) + sorted(BENCHMARKS.glob("*.jsonl"))
-    rows = [json.loads(line) for file in files for line in file.read_text().splitlines()]
+    rows = [json.loads(line) for file in files for line in file.read_text().split("\n") if line]
     golds = [unwrap_gold(str(row["answer"])) for row in rows if row.get("answer") is not None]
     golds = [gold for gold in dict.fromkeys(golds) if len(gold) <= 100]
     if not golds:

@@ -29,7 +29,7 @@ def right(i):
     return i % 3 > 0
 
 
-TRUTH = sum(map(right, range(COUNT))) / COUNT
+RIGHT = sum(map(right, range(COUNT)))
 
 
 def model(request):
@@ -94,8 +94,8 @@ class Run:
     def check_done(self) -> None:
         """All there, each once, and the accuracy is the truth."""
         assert len(self.lines("response")) == len({line["problem"] for line in self.lines("response")}) == COUNT
-        assert self.check_verdicts() == {"correct": COUNT * TRUTH, "wrong": COUNT * (1 - TRUTH)}
-        assert self.summary["accuracy"] == pytest.approx(TRUTH) and self.summary["verdicts"]["failed"] == 0
+        assert self.check_verdicts() == {"correct": RIGHT, "wrong": COUNT - RIGHT}
+        assert self.summary["accuracy"] == pytest.approx(RIGHT / COUNT) and self.summary["verdicts"]["failed"] == 0
 
     def keys_found(self) -> int:
         """Files, words and arguments that the key is in."""
