@@ -50,6 +50,7 @@ class Started:
         """forks: start it as one of these."""
         self.out, self.temporary = Path(out), tempfile.mkdtemp(prefix="rlfr")
         self.log = Path(self.temporary) / "log"
+        self.log.touch()
         added = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TMPDIR": self.temporary} | ({"RLFR_FAULT": fault} if fault else {})
         arguments = ["train", "--config", str(config), f"output_dir={out}", *overrides]
         if forks is not None and ranks == 1:

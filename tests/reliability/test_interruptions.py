@@ -31,7 +31,7 @@ KILLS = {  # 8 in saves and the export, 4 in rollouts and syncs, 8 at random mom
     "two ranks, ZeRO-2, bfloat16": ["checkpoint_manifest:3:kill", "rollout:5:kill", RANDOM],
 }
 STOPS = {"rollout:5:term": 5, "backward:7:term": 7, "checkpoint_file:5:term": 6, "eval:3:term": 9}  # and the step that it should stop at
-SAVED_SECONDS = 10.0  # from the signal to the exit
+SAVED_SECONDS = 30.0  # from the step before to the exit: the grace that schedulers give
 TWICE, APART = 20, 0.1
 
 
