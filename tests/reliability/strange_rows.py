@@ -243,7 +243,7 @@ def no_source(rng, row, folder):
                 "?" * 600,
                 "a\0b.png",
                 "loop.png",
-                "x" * 300,
+                "x-" * 150,
                 "data:image/png;base64,!",
                 None,
             ]
