@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from jinja2 import TemplateError
 from PIL import Image
 
 from rlfr_vlm.config import DataConfig
@@ -144,12 +145,15 @@ class Renderer:
 
     def _render(self, messages: list[dict[str, Any]]) -> str:
         """The chat template's text up to where the response starts; without a template, the texts end to end."""
-        if self.policy.processor is None:
-            plain = [{**m, "content": "".join(p["text"] for p in m["content"])} for m in messages]
+        speaker, given = self.policy.processor, messages
+        if speaker is None:
+            speaker, given = self.tokenizer, [{**m, "content": "".join(p["text"] for p in m["content"])} for m in messages]
             if not self.tokenizer.chat_template:
-                return (self.tokenizer.bos_token or "") + "\n".join(m["content"] for m in plain)
-            return self.tokenizer.apply_chat_template(plain, tokenize=False, add_generation_prompt=True)
-        return self.policy.processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+                return (self.tokenizer.bos_token or "") + "\n".join(m["content"] for m in given)
+        try:
+            return speaker.apply_chat_template(given, tokenize=False, add_generation_prompt=True)
+        except TemplateError as error:  # among them: it reaches for what a template may not
+            raise UserError(f"model.path: the chat template of `{self.policy.path}` fails: {error}") from None
 
     def _expand(self, short: Sequence[int], counts: Sequence[int], prompt: Prompt) -> tuple[int, ...]:
         """Each image token repeated as often as its picture has features."""

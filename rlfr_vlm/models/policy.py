@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import os
+import pickle
 import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
@@ -112,6 +113,10 @@ class Policy:
                 if weights
                 else empty_model(self.path, config, self.dtype, bool(self.family.vision))
             )
+        except pickle.UnpicklingError:
+            raise UserError(
+                f"{field}: `{cfg.path}` does not load: its weights are a pickle of more than tensors; nothing in it was run"
+            ) from None
         except (OSError, ValueError, SafetensorError, StrictDataclassError) as error:
             raise UserError(f"{field}: `{cfg.path}` does not load: {' '.join(str(error).split())[:300]}") from error
         self.model.eval()
