@@ -230,11 +230,16 @@ def test_broken_files_are_named(tmp_path, name):
         load_prompts(str(tmp_path / name), CFG, BadRows(CFG))
 
 
-@pytest.mark.parametrize(("name", "message"), [("none.jsonl", "does not exist"), ("rows.csv", "expected .jsonl")])
-def test_files_that_cannot_be_read(tmp_path, name, message):
-    (tmp_path / "rows.csv").write_text("a,b")
+@pytest.mark.parametrize("name", ["none.jsonl", "rows.csv", "rows.py", "rows.pkl", "folder"])
+def test_files_that_cannot_be_read(tmp_path, name):
+    """Rows are data: no script is imported, nothing is unpickled."""
+    (tmp_path / "folder").mkdir()
+    for file in ("rows.csv", "rows.py", "rows.pkl", "folder/folder.py"):
+        (tmp_path / file).write_text(f"open({str(tmp_path / 'mark')!r}, 'w')")
+    message = "does not exist" if name == "none.jsonl" else "expected .jsonl"
     with pytest.raises(UserError, match=message):
         load_prompts(str(tmp_path / name), CFG, BadRows(CFG))
+    assert not (tmp_path / "mark").exists()
 
 
 def test_an_empty_file_is_an_error(tmp_path):
