@@ -318,11 +318,13 @@ def reward(prompts, completions, **columns):
 
 
 @pytest.mark.reliability
-@pytest.mark.parametrize(("action", "number"), [("kill", signal.SIGKILL), ("stop", signal.SIGSTOP)])
-def test_an_engine_that_dies_at_any_point_changes_nothing(prepared, tmp_path, figure, action, number):
+@pytest.mark.parametrize(
+    ("action", "number", "timeout_s"), [("kill", signal.SIGKILL, 600), ("stop", signal.SIGSTOP, 80)], ids=["kill", "stop"]
+)
+def test_an_engine_that_dies_at_any_point_changes_nothing(prepared, tmp_path, figure, action, number, timeout_s):
     """While it loads, gets weights, begins to sample, decodes, and waits: five processes in a row die, or hang, each at another point."""
     (tmp_path / "noisy.py").write_text(GRADING.format(log=str(tmp_path / "graded")))
-    path = prepared(train={"steps": 6, "save_steps": 6, "timeout_s": 60}, ray={"engines": 1, "max_restarts": 9})
+    path = prepared(train={"steps": 6, "save_steps": 6, "timeout_s": timeout_s}, ray={"engines": 1, "max_restarts": 9})
     train(load_config(path, ("launcher=process", "ray.engines=0", f"output_dir={tmp_path / 'plain'}")))
     (tmp_path / "graded").unlink()
     faults = ",".join(f"{point}:{nth}:{action}:{tmp_path / point}" for point, nth in DEATHS.items())
