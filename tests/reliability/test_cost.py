@@ -119,7 +119,9 @@ def test_of_a_save(tmp_path, monkeypatch, figure):
         shutil.rmtree(folder)
     least = {name: min(values) for name, values in saves.items()}
     more = least["ours"] / (least["plain"] + least["hash"]) - 1
-    text = f"a save of 192 MiB: {least['ours']:.3f} s of CPU, {more:+.1%} beside {least['plain']:.3f} plain and {least['hash']:.3f} of sha256"
+    text = (
+        f"a save of 192 MiB: {least['ours']:.3f} s of CPU, {more:+.1%} beside {least['plain']:.3f} plain and {least['hash']:.3f} of sha256"
+    )
     print(text)
     assert more < SAVE_SHARE, text
     figure("cost", text)
