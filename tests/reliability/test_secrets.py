@@ -99,9 +99,8 @@ def test_negative_control_a_key_is_found_in_any_form(tmp_path):
 def test_keys_are_found_in_nothing_that_a_run_leaves(model_folder, tmp_path, launcher, figure):
     make_data(tmp_path)
     trackers = {"trackers": ["tensorboard", "wandb", "trackio"], "steps": 2, "save_steps": 2}
-    judged = {"eval": {"every": 2, "judge": {"model": "judge", "api_base": "http://127.0.0.1:9/v1", "key_env": "RLFR_TEST_JUDGE_KEY"}}}
     more = {"ray": {"engines": 1}, "launcher": "ray"} if launcher == "ray" else {}
-    config = make_config(tmp_path, model_folder("qwen2_5_vl"), train=trackers, **judged, **more)
+    config = make_config(tmp_path, model_folder("qwen2_5_vl"), train=trackers, eval={"every": 2}, **more)
     home = tmp_path / "home"
     home.mkdir()
     environment = {**KEYS, "HOME": str(home), "WANDB_MODE": "offline"}
