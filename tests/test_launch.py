@@ -12,6 +12,7 @@ import pytest
 from rlfr_vlm.config import parse_config
 from rlfr_vlm.errors import UserError
 from rlfr_vlm.ranks import ALONE, Launch, Ranks, check_launch, join, launched
+from rlfr_vlm.training.processes import started
 from tests.runs import ROOT, cli
 
 VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "TORCHELASTIC_USE_AGENT_STORE")
@@ -192,3 +193,41 @@ def test_an_error_on_one_rank_is_raised_on_all():
     ALONE.agree(None, "reading")
     with pytest.raises(KeyError):
         ALONE.agree(KeyError("own"), "reading")
+
+
+RANK = """
+import os, sys, time
+from pathlib import Path
+from rlfr_vlm.config import parse_config
+from rlfr_vlm.ranks import join
+ranks = join(parse_config({"output_dir": "x", "model": {"path": "m"}, "deepspeed": {"ranks": 2}}))
+ranks.gather(None, "hello")
+(Path(sys.argv[1]) / str(os.getpid())).touch()
+time.sleep(600)
+"""
+
+
+@pytest.mark.slow
+def test_ranks_end_with_the_torchrun_that_is_killed(tmp_path):
+    """They are in sessions of their own: left behind, they would go on training and hold the run's folder."""
+    (tmp_path / "rank.py").write_text(RANK)
+    (tmp_path / "pids").mkdir()
+    launcher = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-addr", "127.0.0.1", "--master-port", str(free_port())]
+    command = [sys.executable, *launcher, str(tmp_path / "rank.py"), str(tmp_path / "pids")]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    pids = []
+    with subprocess.Popen(command, cwd=ROOT, env=environment, stderr=subprocess.DEVNULL) as torchrun:
+        try:
+            deadline = time.monotonic() + 120
+            while len(pids) < 2 and torchrun.poll() is None and time.monotonic() < deadline:
+                pids = [int(path.name) for path in (tmp_path / "pids").iterdir()]
+                time.sleep(0.05)
+        finally:
+            torchrun.kill()
+    assert len(pids) == 2
+    deadline = time.monotonic() + 5
+    while (left := [pid for pid in pids if started(pid) is not None]) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    for pid in left:
+        os.kill(pid, signal.SIGKILL)
+    assert not left
