@@ -111,17 +111,11 @@ def check(grader, responses, gold="42"):
 
 
 def test_hostile_answers_earn_nothing_within_5_seconds(mark):
+    """A sixth of the hardest; tests/reliability/test_graded_answers.py takes them all."""
     assert len(HARD) >= 30 and len(EASY) >= 80 and len(RESPONSES) >= 20
     some = dict(list(HARD.items())[::6])
     with Grader(LIMITS) as grader:
         check(grader, boxed(some | EASY, mark) | RESPONSES)
-
-
-@pytest.mark.slow
-def test_the_hardest_answers_too(mark):
-    with Grader(LIMITS) as grader:
-        check(grader, boxed(HARD, mark))
-        check(grader, boxed(dict(list(HARD.items())[::4]), mark), gold="x+1")
 
 
 @pytest.mark.slow
