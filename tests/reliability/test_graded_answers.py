@@ -18,7 +18,7 @@ import pytest
 
 from rlfr_vlm.config import GraderConfig
 from rlfr_vlm.rewards.answers import gold_problem, unwrap_gold
-from rlfr_vlm.rewards.grader import Grader
+from rlfr_vlm.rewards.grader import LATE, Grader
 from tests.rewards.test_hostile_answers import EASY, HARD, RESPONSES, boxed, mark  # noqa: F401  a fixture
 from tests.runs import ROOT
 
@@ -127,19 +127,25 @@ def test_verdicts_are_the_same_from_many_threads_on_a_busy_machine(mark, figure)
         honest = ("1/2", r"\boxed{0.5}")
         found = grader.grade([pair for _, response in hostile[number::16] for pair in (("42", response), honest)])
         assert {r.verdict for r in found[1::2]} == {"correct"}
-        return {name: r.verdict for (name, _), r in zip(hostile[number::16], found[::2], strict=True)}
+        return {name: r for (name, _), r in zip(hostile[number::16], found[::2], strict=True)}
 
     with Grader(LIMITS) as grader:
-        alone = {name: grader.grade([("42", response)])[0].verdict for name, response in hostile}
+        alone = {name: grader.grade([("42", response)])[0] for name, response in hostile}
     runs = []
     for _ in range(3):
         with busy(2), Grader(LIMITS) as grader, ThreadPoolExecutor(16) as pool:
             verdicts = pool.map(lambda number, grader=grader: share(grader, number), range(16))
-            runs.append({name: verdict for part in verdicts for name, verdict in part.items()})
-    assert [{name: (alone[name], found[name]) for name in alone if found[name] != alone[name]} for found in runs] == [{}, {}, {}]
-    counts = Counter(alone.values())
+            runs.append({name: result for part in verdicts for name, result in part.items()})
+    differ = [(name, alone[name], r) for found in runs for name, r in found.items() if r.verdict != alone[name].verdict]
+    late = [two for two in differ if any(r.reason.startswith(LATE) for r in two[1:])]  # an error, which is counted, and never a reward
+    assert len(runs) == 3 and [two for two in differ if two not in late] == []
+    counts = Counter(r.verdict for r in alone.values())
     assert counts.keys() <= {"wrong", "error"}
-    figure("R10", f"{len(hostile)} hostile answers from 16 threads beside 2 busy processes: the same verdicts 3 times ({dict(counts)})")
+    figure(
+        "R10",
+        f"{len(hostile)} hostile answers from 16 threads beside 2 busy processes, 3 times: the same verdicts ({dict(counts)}) "
+        f"but for {len(late)} that met the wall limit",
+    )
 
 
 @pytest.mark.reliability
