@@ -399,7 +399,9 @@ class MonitorsConfig(Section):
         "warn", description="deviations no longer differ, nothing is rewarded or learnt, or the flow loss triples"
     )
     patience: int = Field(3, ge=1, description="steps in a row that must look wrong before anything follows (non_finite: one)")
-    max_update: float = Field(0.03, gt=0, description="change of the weights over their size (healthy: 1e-5 to 3e-3); adapters: ten times it")
+    max_update: float = Field(
+        0.03, gt=0, description="change of the weights over their size (healthy: 1e-5 to 3e-3); adapters: ten times it"
+    )
     max_mismatch: float | None = Field(None, gt=0, description="mean log-prob gap, nats; default 1e-3 in float32, 0.1 in bfloat16")
     entropy_floor: float = Field(0.01, ge=0, description="nats per token")
     max_truncated: float = Field(0.9, gt=0, le=1, description="share of the responses")

@@ -262,6 +262,10 @@ class Policy:
 
         Where weights are sharded all ranks must call it, and one of them with `write`: it holds the whole model in host memory meanwhile.
         """
+        if self.device.type == "cpu":
+            os.environ.setdefault(
+                "DS_ACCELERATOR", "cpu"
+            )  # saving imports DeepSpeed where it is installed, which else warns on standard output
         if self.weights_as_stored:
             if write:
                 self.model.save_pretrained(folder)

@@ -54,6 +54,8 @@ class Run:
         """Of several ranks the first one writes, all of them save."""
         self.cfg, self.grader, self.heldout, self.ranks = cfg, grader, heldout, ranks
         self.folder = Path(cfg.output_dir)
+        if ranks.first:
+            self.folder.mkdir(parents=True, exist_ok=True)  # the benchmark holds none
         self.console = console or Console(stderr=True, quiet=not ranks.first)
         self._unsaved: dict[int, DiskFullError] = {}  # steps since the last checkpoint whose saves failed
         self._asked_to_stop = False

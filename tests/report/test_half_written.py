@@ -145,7 +145,8 @@ def test_every_file_cut_anywhere_is_named_and_the_rest_is_shown(run):
             path.write_bytes(content[:cut])
             found = problems(write_report(run))
             name = path.relative_to(run).as_posix()
-            assert found.keys() == {name}, (name, cut)
+            silent = name == "events.jsonl" and cut == 0  # monitors that had nothing to say
+            assert found.keys() == (set() if silent else {name}), (name, cut)
             whole_rows = content[:cut].count(b"\n")
             if path.name == "metrics.jsonl":
                 assert len(page_data(run / "report.html")["curves"]["metrics"]["steps"]) == len(
