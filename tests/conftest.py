@@ -11,6 +11,9 @@ import torch
 from tests import tiny_models
 from tests.reliability.conftest import figure  # noqa: F401
 
+if not torch.cuda.is_available():
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed, which saving a model imports, warns on standard output
+
 torch.set_num_threads(1)  # tiny models; a second thread only waits
 
 
