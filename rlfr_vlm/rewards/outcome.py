@@ -60,7 +60,7 @@ def _outcome(rollout: Rollout, graded: Graded, score: CustomScore | None, cfg: R
     if cfg.overlong_buffer:
         parts["overlong"] = overlong_penalty(len(rollout.token_ids), max_new_tokens, cfg.overlong_buffer)
         reward += parts["overlong"]
-    return Outcome(poison("reward", reward), graded.verdict, parts, graded.prediction)
+    return Outcome(poison("outcome", reward), graded.verdict, parts, graded.prediction)
 
 
 def tags_reward(text: str) -> float:

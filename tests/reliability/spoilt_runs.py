@@ -21,8 +21,8 @@ from rlfr_vlm.rollout.hf_engine import HFEngine
 from rlfr_vlm.training.shards import ShardReader
 from rlfr_vlm.training.watch import read_lines
 
-PLACES = ("logits", "old_logprob", "reward", "advantage", "flow_score", "flow_loss", "gradient", "parameter")
-ONE_RESPONSE = ("logits", "old_logprob", "reward", "advantage", "flow_score")  # the places where one response is to blame
+PLACES = ("logits", "old_logprob", "outcome", "advantage", "flow_score", "flow_loss", "gradient", "parameter")
+ONE_RESPONSE = ("logits", "old_logprob", "outcome", "advantage", "flow_score")  # the places where one response is to blame
 VALUES = ("nan", "inf", "-inf")
 ACTIONS = ("stop", "roll_back")
 SETTINGS = ("train.steps=4", "train.save_steps=1", "train.keep_checkpoints=4", "train.log_rollouts=0", "eval.every=0")

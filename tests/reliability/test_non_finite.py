@@ -22,7 +22,7 @@ from rlfr_vlm.types import RolloutGroup
 from tests.reliability.spoilt_runs import ACTIONS, PLACES, SETTINGS, VALUES, check, spoil
 from tests.runs import cli, make_config, make_data, torchrun
 
-FAST = [("old_logprob", "inf", "stop"), ("parameter", "nan", "stop"), ("reward", "nan", "roll_back")]
+FAST = [("old_logprob", "inf", "stop"), ("parameter", "nan", "stop"), ("outcome", "nan", "roll_back")]
 
 
 @pytest.fixture
@@ -64,7 +64,7 @@ def test_on_two_ranks_it_is_caught_on_both(model_folder, tmp_path, figure):
     [
         ("old_logprob", "inf", update, "not_finite_here"),
         ("parameter", "nan", shards, "check_finite"),
-        ("reward", "nan", collect, "check_finite"),
+        ("outcome", "nan", collect, "check_finite"),
     ],
 )
 @pytest.mark.reliability
