@@ -33,7 +33,7 @@ def faultpoint(name: str, file: Path | None = None) -> None:
 
 def poison(name: str, value: T) -> T:
     """A float or a tensor as it is; at its nth passing with RLFR_FAULT=name:nth:nan (`inf`, `-inf`) a tensor's first element, in a copy,
-    is that."""
+    is that. Passings are counted by name: no fault point may share it."""
     action = _due(name)
     if action is None:
         return value

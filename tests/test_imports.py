@@ -1,6 +1,7 @@
 """Imports run downward, and heavy libraries have one importer each."""
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -87,3 +88,10 @@ def test_the_core_runs_without_the_heavy_libraries():
         "assert not absent & set(sys.modules)\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT.parent)
+
+
+def test_a_fault_point_and_a_poisoned_value_never_share_a_name():
+    """Their passings are counted together: a fault planted at the third step would come at the third response."""
+    text = "".join(path.read_text() for path in ROOT.rglob("*.py"))
+    points, values = (set(re.findall(rf'\b{call}\("(\w+)"', text)) for call in ("faultpoint", "poison"))
+    assert points and values and not points & values
