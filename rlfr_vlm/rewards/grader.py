@@ -3,8 +3,8 @@
 A worker is this module in a fresh interpreter (`python -m rlfr_vlm.rewards.grader`): no fork of a process with threads, no import of the
 caller's script, no torch, and no environment variables beyond what an interpreter needs, so no keys. It answers one line of JSON with
 another. The kernel ends a worker whose verdict takes more CPU time than allowed, even where C code holds the interpreter lock. CPU time
-decides rather than wall time, so that a busy machine does not change rewards; the wall limit is the net below it. Whichever limit is met,
-the verdict is `error`, never a reward.
+decides rather than wall time, so that a busy machine does not change rewards: the wall limit ends a worker that stands still, and one that
+gets a little CPU time now and then only after PATIENCE such limits. Whichever limit is met, the verdict is `error`, never a reward.
 """
 
 from __future__ import annotations
@@ -35,6 +35,7 @@ Gold = str | tuple[str, ...] | list[str]  # one gold answer, or several of which
 MAX_GOLDS = 8  # of one item: with so many its request still fits into a pipe
 START_SECONDS = 120.0  # wall time for a worker to import sympy; about 1.5 s of CPU time
 LATE = "wall limit"  # how the reason begins where a busy machine did not come to a verdict
+PATIENCE = 12  # wall limits in a row that a worker may take as long as each brings it CPU time
 MAX_FAILED_STARTS = 3  # in a row, before the fault is taken for one of the installation
 _ENVIRONMENT = ("PATH", "LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH", "PYTHONHOME", "HOME", "LANG", "LC_ALL", "TMPDIR")
 
@@ -138,6 +139,16 @@ def _serve(parent: int, cpu_seconds: float, memory: int) -> None:
 # --- in the caller ----------------------------------------------------------------------------------------------------
 
 
+def _cpu_seconds(pid: int) -> float:
+    """CPU time that a process has had; 0 where the system does not tell (not Linux), so that it seems to stand still."""
+    try:
+        with open(f"/proc/{pid}/stat", "rb") as stat:
+            fields = stat.read().rpartition(b")")[2].split()  # behind the name, which may hold anything
+    except OSError:
+        return 0.0
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
 class _Worker:
     """A worker process, the item it has in hand and the time by which it has to answer."""
 
@@ -156,16 +167,26 @@ class _Worker:
         self.ready = False
         self.item: int | None = None
         self.deadline = time.monotonic() + START_SECONDS
+        self.patience, self.used = 0, 0.0  # wall limits left to the item, CPU seconds at the beginning of this one
         self.received = b""
 
-    def send(self, item: int, request: bytes, deadline: float) -> bool:
+    def send(self, item: int, request: bytes, wall_seconds: float) -> bool:
         """Hand over a request (below the 64 KiB of a pipe: this never blocks). False if the worker is gone."""
+        self.used = _cpu_seconds(self.process.pid)
         try:
             self.process.stdin.write(request)  # type: ignore[union-attr]
         except BrokenPipeError:
             return False
-        self.item, self.deadline = item, deadline
+        self.item, self.deadline, self.patience = item, time.monotonic() + wall_seconds, PATIENCE - 1
         return True
+
+    def stands_still(self, wall_seconds: float) -> bool:
+        """At its deadline: whether it got no CPU time since the last one, or was patient long enough; else it has another wall limit."""
+        used = _cpu_seconds(self.process.pid)
+        if self.item is None or self.patience == 0 or used <= self.used:
+            return True
+        self.deadline, self.patience, self.used = time.monotonic() + wall_seconds, self.patience - 1, used
+        return False
 
     def receive(self) -> list[Any] | None:
         """The reply (verdict, reason, whether it leaves) if it is complete, [] if not yet, None if the worker is gone."""
@@ -266,7 +287,7 @@ class Grader:
     def _hand_out(self, lines: Sequence[bytes], waiting: deque[int]) -> None:
         for slot, worker in enumerate(self._workers):
             if waiting and worker.ready and worker.item is None:
-                if worker.send(waiting[0], lines[waiting[0]], time.monotonic() + self.cfg.wall_seconds):
+                if worker.send(waiting[0], lines[waiting[0]], self.cfg.wall_seconds):
                     waiting.popleft()
                 else:
                     self._replace(slot, grace=1.0)
@@ -293,11 +314,12 @@ class Grader:
                 if reply[2]:
                     self._replace(slot, grace=0.0)
         for slot, worker in enumerate(self._workers):
-            if time.monotonic() > worker.deadline and (worker.item is not None or not worker.ready):
-                item = worker.item
+            late = time.monotonic() > worker.deadline and (worker.item is not None or not worker.ready)
+            if late and worker.stands_still(self.cfg.wall_seconds):
+                item, waited = worker.item, (PATIENCE - worker.patience) * self.cfg.wall_seconds
                 self._replace(slot, grace=0.0)
                 if item is not None:
-                    settled.append((item, ("error", f"{LATE}: no verdict within {self.cfg.wall_seconds:g} s")))
+                    settled.append((item, ("error", f"{LATE}: no verdict within {waited:g} s")))
         return settled
 
     def _replace(self, slot: int, grace: float) -> int:

@@ -20,7 +20,7 @@ from rlfr_vlm.config import GraderConfig
 from rlfr_vlm.rewards.answers import gold_problem, unwrap_gold
 from rlfr_vlm.rewards.grader import Grader
 from tests.rewards.test_hostile_answers import EASY, HARD, RESPONSES, boxed, mark  # noqa: F401  a fixture
-from tests.runs import ROOT
+from tests.runs import ROOT, make_config
 
 LIMITS = GraderConfig()  # 2 s of CPU time, 5 s, 1 GiB
 GRACE = 0.5  # seconds that it takes to end a worker
@@ -146,6 +146,45 @@ def test_verdicts_are_the_same_from_many_threads_on_a_busy_machine(mark, figure)
     )
 
 
+IN_AN_ACTOR = """
+import json, sys
+from rlfr_vlm.config import GraderConfig, load_config
+from rlfr_vlm.rewards.grader import Grader
+from rlfr_vlm.training.ray_launch import cluster
+
+class Actor:
+    def grade(self, items):
+        with Grader(GraderConfig()) as grader:
+            return [result.verdict for result in grader.grade(items)]
+
+if __name__ == "__main__":
+    with cluster(load_config(sys.argv[1])):
+        import ray  # after the cluster has set how it listens
+
+        actor = ray.remote(num_cpus=1)(Actor).remote()
+        print(json.dumps(ray.get(actor.grade.remote(json.load(sys.stdin)), timeout=600)))
+"""
+
+
+@pytest.mark.reliability
+def test_verdicts_are_the_same_in_an_actor_of_ray(mark, figure, tmp_path_factory):  # noqa: F811
+    """A cluster of the product's own, and the grader in an actor that Ray started, in a thread that is not the main one."""
+    hostile = list((boxed(dict(list(HARD.items())[::6]) | EASY, mark) | RESPONSES).values())
+    items = [pair for response in hostile for pair in (("42", response), ("1/2", r"\boxed{0.5}"))]
+    with Grader(LIMITS) as grader:
+        here = [result.verdict for result in grader.grade(items)]
+    folder = tmp_path_factory.mktemp("actor")
+    (folder / "actor.py").write_text(IN_AN_ACTOR)
+    config = make_config(folder, "model", launcher="ray")
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, str(folder / "actor.py"), str(config)]
+    done = subprocess.run(command, env=environment, input=json.dumps(items), capture_output=True, text=True, timeout=900, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    there = json.loads(done.stdout.splitlines()[-1])
+    assert there == here and set(there[1::2]) == {"correct"} and "correct" not in there[::2]
+    figure("R10", f"{len(hostile)} hostile answers in an actor of Ray: the same verdicts")
+
+
 @pytest.mark.reliability
 def test_without_the_limits_it_would_hang_and_run_code(tmp_path, figure, monkeypatch):
     """What the two tests above rest on: without limits a tower has no verdict, and the hostile code works where it is evaluated."""
@@ -164,8 +203,8 @@ def test_without_the_limits_it_would_hang_and_run_code(tmp_path, figure, monkeyp
     thread.join(60)
     assert [r.verdict for r in found] == ["error"]
     grader.close()
-    (result,) = Grader(GraderConfig(workers=1, cpu_seconds=3600, wall_seconds=1.0)).grade(tower)
-    assert result.reason.startswith("wall limit")
+    (result,) = Grader(GraderConfig(workers=1, cpu_seconds=3600, wall_seconds=0.1)).grade(tower)
+    assert result.reason == "wall limit: no verdict within 1.2 s"
     ran = []
     for name in ("import", "exec", "subprocess", "lambda", "f-string"):
         file = tmp_path / f"mark-{name}"

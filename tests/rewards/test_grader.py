@@ -266,6 +266,16 @@ def test_worker_is_a_bare_interpreter(monkeypatch):
         assert not is_alive(pid)
 
 
+def test_cpu_time_decides_not_wall_time():
+    """One that gets CPU time is waited for beyond the wall limit, as on a busy machine."""
+    with Grader(GraderConfig(workers=1, cpu_seconds=0.5, wall_seconds=0.2)) as grader:
+        (result,) = grader.grade([("42", boxed(EXHAUSTING[0]))])
+    assert result.reason == "CPU limit: no verdict within 0.5 s of CPU time"
+    with Grader(GraderConfig(workers=1, cpu_seconds=60.0, wall_seconds=0.1)) as grader:
+        (result,) = grader.grade([("42", boxed(EXHAUSTING[0]))])
+    assert result.reason == "wall limit: no verdict within 1.2 s"
+
+
 def test_a_gold_answer_that_a_busy_machine_did_not_come_to_is_asked_for_again():
     with Grader(GraderConfig(workers=1, wall_seconds=1.0)) as grader:
         assert grader.check_golds(["1"]) == [None]
