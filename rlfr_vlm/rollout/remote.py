@@ -266,23 +266,30 @@ class RemoteEngine:
         return True
 
     def _bring_back(self, losses: Mapping[int, Loss]) -> Problem | None:
-        """Wait until lost workers are there again; ones that hang are ended first."""
-        deadline = time.monotonic() + self.limit_s
-        for worker, loss in losses.items():
-            if loss.hung:
-                self.workers.kill(worker)
+        """Wait until lost workers are there again; ones that hang are ended first.
+
+        One that hung before anybody had a connection to it looks like one that is being started: it is ended at half of the time.
+        """
+        begun = time.monotonic()
+        hung = {worker for worker, loss in losses.items() if loss.hung}
+        for worker in hung:
+            self.workers.kill(worker)
         for worker, loss in losses.items():
             while True:
+                waited = time.monotonic() - begun
                 try:
-                    state = self.workers.result(self.workers.submit(worker, "state"), max(0.0, deadline - time.monotonic()))
+                    state = self.workers.result(self.workers.submit(worker, "state"), max(0.0, self.limit_s - waited))
                     if isinstance(state, Problem):
                         return state
                     break
                 except WorkerLost:
+                    if waited > self.limit_s / 2 and worker not in hung:
+                        hung.add(worker)
+                        self.workers.kill(worker)
                     time.sleep(POLL_SECONDS)
                 except TimeoutError:
                     pass
-                if time.monotonic() > deadline:
+                if time.monotonic() > begun + self.limit_s:
                     return Problem("StoppedError", f"engine {worker} was lost ({loss.reason}) and is not back after {self.limit_s:.0f} s")
         return None
 

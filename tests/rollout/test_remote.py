@@ -32,6 +32,7 @@ class InProcess:
         self.calls = []  # (worker, method) of all that were made
         self.deaths = {}  # number of the call -> "dies" or "hangs"
         self.killed = []
+        self.unreachable = set()  # hang before anybody has a connection to them
 
     def __len__(self):
         return len(self.workers)
@@ -48,6 +49,10 @@ class InProcess:
             return WorkerLost("it was killed")
         if fate == "hangs":
             return TimeoutError()
+        if fate == "is out of reach":
+            self.unreachable.add(worker)
+        if worker in self.unreachable:
+            return WorkerLost("it is unavailable")
         return pickle.loads(pickle.dumps(answered(self.workers[worker], method, arguments)))
 
     def result(self, call, timeout_s):
@@ -57,6 +62,7 @@ class InProcess:
 
     def kill(self, worker):
         self.killed.append(worker)
+        self.unreachable.discard(worker)
         self.workers[worker] = RolloutWorker(self.cfg)
 
 
@@ -118,7 +124,7 @@ def test_no_prompts_make_no_calls():
     assert shares(0, 0, 1, 3) == []
 
 
-@pytest.mark.parametrize("fate", ["dies", "hangs"])
+@pytest.mark.parametrize("fate", ["dies", "hangs", "is out of reach"])
 @pytest.mark.parametrize("method", ["load_bucket", "finish_load", "sample"])
 def test_a_lost_worker_changes_no_token(parts, method, fate):
     """Whenever it is lost, the next load and the next samples are whole, and the losses are counted."""
@@ -130,10 +136,11 @@ def test_a_lost_worker_changes_no_token(parts, method, fate):
     workers = InProcess(cfg, 2)
     workers.deaths = {calls[-1]: fate}
     engine = RemoteEngine(cfg, policy, Ranks(), workers)
+    engine.limit_s = 8.0  # of which half is waited before one out of reach is ended
     engine.load_weights(policy)
     assert content(engine.sample(prompts, SAMPLING)) == expected
     assert len(engine.losses) == 1 and engine.losses[0].startswith("engine 1: ")
-    assert workers.killed == ([1] if fate == "hangs" else [])
+    assert workers.killed == ([] if fate == "dies" else [1])
 
 
 def test_what_a_living_worker_sampled_is_kept(parts):
