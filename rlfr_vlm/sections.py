@@ -106,7 +106,9 @@ class GraderConfig(Section):
 
     workers: int = Field(2, ge=1, description="processes")
     cpu_seconds: float = Field(2.0, gt=0, description="CPU time of one verdict; beyond it the verdict is `error`")
-    wall_seconds: float = Field(5.0, gt=0, description="wall time a worker may stand still over one verdict (12 times that in all): then `error`")
+    wall_seconds: float = Field(
+        5.0, gt=0, description="wall time a worker may stand still over one verdict (12 times that in all): then `error`"
+    )
     memory_mib: int = Field(1024, ge=128, description="address space of a worker above its start")
 
 
