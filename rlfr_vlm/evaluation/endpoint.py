@@ -68,7 +68,10 @@ class Endpoint:
         return self._given_up >= max(BREAKER, self.cfg.concurrency)
 
     def chat(self, requests: Iterable[ChatRequest]) -> Iterator[tuple[int, ChatReply | Failure]]:
-        """(position, outcome) of every request, in order of completion. Requests are drawn as they are needed, in the caller's thread."""
+        """(position, outcome) of every request, in order of completion. Requests are drawn as they are needed, in the caller's thread.
+
+        A slot is free again once the caller asks for the next outcome: whatever ends this process, at most `concurrency` replies are lost.
+        """
         numbered = enumerate(requests)
         outcomes: queue.SimpleQueue[tuple[int, Any]] = queue.SimpleQueue()
         slots, pending = asyncio.Semaphore(self.cfg.concurrency), 0
@@ -83,6 +86,7 @@ class Endpoint:
                 index, done = outcomes.get()
                 pending -= 1
                 yield index, done.result()
+                loop.call_soon_threadsafe(slots.release)
 
     def probe(self) -> None:
         """Ask for the models and for one token, so that a run does not find out later. Raises UserError saying what to do."""
@@ -126,11 +130,11 @@ class Endpoint:
         return f"did not answer a test request to `{self.model}`: {fault.message}"
 
     async def _ask(self, client: httpx.AsyncClient, request: ChatRequest, retries: int, slots: asyncio.Semaphore) -> ChatReply | Failure:
-        """One request with all its attempts."""
-        async with slots:
-            start = time.monotonic()
-            outcome, attempts = await self._patiently(client, "POST", "/chat/completions", request.body(self.model), read_reply, retries)
-            seconds = time.monotonic() - start
+        """One request with all its attempts. Its slot is the caller's to give back."""
+        await slots.acquire()
+        start = time.monotonic()
+        outcome, attempts = await self._patiently(client, "POST", "/chat/completions", request.body(self.model), read_reply, retries)
+        seconds = time.monotonic() - start
         if isinstance(outcome, ChatReply):
             self._given_up = 0
             return replace(outcome, seconds=seconds, attempts=attempts)

@@ -165,7 +165,7 @@ def test_two_runs_by_ray_side_by_side_are_as_each_alone(config, tmp_path, figure
 
 @pytest.mark.reliability
 def test_a_second_start_by_ray_is_told_before_a_cluster_starts(config, tmp_path, figure):
-    with Started(config, tmp_path / "run", "train.steps=400") as run:
+    with Started(config, tmp_path / "run", "train.steps=40000") as run:
         assert run.wait_for(tmp_path / "run/metrics.jsonl")
         begun = time.monotonic()
         done = cli("train", "--config", str(config), f"output_dir={tmp_path / 'run'}", "launcher=ray", "ray.engines=1")

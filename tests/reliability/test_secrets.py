@@ -261,7 +261,7 @@ def test_nothing_of_a_strangers_runs_in_the_command_itself(stranger, figure):
     for spoil in (remote_code, template, unknown_type):
         spoil(model, marker)
         for verb in ("train", "validate"):
-            done = cli(verb, "--config", str(config))
+            done = cli(verb, "--config", str(config), f"output_dir={config.parent / spoil.__name__}")
             assert done.returncode == 2 or spoil is remote_code, done.stderr[-2000:]
             assert not marker.exists() and "Traceback" not in done.stderr, done.stderr[-2000:]
     figure("R15", "models with code, pickled weights or a hostile template, 5 kinds of data, fields, a checkpoint: 0 marker files")
