@@ -196,6 +196,8 @@ def train_rank(cfg: Config, ranks: Ranks, make: Callable[[Policy, Ranks], Rollou
                 return _train_once(with_roll_backs(cfg, ranks), ranks, make)
             except RolledBack:  # said already; leaving this block lets go of what the traceback holds
                 cfg = cfg.model_copy(update={"resume": True})  # what is gone on from was made by this command
+                if ranks.first:
+                    _forget_bad_rows(cfg)  # they are met again
             gc.collect()
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import hashlib
 import importlib.util
 import inspect
 import math
@@ -151,6 +152,23 @@ def load_reward_function(spec: str) -> Callable[[Sequence[Rollout]], list[Custom
     )
 
 
+def _file_and_name(spec: str) -> tuple[Path, str]:
+    """The two halves of `file.py:function`. Raises UserError where it is none, or there is no such file."""
+    file, _, name = spec.rpartition(":")
+    if not file.endswith(".py") or not name:
+        raise UserError(f"reward.function {spec}: expected `file.py:function`")
+    path = Path(file).expanduser().resolve()
+    if not path.is_file():
+        raise UserError(f"reward.function {spec}: there is no file {path}")
+    return path, name
+
+
+@functools.cache
+def reward_digest(spec: str) -> str:
+    """sha256 of the file that a reward function is loaded from, as this process first saw it. Raises UserError where there is none."""
+    return hashlib.sha256(_file_and_name(spec)[0].read_bytes()).hexdigest()
+
+
 def _trl_scores(function: _UserFunction, rollouts: Sequence[Rollout]) -> list[CustomScore]:
     rows = [_columns(rollout) for rollout in rollouts]
     given = {name: [row.get(name) for row in rows] for row in rows for name in row}
@@ -235,12 +253,8 @@ class _UserFunction:
     @classmethod
     def load(cls, spec: str) -> _UserFunction:
         """Import it from `file.py:function`."""
-        file, _, name = spec.rpartition(":")
-        if not file.endswith(".py") or not name:
-            raise UserError(f"reward.function {spec}: expected `file.py:function`")
-        path = Path(file).expanduser().resolve()
-        if not path.is_file():
-            raise UserError(f"reward.function {spec}: there is no file {path}")
+        path, name = _file_and_name(spec)
+        reward_digest(spec)
         module_spec = importlib.util.spec_from_file_location(f"rlfr_vlm_reward_{path.stem}", path)
         assert module_spec and module_spec.loader  # the name ends in .py
         module = importlib.util.module_from_spec(module_spec)

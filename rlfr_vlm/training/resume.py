@@ -10,6 +10,7 @@ from typing import Any
 from rlfr_vlm.config import Config, config_hash, differences
 from rlfr_vlm.data.digests import RowDigests
 from rlfr_vlm.errors import CheckpointError, UserError
+from rlfr_vlm.rewards.outcome import reward_digest
 from rlfr_vlm.training.checkpoint import MANIFEST, list_checkpoints, newest_good, verify_file
 from rlfr_vlm.training.state import FORMAT, ROWS_FILE, STATE_FILE, environment
 
@@ -79,6 +80,9 @@ def _described(folder: Path) -> dict[str, Any] | None:
 def _notes(folder: Path, state: dict[str, Any], cfg: Config, num_ranks: int) -> list[str]:
     """What differs and may."""
     notes = [f"{name} was {before} and is {now}: numbers may differ" for name, before, now in _changed_packages(state, cfg)]
+    then = state.get("reward_sha256")
+    if cfg.reward.function and then is not None and then != reward_digest(cfg.reward.function):
+        notes.append(f"the file of reward.function {cfg.reward.function} has changed since {folder.name}: rewards may differ")
     if state["ranks"] != num_ranks:
         notes.append(
             f"{folder.name} was written by {state['ranks']} rank{'s' * (state['ranks'] > 1)}, this run has {num_ranks}: "

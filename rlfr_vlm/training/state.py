@@ -24,6 +24,7 @@ from rlfr_vlm.faults import faultpoint
 from rlfr_vlm.finite import check_finite
 from rlfr_vlm.flow.field import FlowField
 from rlfr_vlm.models.policy import Policy
+from rlfr_vlm.rewards.outcome import reward_digest
 from rlfr_vlm.training.checkpoint import rank_folder
 from rlfr_vlm.training.shards import ShardReader, ShardWriter
 from rlfr_vlm.training.update import Learner
@@ -68,6 +69,7 @@ def write_state(folder: Path, cfg: Config, step: int, learner: Learner, prompts:
         "updates": {stem: optimizer.steps for stem, optimizer in learner.optimizers.items()},
         "ranks": ranks.size,
         "data": {"rows": len(prompts.rows.origins), "sha256": prompts.rows.sha256},
+        "reward_sha256": reward_digest(cfg.reward.function) if cfg.reward.function else None,
         "config_hash": config_hash(cfg),
         "config": cfg.model_dump(mode="json"),
         "environment": environment(),

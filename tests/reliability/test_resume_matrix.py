@@ -8,9 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from rlfr_vlm.config import parse_config
+from rlfr_vlm.config import config_hash, parse_config
 from rlfr_vlm.data.digests import RowDigests
 from rlfr_vlm.errors import UserError
+from rlfr_vlm.rewards.outcome import reward_digest
 from rlfr_vlm.training import checkpoint as protocol
 from rlfr_vlm.training.resume import check_resumable, find_checkpoint
 from rlfr_vlm.training.state import FORMAT, ROWS_FILE, STATE_FILE, environment
@@ -46,8 +47,6 @@ ROWS = [row(number) for number in range(4)]
 @pytest.fixture
 def saved(tmp_path):
     """A config and the checkpoints of steps 1 and 2 of its run, with nothing in them but what they say of themselves."""
-    from rlfr_vlm.config import config_hash
-
     cfg = parse_config({"output_dir": str(tmp_path), "model": {"path": "nowhere"}, "rollout": {"engine": "hf"}})
     rows = RowDigests.of(ROWS)
 
@@ -100,6 +99,22 @@ def test_another_major_version_is_refused_and_a_minor_one_told(saved):
     assert [note for note in check_resumable(cfg, RowDigests.of(ROWS), 1) if note.startswith("torch was 2.0.0 and is 2.")]
     with_package(newest, "deepspeed", "7.0")  # which this run does not use
     assert check_resumable(cfg, RowDigests.of(ROWS), 1) == []
+
+
+def test_a_reward_function_that_was_edited_is_told(saved, tmp_path):
+    """Not refused: it may be what a crash was mended by."""
+    cfg, newest = saved
+    file = tmp_path / "mine.py"
+    file.write_text("def score(completions): return [0.0] * len(completions)")
+    spec = f"{file}:score"
+    cfg = cfg.model_copy(update={"reward": cfg.reward.model_copy(update={"function": spec})})
+    described = {"config_hash": config_hash(cfg), "config": cfg.model_dump(mode="json")}
+    sealed(newest, **described, reward_sha256=reward_digest(spec))
+    assert check_resumable(cfg, RowDigests.of(ROWS), 1) == []
+    file.write_text("def score(completions): return [1.0] * len(completions)")
+    reward_digest.cache_clear()
+    (note,) = check_resumable(cfg, RowDigests.of(ROWS), 1)
+    assert note == f"the file of reward.function {spec} has changed since global_step_2: rewards may differ"
 
 
 def test_another_number_of_ranks_is_told(saved):
