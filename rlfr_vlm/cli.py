@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 import errno
 import json
+import os
+import signal
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -188,7 +190,7 @@ def run(arguments: argparse.Namespace) -> int:
     from rlfr_vlm.ranks import alone, launched
 
     if arguments.verb == "train":
-        folder = commands.train(cfg)
+        folder = commands.train(cfg)  # which hears SIGTERM itself while there are steps to save
         if launched().rank == 0:
             print(folder)
         return 0
@@ -295,8 +297,14 @@ def run_flow_files(arguments: argparse.Namespace) -> int:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Entry point: 0 done, 2 bad config or data, 3 stopped by a check, 4 no good checkpoint, 5 disk full, 75 saved on SIGTERM."""
+    """Entry point: 0 done, 2 bad config or data, 3 stopped by a check, 4 no good checkpoint, 5 disk full, 75 saved on SIGTERM.
+
+    argv: None for this process's own arguments, whose signals are then its business too.
+    """
     arguments = build_parser().parse_args(argv)
+    trains = argv is None and arguments.verb == "train"
+    if trains:
+        signal.signal(signal.SIGTERM, _leave)
     try:
         sys.exit(run(arguments))
     except (UserError, Preempted) as error:
@@ -309,6 +317,15 @@ def main(argv: list[str] | None = None) -> None:
         sys.exit(DiskFullError.exit_code)
     except KeyboardInterrupt:
         sys.exit(130)
+    finally:
+        if trains:
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)  # the exit code is settled
+
+
+def _leave(*_: object) -> None:
+    """SIGTERM while a run starts or ends: nothing to save that is not saved."""
+    os.write(2, b"rlfr-vlm train: stopped on SIGTERM; run the same command to go on\n")
+    sys.exit(Preempted.exit_code)
 
 
 if __name__ == "__main__":

@@ -33,6 +33,7 @@ from rlfr_vlm.evaluation.suite import (
     plan,
     run_planned,
 )
+from rlfr_vlm.faults import faultpoint
 from rlfr_vlm.flow.field import SPEC_FILE, FlowField, FlowSpec, read_spec
 from rlfr_vlm.flow.official import export_field, import_field
 from rlfr_vlm.models.families import find_family
@@ -222,6 +223,7 @@ def _train_once(cfg: Config, ranks: Ranks, make: Callable[[Policy, Ranks], Rollo
         bad.record = None  # written once
     rows = _rows_to_go_on_with(cfg, prompts, ranks)
     planned = plan(in_training(cfg)) if cfg.eval.every and ranks.first else []
+    faultpoint("load")
     policy = Policy(cfg.model)
     learner = make_learner(cfg, policy, ranks)
     with ranks.named(), Grader(cfg.reward.grader, cfg.reward.answer) as grader:

@@ -160,6 +160,15 @@ def test_sigterm_saves_and_exits_75(run_folder):
     assert "stopped at step 2 on SIGTERM" in done.stderr.splitlines()[-1]
 
 
+def test_sigterm_before_the_first_step_exits_75_and_the_same_command_trains(run_folder):
+    _, config = run_folder
+    done = cli("train", "--config", str(config), fault="load:1:term")
+    assert done.returncode == 75, done.stderr[-1000:]
+    assert done.stderr.splitlines()[-1] == "rlfr-vlm train: stopped on SIGTERM; run the same command to go on"
+    done = cli("train", "--config", str(config), "train.steps=1")
+    assert done.returncode == 0, done.stderr[-1000:]
+
+
 def test_doctor_names_what_is_missing(capsys):
     code, out, _ = run(capsys, "doctor")
     assert code == 0

@@ -77,7 +77,8 @@ def become(arguments, environment, log):
         handle = os.open(path, flags)
         os.dup2(handle, number)
         os.close(handle)
-    cli.main(arguments)
+    sys.argv = ["rlfr-vlm", *arguments]
+    cli.main()
 
 
 def main():
