@@ -299,33 +299,47 @@ def run_flow_files(arguments: argparse.Namespace) -> int:
 def main(argv: list[str] | None = None) -> None:
     """Entry point: 0 done, 2 bad config or data, 3 stopped by a check, 4 no good checkpoint, 5 disk full, 75 saved on SIGTERM.
 
-    argv: None for this process's own arguments, whose signals are then its business too.
+    argv: None for this process's own arguments, whose signals and end are then its business too.
     """
     arguments = build_parser().parse_args(argv)
-    trains = argv is None and arguments.verb == "train"
-    if trains:
-        signal.signal(signal.SIGTERM, _leave)
+    if argv is not None or arguments.verb != "train":
+        sys.exit(exit_code(arguments))
+    signal.signal(signal.SIGTERM, _leave)
+    code = exit_code(arguments)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # it is settled
+    if os.environ.get("WORLD_SIZE", "1") != "1":
+        from rlfr_vlm.ranks import end_rank
+
+        end_rank(code)
+    sys.exit(code)
+
+
+def exit_code(arguments: argparse.Namespace) -> int:
+    """Carry out one verb, and say in one line what went wrong."""
     try:
-        sys.exit(run(arguments))
+        return run(arguments)
     except (UserError, Preempted) as error:
         print(f"rlfr-vlm {arguments.verb}: {error}", file=sys.stderr)
-        sys.exit(error.exit_code)
+        return error.exit_code
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
         print(f"rlfr-vlm {arguments.verb}: no space left on the disk: {error.filename}", file=sys.stderr)
-        sys.exit(DiskFullError.exit_code)
+        return DiskFullError.exit_code
     except KeyboardInterrupt:
-        sys.exit(130)
-    finally:
-        if trains:
-            signal.signal(signal.SIGTERM, signal.SIG_IGN)  # the exit code is settled
+        return 130
+    except _Leaving:
+        return Preempted.exit_code
+
+
+class _Leaving(BaseException):
+    """SIGTERM while a run starts or ends."""
 
 
 def _leave(*_: object) -> None:
-    """SIGTERM while a run starts or ends: nothing to save that is not saved."""
+    """A handler of SIGTERM: there is nothing to save that is not saved."""
     os.write(2, b"rlfr-vlm train: stopped on SIGTERM; run the same command to go on\n")
-    sys.exit(Preempted.exit_code)
+    raise _Leaving
 
 
 if __name__ == "__main__":

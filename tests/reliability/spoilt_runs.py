@@ -16,7 +16,7 @@ from rlfr_vlm import faults
 from rlfr_vlm.commands import train_rank
 from rlfr_vlm.config import load_config
 from rlfr_vlm.errors import StoppedError
-from rlfr_vlm.ranks import join
+from rlfr_vlm.ranks import end_rank, join
 from rlfr_vlm.rollout.hf_engine import HFEngine
 from rlfr_vlm.training.shards import ShardReader
 from rlfr_vlm.training.watch import read_lines
@@ -92,6 +92,7 @@ def main():
         ranks.gather(None, "next case")
     print(f"rank {ranks.rank}: {len(json.loads(cases))} caught")
     ranks.leave()
+    end_rank(0)
 
 
 if __name__ == "__main__":

@@ -7,11 +7,13 @@ import sys
 import threading
 import time
 import uuid
+from contextlib import ExitStack
 
 import pytest
 
 from tests.report.test_report import make_run
 from tests.runs import ROOT, make_config, make_text_data
+from tests.test_launch import free_port
 from tests.training.test_ray import Launched, intrude, listening, on_loopback
 
 PERIOD = 0.2  # seconds between two looks
@@ -28,13 +30,13 @@ class Looking:
     """Which addresses the processes of a run listen on, from its start to its end."""
 
     def __init__(self, mark):
-        self.mark, self.found, self.looks = mark, set(), 0
+        self.mark, self.owned, self.looks = mark, set(), 0
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._look)
 
     def _look(self):
         while not self._ended.wait(PERIOD):
-            self.found |= {address for address, _ in listening(self.mark)}
+            self.owned |= set(listening(self.mark))
             self.looks += 1
 
     def __enter__(self):
@@ -44,6 +46,11 @@ class Looking:
     def __exit__(self, *_):
         self._ended.set()
         self._thread.join()
+
+    @property
+    def found(self):
+        """All addresses."""
+        return {address for address, _ in self.owned}
 
     @property
     def open(self):
@@ -101,6 +108,32 @@ def test_a_run_by_ray_listens_on_loopback_from_start_to_end(config, tmp_path, ra
     assert look.open == set()
     said = f"{len(look.found)} sockets in {look.looks} looks from start to end, 0 that are not loopback; an intruder is refused"
     figure("R14", f"launcher=ray, {ranks} rank{'s' * (ranks > 1)} and an engine: {said}")
+
+
+@pytest.mark.reliability
+@pytest.mark.parametrize("launcher", ["torchrun", "variables"])
+def test_ranks_without_ray_listen_on_loopback_from_start_to_end(config, tmp_path, launcher, figure):
+    """torchrun listens on every interface for itself, whatever one tells it; ranks that a shell or deepspeed started are on loopback alone."""
+    mark = f"RLFR_TEST_RUN={uuid.uuid4().hex}"
+    command = ["-m", "rlfr_vlm.cli", "train", "--config", str(config), f"output_dir={tmp_path / 'run'}", "deepspeed={zero_stage: 2}"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", mark.split("=")[0]: mark.split("=")[1]}
+    meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+    if launcher == "torchrun":
+        commands = [(["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *command], {})]
+    else:
+        commands = [(command, {**meeting, "RANK": str(rank), "LOCAL_RANK": str(rank)}) for rank in range(2)]
+    with Looking(mark) as look, ExitStack() as stack:
+        log = stack.enter_context((tmp_path / "log").open("w"))
+        started = [
+            stack.enter_context(subprocess.Popen([sys.executable, *c], cwd=ROOT, env=environment | more, stdout=log, stderr=log))
+            for c, more in commands
+        ]
+        assert [process.wait(300) for process in started] == [0] * len(started), (tmp_path / "log").read_text()[-3000:]
+    ranks = {address for address, pid in look.owned if pid not in {process.pid for process in started} or launcher == "variables"}
+    assert len(ranks) > 2 and {address for address in ranks if not on_loopback(address)} == set()
+    assert bool(look.open) is (launcher == "torchrun")
+    said = f"2 ranks started by {launcher}: {len(ranks)} sockets of theirs in {look.looks} looks, 0 that are not loopback"
+    figure("R14", said + f", and {len(look.open)} of torchrun's own that are not" * (launcher == "torchrun"))
 
 
 @pytest.mark.reliability
