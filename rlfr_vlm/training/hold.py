@@ -5,7 +5,9 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
+import re
 import socket
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import datetime
@@ -15,6 +17,7 @@ from rlfr_vlm.errors import UserError
 from rlfr_vlm.training.disk import fullness_named
 
 NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)  # of some network file systems: nobody can be kept out there
+WRITE_SECONDS = 1.0  # between taking a folder and saying so
 LOCK = ".lock"  # in the folder; it stays, and says who holds the folder or held it last
 
 
@@ -33,7 +36,7 @@ def held(folder: Path) -> Iterator[None]:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            holder = os.pread(handle, 200, 0).decode(errors="replace").strip()
+            holder = _holder(handle)
             who = f" ({holder})" if holder else ""
             raise UserError(f"output_dir {folder} is in use by another run{who}; choose another one or wait") from None
         except OSError as error:
@@ -45,3 +48,27 @@ def held(folder: Path) -> Iterator[None]:
             yield
     finally:
         os.close(handle)
+
+
+def _holder(handle: int) -> str:
+    """What the holder wrote into the lock file; "" where it does not say. One that took it this very moment has not written yet."""
+    deadline = time.monotonic() + WRITE_SECONDS
+    while True:
+        holder = os.pread(handle, 200, 0).decode(errors="replace").strip()
+        found = re.match(r"process (\d+) on (\S+) ", holder)
+        gone = found is None or (found[2] == socket.gethostname() and not _lives(int(found[1])))
+        if not gone:
+            return holder
+        if time.monotonic() > deadline:
+            return ""
+        time.sleep(0.02)
+
+
+def _lives(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:  # somebody else's
+        pass
+    return True

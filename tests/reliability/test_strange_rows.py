@@ -107,6 +107,23 @@ def test_a_thousand_rows_of_strangers(tmp_path, figure):
 
 
 @pytest.mark.reliability
+def test_sixty_rows_of_strangers_through_vllm(tmp_path, figure):
+    """What the renderer lets through, vLLM's own processor takes: it reads pictures and placeholders once more."""
+    pytest.importorskip("vllm")
+    bad, kept = write(tmp_path / "data", copies=2, good=60 - 2 * len(CLASSES), seed=2)
+    assert len(bad) + len(kept) == 60
+    done = cli("eval", "--config", str(config(tmp_path)), "rollout.engine=vllm", timeout=400)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert left_out(tmp_path) == {line: KINDS[kind].refused_as for line, kind in bad.items()}
+    lines = next((tmp_path / "run/eval").glob("*.jsonl")).read_text().splitlines()
+    sampled = [line["id"] for line in map(json.loads, lines) if line["sample_index"] == 0]
+    assert sampled == kept
+    figure(
+        "R9", f"60 rows through vLLM: {len(bad)} of {len(bad)} left out under their class, {len(sampled)} of {len(kept)} good ones sampled"
+    )
+
+
+@pytest.mark.reliability
 def test_the_watch_would_see_it(tmp_path, figure):
     """With the protections off: the same watch sees the file outside, the connection and the memory."""
     (tmp_path / "data").mkdir()

@@ -1,11 +1,14 @@
 """What a disk refuses, and who holds a folder."""
 
 import errno
+import fcntl
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
+import threading
 
 import pytest
 
@@ -97,6 +100,20 @@ def test_a_folder_is_one_processs_until_it_ends(tmp_path):
         assert f"process {os.getpid()} on " in (tmp_path / "run" / LOCK).read_text()
     with held(tmp_path / "run"):
         pass
+
+
+@pytest.mark.parametrize("before", ["", "process 99999999 on {host} since yesterday\n"], ids=["nobody", "a dead run"])
+def test_whoever_took_a_folder_this_very_moment_is_named(tmp_path, before):
+    """It holds the lock, and has not yet written who it is."""
+    host = socket.gethostname()
+    (tmp_path / LOCK).write_text(before.format(host=host))
+    with (tmp_path / LOCK).open("r+") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        with pytest.raises(UserError, match="in use by another run; choose"), held(tmp_path):
+            pass
+        threading.Timer(0.3, (tmp_path / LOCK).write_text, [f"process {os.getpid()} on {host} since now\n"]).start()
+        with pytest.raises(UserError, match=rf"in use by another run \(process {os.getpid()} on {host} since now\)"), held(tmp_path):
+            pass
 
 
 def test_a_folder_that_cannot_be_is_named(tmp_path):
