@@ -88,7 +88,9 @@ def test_a_served_report_is_this_machines_own(tmp_path, figure):
     mark = f"RLFR_TEST_RUN={uuid.uuid4().hex}"
     name, value = mark.split("=")
     command = [sys.executable, "-m", "rlfr_vlm.cli", "report", str(run), "--serve"]
-    with subprocess.Popen(command, cwd=ROOT, env={**os.environ, name: value}, stdout=subprocess.PIPE, text=True) as process:
+    environment = {**os.environ, name: value}
+    heard = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)  # noqa: E731  whatever shell started the tests in its background
+    with subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True, preexec_fn=heard) as process:
         assert "http://127.0.0.1:" in process.stdout.readline()
         found = [address for address, _ in listening(mark)]
         process.send_signal(signal.SIGINT)

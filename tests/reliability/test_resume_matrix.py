@@ -13,6 +13,7 @@ from rlfr_vlm.data.digests import RowDigests
 from rlfr_vlm.errors import UserError
 from rlfr_vlm.rewards.outcome import reward_digest
 from rlfr_vlm.training import checkpoint as protocol
+from rlfr_vlm.training import resume
 from rlfr_vlm.training.resume import check_resumable, find_checkpoint
 from rlfr_vlm.training.state import FORMAT, ROWS_FILE, STATE_FILE, environment
 from rlfr_vlm.types import Prompt
@@ -83,6 +84,14 @@ def test_other_rows_are_named(saved, rows, message):
         check_resumable(cfg, RowDigests.of(rows), 1)
     with pytest.raises(UserError, match=message):
         find_checkpoint(cfg, newest.parent, RowDigests.of(rows), pytest.fail)
+
+
+def test_negative_control_without_the_check_it_goes_on_with_anything(saved, monkeypatch):
+    cfg, newest = saved
+    monkeypatch.setattr(resume, "check_state", lambda *_: None)
+    other = cfg.model_copy(update={"seed": cfg.seed + 1})
+    assert check_resumable(other, RowDigests.of(ROWS[1:]), 1) == []
+    assert find_checkpoint(other, newest.parent, RowDigests.of(ROWS[1:]), pytest.fail) == newest
 
 
 def test_rows_are_the_same_wherever_their_file_lies():

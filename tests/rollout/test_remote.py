@@ -143,6 +143,22 @@ def test_a_lost_worker_changes_no_token(parts, method, fate):
     assert workers.killed == ([] if fate == "dies" else [1])
 
 
+def test_negative_control_a_worker_that_refuses_nothing_samples_from_initial_weights(parts, monkeypatch):
+    cfg, policy, prompts = parts
+    sample = RolloutWorker.sample
+    whole = RemoteEngine(cfg, policy, Ranks(), undisturbed := InProcess(cfg, 2))
+    whole.load_weights(moved(policy, by=0.1))
+    expected = content(whole.sample(prompts, SAMPLING))
+    monkeypatch.setattr(RolloutWorker, "sample", lambda self, requests, sampling, _: sample(self, requests, sampling, self._sync_id))
+    workers = InProcess(cfg, 2)
+    engine = RemoteEngine(cfg, policy, Ranks(), workers)
+    engine.load_weights(policy)
+    workers.workers[1] = anew = RolloutWorker(cfg)  # it died while nobody asked it anything
+    anew.engine._version = policy.version  # nor does its engine refuse
+    assert content(engine.sample(prompts, SAMPLING)) != expected
+    assert not engine.losses and len(undisturbed.calls) > 0
+
+
 def test_what_a_living_worker_sampled_is_kept(parts):
     cfg, policy, prompts = parts
     workers = InProcess(cfg, 2)

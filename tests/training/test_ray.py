@@ -246,7 +246,20 @@ def test_an_engine_and_then_a_rank_are_killed_and_nothing_changes(prepared, tmp_
     assert weights(tmp_path / "killed", 12) == weights(tmp_path / "whole", 12)
     assert weights(tmp_path / "killed", 12) != (Path(load_config(path).model.path) / "model.safetensors").read_bytes()
     assert len((tmp_path / "killed" / "metrics.jsonl").read_text().splitlines()) == 12
-    figure("R6", "launcher=ray, 2 ranks, 2 engines: an engine and then a rank SIGKILLed, the group starts again, final weights bit-equal")
+    with Launched(path, tmp_path / "stopped", "train.timeout_s=60") as run:
+        rank = int(run.wait_for(r"rank 1: process (\d+)")[1])
+        run.wait_for("step 4/12")
+        os.kill(rank, signal.SIGSTOP)
+        run.wait_for(r"warning: rank 1 did not answer \(rank 0 waited at .*rank 1 was last at .*death 1")
+        run.wait_for("resumed from global_step_3")
+        assert run.end() == 0, run.text[-4000:]
+        assert not run.left() and not traces(run.process.pid)
+    assert weights(tmp_path / "stopped", 12) == weights(tmp_path / "whole", 12)
+    figure(
+        "R6",
+        "launcher=ray, 2 ranks, 2 engines: an engine and then a rank SIGKILLed; in another run a rank SIGSTOPped, and named: the group starts "
+        "again, final weights bit-equal",
+    )
 
 
 def intrude(sockets):

@@ -18,6 +18,7 @@ from tests.runs import ROOT, make_config, make_data
 
 WARM, SAVED = 50, 25  # steps
 MOST_GROWTH, MOST_MORE = 0.02, 2
+MOST_MIB = 20.0  # of growth, per training process
 
 
 @dataclass(frozen=True)
@@ -68,6 +69,57 @@ def steps_done(metrics):
     return len([line for line in metrics.read_text().splitlines() if "reward/mean" in json.loads(line)]) if metrics.exists() else 0
 
 
+@dataclass(frozen=True)
+class Soaked:
+    """What a run held when it was warm and when it ended, and every process of it."""
+
+    warm: Held
+    late: Held
+    mark: str
+    seen: set
+
+    @property
+    def growth(self):
+        """Of resident memory, as a share."""
+        return self.late.resident / self.warm.resident - 1
+
+    @property
+    def more(self):
+        """Of what is counted."""
+        return {name: getattr(self.late, name) - getattr(self.warm, name) for name in ("files", "threads", "shared")}
+
+
+def soaked(config, folder, steps, launcher=(), overrides=()):
+    """Run it to its end, looking at what it holds."""
+    command = [*launcher, "-m", "rlfr_vlm.cli", "train", "--config", str(config), *overrides]
+    (folder / "tmp").mkdir()
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TMPDIR": str(folder / "tmp")}
+    name, value = (mark := f"RLFR_TEST_RUN={uuid.uuid4().hex}").split("=")
+    environment[name] = value
+    with (folder / "log").open("w") as log:
+        process = subprocess.Popen(
+            [sys.executable, *command], cwd=ROOT, env=environment, stdout=log, stderr=log, start_new_session=True
+        )  # fmt: skip
+    samples, seen = {}, set()
+    try:
+        while process.poll() is None:
+            done = steps_done(folder / "run" / "metrics.jsonl")
+            samples.setdefault(done, []).append(Held.now(mark))
+            seen |= {pid for pid, _ in processes_with(mark)}
+            time.sleep(0.2)
+    finally:
+        for pid, _ in processes_with(mark) if process.poll() is None else ():
+            os.kill(pid, signal.SIGKILL)
+    assert process.returncode == 0, (folder / "log").read_text()[-3000:]
+    warm = Held.typical([held for step in samples if WARM - 10 <= step <= WARM + 10 for held in samples[step]])
+    late = Held.typical([held for step in samples if steps - 30 <= step < steps for held in samples[step]])
+    return Soaked(warm, late, mark, seen)
+
+
+def quantile(values, share):
+    return sorted(values)[int(share * (len(values) - 1))]
+
+
 KINDS = ["one process", "two ranks, stage 3, vLLM"]
 LENGTHS = [pytest.param(300, marks=pytest.mark.slow), pytest.param(500, marks=pytest.mark.reliability)]
 
@@ -81,40 +133,26 @@ def test_memory_stays_and_nothing_is_left(model_folder, tmp_path, kind, steps, f
         tmp_path, model_folder("qwen2_5_vl"), rollout={"engine": engine, "num_prompts": 2, "group_size": 2, "max_new_tokens": 4},
         train={"steps": steps, "save_steps": SAVED, "log_rollouts": 1}, eval={"every": 50, "num_samples": 1, "limit": 2},
     )  # fmt: skip
-    module = ["-m", "rlfr_vlm.cli", "train", "--config", str(config)]
+    launcher, overrides = [], []
     if kind != "one process":
         with socket.create_server(("127.0.0.1", 0)) as free:
             port = str(free.getsockname()[1])
         launcher = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-addr", "127.0.0.1", "--master-port", port]
-        module = [*launcher, *module, "deepspeed.zero_stage=3"]
-    (tmp_path / "tmp").mkdir()
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TMPDIR": str(tmp_path / "tmp")}
-    name, value = (mark := f"RLFR_TEST_RUN={uuid.uuid4().hex}").split("=")
-    environment[name] = value
-    with (tmp_path / "log").open("w") as log:
-        process = subprocess.Popen(
-            [sys.executable, *module], cwd=ROOT, env=environment, stdout=log, stderr=log, start_new_session=True
-        )  # fmt: skip
-    samples, seen = {}, set()
-    try:
-        while process.poll() is None:
-            done = steps_done(tmp_path / "run" / "metrics.jsonl")
-            samples.setdefault(done, []).append(Held.now(mark))
-            seen |= {pid for pid, _ in processes_with(mark)}
-            time.sleep(0.2)
-    finally:
-        for pid, _ in processes_with(mark) if process.poll() is None else ():
-            os.kill(pid, signal.SIGKILL)
-    assert process.returncode == 0, (tmp_path / "log").read_text()[-3000:]
-    warm = Held.typical([held for step in samples if WARM - 10 <= step <= WARM + 10 for held in samples[step]])
-    late = Held.typical([held for step in samples if steps - 30 <= step < steps for held in samples[step]])
-    growth = late.resident / warm.resident - 1
-    more = {name: getattr(late, name) - getattr(warm, name) for name in ("files", "threads", "shared")}
-    told = f"{kind}: {warm.resident / 2**20:.0f} MiB at step {WARM}, {growth:+.2%} at step {steps}; {more} more"
+        overrides = ["deepspeed.zero_stage=3"]
+    found = soaked(config, tmp_path, steps, launcher, overrides)
+    mib = (found.late.resident - found.warm.resident) / 2**20
+    seconds = [json.loads(line)["timing_s/step"] for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    slower = [quantile(seconds[-100:], share) / quantile(seconds[:100], share) for share in (0.5, 0.95)]
+    told = (
+        f"{kind}: {found.warm.resident / 2**20:.0f} MiB at step {WARM}, {found.growth:+.2%} ({mib:+.1f} MiB) at step {steps}; {found.more} more; "
+        f"the last 100 steps take {slower[0]:.2f} (median) and {slower[1]:.2f} (p95) of the first 100"
+    )
     print(told)
-    assert growth < MOST_GROWTH and max(more.values()) <= MOST_MORE, told
-    assert not processes_with(mark)
-    assert left_over(tmp_path / "tmp", seen) == []
+    assert found.growth < MOST_GROWTH and max(found.more.values()) <= MOST_MORE, told
+    assert mib < MOST_MIB * (1 if kind == "one process" else 2), told
+    assert slower[0] <= 1.15, told  # the p95 of a shared machine is its neighbours'
+    assert not processes_with(found.mark)
+    assert left_over(tmp_path / "tmp", found.seen) == []
     kept = {p.name for p in (tmp_path / "run" / "checkpoints").iterdir()}
     assert {f"global_step_{steps - SAVED}", f"global_step_{steps}", "latest", "best.json"} <= kept
     assert len(kept) <= 5  # and the best one
