@@ -294,7 +294,7 @@ function hourWords(untimed) {
 }
 
 function otherCharts() {
-  const named = new Set(["val/accuracy", "val/greedy", ...SECTIONS.flatMap(({ charts }) => charts.map(({ key }) => key))]);
+  const named = new Set(["val/accuracy", "val/greedy", "val/score", ...SECTIONS.flatMap(({ charts }) => charts.map(({ key }) => key))]);
   const keys = new Set(DATA.curves.runs.flatMap(({ series }) => Object.keys(series)));
   return [...keys]
     .filter((key) => !named.has(key))

@@ -123,6 +123,7 @@ function otherCharts() {
   const named = new Set([
     "val/accuracy",
     "val/greedy",
+    "val/score",
     ...SECTIONS.flatMap((section) => section.charts.flatMap((chart) => chart.lines.map(([key]) => key))),
   ]);
   return Object.keys(RUN.curves.metrics.series)

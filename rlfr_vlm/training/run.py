@@ -20,6 +20,7 @@ from rlfr_vlm.config import Config, to_yaml
 from rlfr_vlm.data.render import PromptSource
 from rlfr_vlm.errors import DiskFullError, Preempted, RolledBack, UserError
 from rlfr_vlm.evaluation.heldout import HeldoutResult, evaluate_heldout
+from rlfr_vlm.faults import faultpoint
 from rlfr_vlm.ranks import ALONE, Ranks
 from rlfr_vlm.rewards.grader import Grader
 from rlfr_vlm.rollout.engine import RolloutEngine, Sampler
@@ -155,7 +156,7 @@ class Run:
         done = True
         if self.ranks.first:
             lines = (self.folder / "metrics.jsonl").read_text().splitlines()
-            done = any((line := json.loads(text))["step"] == step and any(key.startswith("val/") for key in line) for text in lines)
+            done = any((line := json.loads(text))["step"] == step and "val/score" in line for text in lines)
         return not self.ranks.broadcast(done, "looking for an evaluation")
 
     def due(self, step: int, every: int) -> bool:
@@ -277,14 +278,18 @@ class Run:
         return sum(scores) / len(scores)
 
     def keep_if_best(self, step: int, score: float, learner: Learner, prompts: PromptSource) -> None:
-        """The checkpoint with the best evaluation so far stays, whatever its age; `checkpoints/best.json` names it."""
+        """The checkpoint with the best evaluation so far stays, whatever its age; `checkpoints/best.json` names it.
+
+        Only then is the evaluation done: `val/score` in the metrics says so.
+        """
         best = read_best(self.checkpoints)
         known = (best is not None and best["score"] >= score, (self.checkpoints / f"{PREFIX}{step}").exists())
         beaten, saved = self.ranks.broadcast(known, f"best checkpoint at step {step}")
-        if beaten or step in self._unsaved or not (saved or self.save(step, learner, prompts)):
-            return
-        if self.ranks.first:
+        better = not beaten and step not in self._unsaved and (saved or self.save(step, learner, prompts))
+        faultpoint("best")
+        if better and self.ranks.first:
             write_best(self.checkpoints, step, score)
+        self.write_metrics(step, {"val/score": score})
 
     def _evaluate_heldout(self, step: int, engine: Sampler) -> HeldoutResult:
         result = evaluate_heldout(self.cfg, engine, self.heldout, self.grader, step, self.folder / "eval")

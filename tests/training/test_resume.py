@@ -43,6 +43,21 @@ def test_a_kill_inside_the_second_save_costs_nothing(model_folder, tmp_path):
 
 
 @pytest.mark.slow
+def test_a_kill_between_an_evaluation_and_its_verdict_costs_neither(model_folder, tmp_path):
+    """The checkpoint is there, the accuracy as well, and not yet which checkpoint is the best."""
+    config = prepared(tmp_path / "a", model_folder("qwen2_5_vl"), eval={"every": 2})
+    killed_and_resumed(config, tmp_path / "killed", "best:1:kill")
+    done = cli("train", "--config", str(config), f"output_dir={tmp_path / 'whole'}")
+    assert done.returncode == 0, done.stderr[-2000:]
+    best, scores = [], []
+    for name in ("killed", "whole"):
+        best.append((tmp_path / name / "checkpoints/best.json").read_text())
+        lines = map(json.loads, (tmp_path / name / "metrics.jsonl").read_text().splitlines())
+        scores.append([(line["step"], line["val/score"]) for line in lines if "val/score" in line])
+    assert best[0] == best[1] and scores[0] == scores[1] and [step for step, _ in scores[0]] == [2, 4]
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["ppo", "flowrl", "dapo"])
 def test_heads_references_and_dynamic_sampling_resume_to_the_same_weights(model_folder, tmp_path, method):
     rounds = {} if method == "ppo" else {"rollout": {"max_rounds": 3}}

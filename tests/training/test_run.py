@@ -34,6 +34,7 @@ def run(tmp_path):
 
 
 def test_an_evaluation_lost_to_a_kill_is_owed(run):
-    lines = [{"step": 1}, {"step": 2}, {"step": 2, "val/accuracy": 0.5}, {"step": 4}, {"step": 5}]
+    done, begun = [{"step": 2, "val/accuracy": 0.5}, {"step": 2, "val/score": 0.5}], {"step": 4, "val/accuracy": 0.5}
+    lines = [{"step": 1}, {"step": 2}, *done, {"step": 4}, begun, {"step": 5}]
     (run.folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     assert [run.owes_evaluation(step) for step in (0, 1, 2, 4, 5)] == [False, False, False, True, True]
