@@ -38,3 +38,5 @@ def test_an_evaluation_lost_to_a_kill_is_owed(run):
     lines = [{"step": 1}, {"step": 2}, *done, {"step": 4}, begun, {"step": 5}]
     (run.folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     assert [run.owes_evaluation(step) for step in (0, 1, 2, 4, 5)] == [False, False, False, True, True]
+    kept = [json.loads(line) for line in (run.folder / "metrics.jsonl").read_text().splitlines()]
+    assert kept == [line for line in lines if line is not begun]  # and is written anew
