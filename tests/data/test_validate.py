@@ -4,6 +4,7 @@ import json
 import multiprocessing
 import os
 import re
+import shutil
 import subprocess
 import sys
 from multiprocessing import forkserver
@@ -237,6 +238,15 @@ def test_what_cannot_be_validated_is_one_line(tmp_path, capsys, monkeypatch, arg
     rows_of(tmp_path / "ok.jsonl", [{"prompt": "x", "answer": "1"}])
     code, _, err = validate(capsys, *arguments)
     assert code == 2 and message in err.splitlines()[-1] and "Traceback" not in err
+
+
+def test_a_template_that_fails_is_the_models_fault_and_one_line(tmp_path, model_folder):
+    model = Path(shutil.copytree(model_folder("qwen2"), tmp_path / "model"))
+    (model / "chat_template.jinja").write_text("{{ cycler.__init__.__globals__ }}")
+    rows_of(tmp_path / "ok.jsonl", [{"prompt": "x", "answer": "1"}])
+    done = cli("validate", str(tmp_path / "ok.jsonl"), "--model", str(model), "--out", str(tmp_path / "out"))
+    assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr
+    assert re.search(r"^rlfr-vlm validate: model\.path: the chat template of `.*model` fails: ", done.stderr.splitlines()[-1])
 
 
 @pytest.mark.parametrize(("fault", "lost"), [("validate_row:6:kill", set()), ("validate_row:1:kill", {1, 2, 3, 4, 5, 6, 7, 8})])

@@ -38,18 +38,17 @@ def _serve(pipe: Connection, cfg: Config, sources: dict[Role, str], with_model: 
 
     os.environ |= {"TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": "1"}
     warnings.simplefilter("ignore")  # Pillow's, of large pictures and odd metadata
-    try:
-        examiners = make_examiners(cfg, sources, with_model)
-    except UserError as error:
-        pipe.send(error)
-        return
-    pipe.send(READY)
     with suppress(EOFError, BrokenPipeError, ConnectionResetError):  # the parent is gone
-        while True:
-            role, tasks = pipe.recv()
-            for task in tasks:
-                faultpoint("validate_row")
-                pipe.send(examiners[role].examine(task))
+        try:
+            examiners = make_examiners(cfg, sources, with_model)
+            pipe.send(READY)
+            while True:
+                role, tasks = pipe.recv()
+                for task in tasks:
+                    faultpoint("validate_row")
+                    pipe.send(examiners[role].examine(task))
+        except UserError as error:  # of the model, not of a row
+            pipe.send(error)
 
 
 @dataclass
@@ -76,7 +75,7 @@ class Workers:
         self._arguments = (cfg, sources, with_model)
         self._row_seconds = row_seconds
         self.lost: list[str] = []  # what happened to processes that died or hung
-        self._failure: UserError | None = None  # why none of them can start, as for a model that does not load
+        self._failure: UserError | None = None  # why none of them can go on, as for a model that does not load
         self._workers = [self._start() for _ in range(count)]
 
     def __enter__(self) -> Workers:
