@@ -105,6 +105,8 @@ def scan(
                 if not reading.scan.rows:
                     raise UserError(f"data {sources[role]}: no rows")
             except UserError as error:
+                if workers.failure is not None:  # the model's, not the file's
+                    raise
                 reading.note(None, "", "file_unreadable", str(error))
             reading.finish()
     return {role: scans[role] for role in ("train", "eval", "expert") if role in scans}

@@ -75,7 +75,7 @@ class Workers:
         self._arguments = (cfg, sources, with_model)
         self._row_seconds = row_seconds
         self.lost: list[str] = []  # what happened to processes that died or hung
-        self._failure: UserError | None = None  # why none of them can go on, as for a model that does not load
+        self.failure: UserError | None = None  # why none of them can go on, as for a model that does not load
         self._workers = [self._start() for _ in range(count)]
 
     def __enter__(self) -> Workers:
@@ -96,8 +96,8 @@ class Workers:
 
     def examine(self, role: Role, tasks: Iterable[Task]) -> Iterator[Facts]:
         """Facts of the rows, in order."""
-        if self._failure is not None:
-            raise self._failure
+        if self.failure is not None:
+            raise self.failure
         source = iter(tasks)
         suspects: deque[Task] = deque()
         again: deque[Task] = deque()
@@ -156,7 +156,7 @@ class Workers:
         while worker.pipe.poll():
             message = worker.pipe.recv()
             if isinstance(message, UserError):
-                self._failure = message
+                self.failure = message
                 raise message
             if message == READY:
                 worker.ready = True
@@ -175,8 +175,8 @@ class Workers:
         worker.pipe.close()
         what = f"did not come back within {self._row_seconds:g} s" if hung else f"died (exit status {worker.process.exitcode})"
         if not worker.ready:
-            self._failure = UserError(f"a worker of validate {what} before its first row: see its messages above")
-            raise self._failure
+            self.failure = UserError(f"a worker of validate {what} before its first row: see its messages above")
+            raise self.failure
         self._workers[slot] = self._start()
         if not worker.tasks:
             return []
