@@ -305,7 +305,10 @@ def main(argv: list[str] | None = None) -> None:
     if argv is not None or arguments.verb != "train":
         sys.exit(exit_code(arguments))
     signal.signal(signal.SIGTERM, _leave)
-    code = exit_code(arguments)
+    try:
+        code = exit_code(arguments)
+    except _Leaving:
+        code = Preempted.exit_code
     signal.signal(signal.SIGTERM, signal.SIG_IGN)  # it is settled
     if os.environ.get("WORLD_SIZE", "1") != "1":
         from rlfr_vlm.ranks import end_rank
@@ -328,8 +331,6 @@ def exit_code(arguments: argparse.Namespace) -> int:
         return DiskFullError.exit_code
     except KeyboardInterrupt:
         return 130
-    except _Leaving:
-        return Preempted.exit_code
 
 
 class _Leaving(BaseException):
@@ -337,7 +338,8 @@ class _Leaving(BaseException):
 
 
 def _leave(*_: object) -> None:
-    """A handler of SIGTERM: there is nothing to save that is not saved."""
+    """A handler of SIGTERM: there is nothing to save that is not saved. Asked twice, at once."""
+    signal.signal(signal.SIGTERM, lambda *_: os._exit(Preempted.exit_code))
     os.write(2, b"rlfr-vlm train: stopped on SIGTERM; run the same command to go on\n")
     raise _Leaving
 

@@ -271,8 +271,8 @@ def _end_with_parent() -> None:
 def end_rank(code: int) -> NoReturn:
     """End this process, one of several ranks, with an exit code. Exit handlers run; the interpreter is not taken down.
 
-    While it is, now and then threads of the process groups abort the process (in 2 of 45 runs by gloo): one that had saved everything would
-    end with SIGABRT, and the launcher would call it failed.
+    While it is, native code now and then aborts the process (in 2 of about 50 runs on two ranks over gloo; most likely a thread of a process
+    group): one that had saved everything would end with SIGABRT, and the launcher would call it failed.
     """
     atexit._run_exitfuncs()
     sys.stdout.flush()

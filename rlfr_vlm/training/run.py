@@ -35,7 +35,7 @@ from rlfr_vlm.training.rollout_files import write_rollouts
 from rlfr_vlm.training.state import environment, load_state, seed_generators, write_state
 from rlfr_vlm.training.trackers import Trackers
 from rlfr_vlm.training.update import Learner, TokenRecord
-from rlfr_vlm.training.watch import METRICS, Watch, keep_lines
+from rlfr_vlm.training.watch import METRICS, Watch, keep_lines, read_lines
 from rlfr_vlm.types import EncodedPrompt
 
 MAX_UNSAVED = 2  # saves in a row that may fail for want of disk
@@ -155,8 +155,7 @@ class Run:
             return False
         done = True
         if self.ranks.first:
-            lines = (self.folder / "metrics.jsonl").read_text().splitlines()
-            done = any((line := json.loads(text))["step"] == step and "val/score" in line for text in lines)
+            done = any(row["step"] == step and "val/score" in row for row in read_lines(self.folder / METRICS))
             if not done:  # what there is of it is written again
                 keep_lines(self.folder / METRICS, lambda row: row["step"] != step or not any(key.startswith("val/") for key in row))
         return not self.ranks.broadcast(done, "looking for an evaluation")
