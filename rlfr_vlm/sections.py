@@ -91,7 +91,7 @@ class RolloutConfig(Section):
     stop: tuple[str, ...] = Field((), description="strings that end a response, besides EOS")
     ignore_eos: bool = Field(False, description="force max_new_tokens tokens (benchmarks)")
     max_rounds: int = Field(
-        1, ge=1, description="sample anew in place of groups whose rewards are all equal, up to so many rounds (DAPO); 1: never"
+        1, ge=1, description="sample anew in place of groups that are all right or all wrong, up to so many rounds (DAPO); 1: never"
     )
     hf_batch_size: int = Field(256, ge=1, description="HF engine: requests decoded together")
     sync_bucket_mib: int = Field(512, ge=1, description="weights gathered and sent to an engine at a time; one layer is the least")

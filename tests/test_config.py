@@ -41,7 +41,7 @@ MINIMAL = {"output_dir": "out", "model": {"path": "m"}}
         ({"algorithm": {"method": "flowrl"}, "shaping": {"likelihood": {}}}, r"leave `shaping\.likelihood` out"),
         ({"algorithm": {"reference": "m"}}, r"reference is set, but nothing uses it: set kl\.coef above 0"),
         ({"algorithm": {"dual_clip": 1}}, "dual_clip=1.0 must be above 1"),
-        ({"algorithm": {"method": "ppo"}, "rollout": {"max_rounds": 2}}, "max_rounds=2 leaves out groups of equal rewards"),
+        ({"algorithm": {"method": "ppo"}, "rollout": {"max_rounds": 2}}, "max_rounds=2 leaves out groups that are all right or all wrong"),
         ({"algorithm": {"gae_lambda": 0.9}}, "gae_lambda=0.9 is read with advantage=gae only"),
         ({"algorithm": {"method": "flowrl", "gamma": 0.9}}, "gamma must be 1"),
         ({"flow": {"times": [0.0]}}, "times: 0.0 is not between 0"),
