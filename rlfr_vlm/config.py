@@ -124,7 +124,7 @@ class Config(Section):
             raise ValueError(f"rollout.group_size=1: algorithm.advantage={self.algorithm.advantage} needs at least 2 responses per prompt")
         if self.rollout.max_rounds > 1 and self.algorithm.advantage in ("whitened", "gae"):
             raise ValueError(
-                f"rollout.max_rounds={self.rollout.max_rounds} leaves out groups of equal rewards, which algorithm.advantage="
+                f"rollout.max_rounds={self.rollout.max_rounds} leaves out groups that are all right or all wrong, which algorithm.advantage="
                 f"{self.algorithm.advantage} does learn from"
             )
         if self.algorithm.loss == "flowrl" and (self.flow or self.shaping.entropy or self.shaping.likelihood):

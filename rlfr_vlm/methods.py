@@ -10,8 +10,9 @@ METHODS: dict[str, dict[str, Any]] = {
     "grpo": {},
     # arXiv:2503.20783: no division by the group's std nor by the response's own length
     "dr_grpo": {"algorithm.advantage": "centred", "algorithm.loss_aggregation": "constant"},
-    # arXiv:2503.14476: clip-higher, token mean, dynamic sampling (10 rounds as in verl); the overlong buffer is a fifth of the budget
-    "dapo": {"algorithm.clip_high": 0.28, "rollout.max_rounds": 10},
+    # arXiv:2503.14476: clip-higher, token mean, dynamic sampling (10 rounds as in verl), 1 for right and -1 for wrong; the overlong buffer
+    # is a fifth of the budget
+    "dapo": {"algorithm.clip_high": 0.28, "rollout.max_rounds": 10, "reward.wrong": -1.0},
     # arXiv:2507.18071
     "gspo": {
         "algorithm.loss": "gspo",
@@ -46,9 +47,11 @@ def fill_method(tree: dict[str, Any]) -> dict[str, Any]:
     method = algorithm.get("method") if isinstance(algorithm, dict) else None
     settings = dict(METHODS.get(method, {})) if isinstance(method, str) else {}
     if method == "dapo":
-        rollout = tree.get("rollout")
+        rollout, reward = tree.get("rollout"), tree.get("reward")
         budget = rollout.get("max_new_tokens", 1024) if isinstance(rollout, dict) else 1024
         settings["reward.overlong_buffer"] = int(budget) // OVERLONG_SHARE if isinstance(budget, int | float) else 0
+        if isinstance(reward, dict) and reward.get("function") is not None:
+            del settings["reward.wrong"]  # a user's scores are taken as they are
     shaping = tree.get("shaping")
     if method in ENTROPY_ALPHA and isinstance(shaping, dict) and isinstance(shaping.get("entropy"), dict):
         settings["shaping.entropy.alpha"] = ENTROPY_ALPHA[method]

@@ -91,7 +91,7 @@ class RolloutConfig(Section):
     stop: tuple[str, ...] = Field((), description="strings that end a response, besides EOS")
     ignore_eos: bool = Field(False, description="force max_new_tokens tokens (benchmarks)")
     max_rounds: int = Field(
-        1, ge=1, description="sample anew in place of groups whose rewards are all equal, up to so many rounds (DAPO); 1: never"
+        1, ge=1, description="sample anew in place of groups that are all right or all wrong, up to so many rounds (DAPO); 1: never"
     )
     hf_batch_size: int = Field(256, ge=1, description="HF engine: requests decoded together")
     sync_bucket_mib: int = Field(512, ge=1, description="weights gathered and sent to an engine at a time; one layer is the least")
@@ -118,6 +118,7 @@ class RewardConfig(Section):
     answer: Literal["boxed", "tag", "text"] = Field(
         "boxed", description=r"where the answer stands: \boxed{}, <answer>..</answer>, or anywhere"
     )
+    wrong: float = Field(0.0, lt=1, allow_inf_nan=False, description="what a wrong answer earns, where a right one earns 1 (DAPO: -1)")
     format: Literal["tags", "boxed"] = Field(
         "tags", description=r"one <think>..</think><answer>..</answer>, or between one and four \boxed{} (RLFR's recipes)"
     )
@@ -126,6 +127,12 @@ class RewardConfig(Section):
     function: str | None = Field(None, description="`file.py:function` whose score stands in for the accuracy")
     max_error_frac: float = Field(0.1, ge=0, le=1, description="stop when more verdicts of a step than this are errors")
     grader: GraderConfig = GraderConfig()
+
+    @model_validator(mode="after")
+    def _scores_as_they_are(self) -> RewardConfig:
+        if self.function is not None and self.wrong != 0:
+            raise ValueError(f"wrong={self.wrong:g} is not read with a function, whose scores are taken as they are: leave it out, or at 0")
+        return self
 
 
 class KlConfig(Section):

@@ -21,6 +21,9 @@ MINIMAL = {"output_dir": "out", "model": {"path": "m"}}
         ({"flow": {"layers": [25]}}, "layers: 25.0 is not a fraction"),
         ({"model": {}}, "`model.path` is required"),
         ({"reward": {"overlong_buffer": 2000}}, "overlong_buffer=2000 must be below"),
+        ({"reward": {"wrong": 1}}, r"`reward\.wrong`: Input should be less than 1 \(given: 1\)"),
+        ({"reward": {"wrong": float("-inf")}}, r"`reward\.wrong`: Input should be a finite number"),
+        ({"reward": {"wrong": -1, "function": "f.py:f"}}, "`reward`: wrong=-1 is not read with a function"),
         ({"flow": {"layers": [0.75, 0.25]}}, "must rise from the first to the last"),
         ({"flow": {"reward": {"normalise": "bilateral", "top_k": 1}}}, "top_k=1 keeps nothing"),
         ({"data": {"min_pixels": 9999, "max_pixels": 784}}, r"min_pixels=9999 must be .* at most data\.max_pixels=784"),
@@ -38,7 +41,7 @@ MINIMAL = {"output_dir": "out", "model": {"path": "m"}}
         ({"algorithm": {"method": "flowrl"}, "shaping": {"likelihood": {}}}, r"leave `shaping\.likelihood` out"),
         ({"algorithm": {"reference": "m"}}, r"reference is set, but nothing uses it: set kl\.coef above 0"),
         ({"algorithm": {"dual_clip": 1}}, "dual_clip=1.0 must be above 1"),
-        ({"algorithm": {"method": "ppo"}, "rollout": {"max_rounds": 2}}, "max_rounds=2 leaves out groups of equal rewards"),
+        ({"algorithm": {"method": "ppo"}, "rollout": {"max_rounds": 2}}, "max_rounds=2 leaves out groups that are all right or all wrong"),
         ({"algorithm": {"gae_lambda": 0.9}}, "gae_lambda=0.9 is read with advantage=gae only"),
         ({"algorithm": {"method": "flowrl", "gamma": 0.9}}, "gamma must be 1"),
         ({"flow": {"times": [0.0]}}, "times: 0.0 is not between 0"),
@@ -64,8 +67,11 @@ def test_refusals_name_the_field_and_the_value(change, message):
 def test_a_method_fills_in_what_the_config_leaves_open_and_nothing_else():
     dapo = parse_config({**MINIMAL, "algorithm": {"method": "dapo"}, "rollout": {"max_new_tokens": 100}})
     assert (dapo.algorithm.clip_high, dapo.rollout.max_rounds, dapo.reward.overlong_buffer) == (0.28, 10, 20)
-    own = parse_config({**MINIMAL, "algorithm": {"method": "dapo", "clip_high": 0.3}, "reward": {"overlong_buffer": 0}})
-    assert (own.algorithm.clip_high, own.reward.overlong_buffer) == (0.3, 0)
+    assert (dapo.reward.wrong, parse_config(MINIMAL).reward.wrong) == (-1, 0)
+    own = parse_config({**MINIMAL, "algorithm": {"method": "dapo", "clip_high": 0.3}, "reward": {"overlong_buffer": 0, "wrong": -0.5}})
+    assert (own.algorithm.clip_high, own.reward.overlong_buffer, own.reward.wrong) == (0.3, 0, -0.5)
+    scored = parse_config({**MINIMAL, "algorithm": {"method": "dapo"}, "reward": {"function": "f.py:f"}})
+    assert (scored.reward.wrong, scored.reward.overlong_buffer) == (0, 204)
     critic = parse_config({**MINIMAL, "algorithm": {"method": "ppo"}, "rollout": {"group_size": 1}})
     assert (critic.algorithm.advantage, critic.algorithm.needs_reference) == ("gae", False)
     assert parse_config({**MINIMAL, "algorithm": {"method": "reinforce_pp"}}).algorithm.needs_reference
@@ -81,6 +87,9 @@ def test_another_method_brings_its_own_settings_over_a_config_that_spells_one_ou
     ppo = load_config(path, ("algorithm.method=ppo", "algorithm.clip_high=0.3"))
     assert (ppo.algorithm.advantage, ppo.algorithm.clip_high) == ("gae", 0.3)
     assert load_config(path, ("algorithm.method=grpo",)).algorithm.dual_clip == 3
+    assert load_config(path, ("algorithm.method=dapo",)).reward.wrong == -1
+    path.write_text(to_yaml(load_config(path, ("algorithm.method=dapo",))))
+    assert load_config(path, ("algorithm.method=grpo",)).reward.wrong == 0
 
 
 def test_entropy_shaping_is_weaker_with_ppo():

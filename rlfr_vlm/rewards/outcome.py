@@ -31,9 +31,10 @@ MAX_BOXES = 4
 def grade(groups: Sequence[RolloutGroup], cfg: RewardConfig, grader: Grader, max_new_tokens: int) -> list[Outcome]:
     """One outcome per response, group by group, siblings in order.
 
-    reward = accuracy (1 or 0) + format_weight * format + overlong penalty. With `cfg.function` its score stands in for the accuracy, while
-    *correct* still comes from the grader and the gold answer unless the function tells. An `error` verdict earns 0.0 and has to be left
-    out of its group. Raises StoppedError above `cfg.max_error_frac` errors, and UserError where the user's function fails.
+    reward = 1 if right, else `cfg.wrong`, + format_weight * format + overlong penalty. With `cfg.function` its score stands in for the
+    first, while *correct* still comes from the grader and the gold answer unless the function tells. An `error` verdict earns 0.0, whatever
+    a wrong answer does, and has to be left out of its group. Raises StoppedError above `cfg.max_error_frac` errors, and UserError where the
+    user's function fails.
     """
     if grader.where != cfg.answer:
         raise ValueError(f"the grader looks for answers in {grader.where!r}, reward.answer is {cfg.answer!r}")
@@ -53,7 +54,7 @@ def _outcome(rollout: Rollout, graded: Graded, score: CustomScore | None, cfg: R
     if graded.verdict == "error":
         return Outcome(0.0, "error", prediction=graded.prediction, reason=graded.reason)
     accuracy = float(graded.verdict == "correct")
-    reward = accuracy if score is None or score.reward is None else score.reward
+    reward = (1.0 if accuracy else cfg.wrong) if score is None or score.reward is None else score.reward
     parts = {"accuracy": accuracy} if score is None else {**score.parts, "function": reward, "accuracy": accuracy}
     if cfg.format_weight:
         parts["format"] = tags_reward(rollout.text) if cfg.format == "tags" else boxed_reward(rollout.text)

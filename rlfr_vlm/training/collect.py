@@ -33,8 +33,19 @@ class GradedGroup:
     @property
     def informative(self) -> bool:
         """Whether its rewards differ by more than rounding: equal ones give no advantage."""
-        rewards = [o.reward for o in self.outcomes if o.graded]
-        return len(rewards) > 1 and statistics.stdev(rewards) > MIN_STD
+        return _differ([o.reward for o in self.outcomes if o.graded])
+
+    @property
+    def mixed(self) -> bool:
+        """Whether some of its graded answers are right and some wrong, 0 < right < G (DAPO, arXiv:2503.14476, eq. 11).
+
+        With `reward.function`, which may know more than right and wrong, whether its scores differ. Format and length do not count.
+        """
+        return _differ([o.parts.get("function", float(o.correct)) for o in self.outcomes if o.graded])
+
+
+def _differ(values: Sequence[float]) -> bool:
+    return len(values) > 1 and statistics.stdev(values) > MIN_STD
 
 
 @dataclass(frozen=True)
@@ -72,29 +83,29 @@ def collect(
 ) -> Collected:
     """Sample G responses to each of `num_prompts` prompts and verify them; each rank does its share.
 
-    With `rollout.max_rounds` above 1 (dynamic sampling, DAPO, arXiv:2503.14476), groups whose rewards are all equal are replaced by
-    groups of further prompts; where the last round still leaves too few, the flat ones fill up. A run never stops for want of difficulty.
+    With `rollout.max_rounds` above 1 (dynamic sampling, DAPO, arXiv:2503.14476), groups that are all right or all wrong are replaced by
+    groups of further prompts; where the last round still leaves too few, some of them fill up. A run never stops for want of difficulty.
     """
     wanted, rounds = cfg.rollout.num_prompts, cfg.rollout.max_rounds
     sampled: list[GradedGroup] = []
-    informative: list[bool] = []  # of all groups so far, by position
+    mixed: list[bool] = []  # of all groups so far, by position
     failed: list[str] = []
     missing, done = wanted, 0
     while missing and done < rounds:
-        positions = [len(informative) + place for place in ranks.places(missing)]
+        positions = [len(mixed) + place for place in ranks.places(missing)]
         found, problem = _round(cfg, engine, prompts, grader, step, done, missing, positions, clock)
         ranks.agree(problem, f"rollouts of step {step}")
         sampled += found
-        own = ([(g.position, g.informative) for g in found], reasons([g.group for g in found], [o for g in found for o in g.outcomes]))
+        own = ([(g.position, g.mixed) for g in found], reasons([g.group for g in found], [o for g in found for o in g.outcomes]))
         for _, errors in (parts := ranks.gather(own, f"rewards of step {step}")):
             failed += errors
-        informative += [flag for _, flag in sorted(pair for flags, _ in parts for pair in flags)]
-        missing = wanted - sum(informative)
+        mixed += [flag for _, flag in sorted(pair for flags, _ in parts for pair in flags)]
+        missing = wanted - sum(mixed)
         done += 1
-    stop_on_errors(failed, len(informative) * cfg.rollout.group_size, cfg.reward.max_error_frac)
-    flat = {position for position, flag in enumerate(informative) if not flag}
-    fillers = set(sorted(flat)[: max(0, missing)])
-    kept = tuple(sampled) if rounds == 1 else tuple(g for g in sampled if g.informative or g.position in fillers)
+    stop_on_errors(failed, len(mixed) * cfg.rollout.group_size, cfg.reward.max_error_frac)
+    uniform = {position for position, flag in enumerate(mixed) if not flag}
+    fillers = set(sorted(uniform)[: max(0, missing)])
+    kept = tuple(sampled) if rounds == 1 else tuple(g for g in sampled if g.mixed or g.position in fillers)
     return Collected(kept, tuple(sampled), done)
 
 

@@ -222,7 +222,7 @@ def check_zero_variance(cfg: Config, rows: Sequence[Figures], _refrain: str) -> 
 
 def check_mismatch(cfg: Config, rows: Sequence[Figures], _refrain: str) -> Sign | None:
     """Tokens that were not drawn from the policy which is trained. Not judged where rollouts are older than the weights by design, nor by
-    their surprisal where groups are selected by their rewards."""
+    their surprisal where groups are selected by their answers."""
     now, limit = rows[-1], tolerance(cfg)
     gap = now.get("rollout/logprob_diff_mean")
     if gap is None or cfg.rollout.staleness or cfg.rollout.ignore_eos:

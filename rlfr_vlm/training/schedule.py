@@ -71,7 +71,7 @@ def _train(cfg: Config) -> tuple[Lines, Lines, Lines]:
         ("response tokens", f"at most {_number(steps * samples * rollout.max_new_tokens * rollout.max_rounds)} in total"),
     ]
     if rollout.max_rounds > 1:
-        plan.append(("rounds", f"up to {rollout.max_rounds} per step, each sampling anew for groups of equal rewards"))
+        plan.append(("rounds", f"up to {rollout.max_rounds} per step, each sampling anew for groups that are all right or all wrong"))
     if learning < steps:
         plan.append(("flow warm-up", f"in the first {_number(steps - learning)} steps only the field learns"))
     evaluated, saved = due_steps(cfg.eval.every, steps), due_steps(cfg.train.save_steps, steps)

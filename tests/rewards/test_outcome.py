@@ -1,13 +1,15 @@
 """What a response earns, by the built-in reward and by a user's function in each of the four shapes."""
 
 import re
+from dataclasses import replace
 
 import pytest
 
-from rlfr_vlm.config import GraderConfig, RewardConfig
+from rlfr_vlm.config import GraderConfig, RewardConfig, parse_config
 from rlfr_vlm.errors import StoppedError, UserError
 from rlfr_vlm.rewards.grader import Grader
 from rlfr_vlm.rewards.outcome import boxed_reward, grade, load_reward_function, overlong_penalty, tags_reward
+from rlfr_vlm.training.credit import make_samples
 from rlfr_vlm.types import EncodedPrompt, Prompt, Rollout, RolloutGroup
 
 
@@ -46,6 +48,33 @@ def test_format_and_length_are_added(grader):
     outcomes = grade([group("a", "42", text, "<think>" + text, num_tokens=90)], cfg, grader, max_new_tokens=100)
     assert [o.reward for o in outcomes] == [1 + 0.5 - 0.75, 1 + 0 - 0.75]
     assert outcomes[0].parts == {"accuracy": 1.0, "format": 1.0, "overlong": -0.75}
+
+
+def test_a_wrong_answer_earns_what_the_config_says_and_its_verdict_stays(grader):
+    """Beside format and length, and never where nothing could be graded."""
+    text = r"<think>6*7</think> <answer>\boxed{42}</answer>"
+    cfg = RewardConfig(wrong=-1, format_weight=0.5, overlong_buffer=40, max_error_frac=1)
+    groups = [group("a", "42", text, text.replace("42", "41"), num_tokens=90), group("bad", r"\frac{1}{", text, num_tokens=90)]
+    outcomes = grade(groups, cfg, grader, max_new_tokens=100)
+    assert [o.reward for o in outcomes] == [1 + 0.5 - 0.75, -1 + 0.5 - 0.75, 0]
+    assert [o.verdict for o in outcomes] == ["correct", "wrong", "error"]
+    assert outcomes[1].parts == {"accuracy": 0.0, "format": 1.0, "overlong": -0.75}
+
+
+@pytest.mark.parametrize(("preset", "advantage"), [({}, 0.126), ({"reward": {"wrong": 0}}, -0.725)], ids=["published", "wrong earns 0"])
+def test_dapo_still_prefers_a_right_answer_of_full_length_to_a_wrong_one(grader, preset, advantage):
+    """Of eight siblings three are right, one is right at full length, four are wrong: rewards 1, 1, 1, 1 - 1, and four times -1 (or 0)."""
+    cfg = parse_config(
+        {"output_dir": "o", "model": {"path": "m"}, "algorithm": {"method": "dapo"}, "rollout": {"max_new_tokens": 100}, **preset}
+    )
+    one = group("a", "42", *[r"\boxed{42}"] * 4, *[r"\boxed{41}"] * 4)
+    full = replace(one.rollouts[3], token_ids=(0,) * 100, logprobs=(0.0,) * 100)
+    one = replace(one, rollouts=(*one.rollouts[:3], full, *one.rollouts[4:]))
+    outcomes = grade([one], cfg.reward, grader, cfg.rollout.max_new_tokens)
+    assert [o.reward for o in outcomes] == [1, 1, 1, 0, *[cfg.reward.wrong] * 4]
+    found = [s.advantage for s in make_samples([one], outcomes, 0, 1, cfg.algorithm)]
+    assert found[3] == pytest.approx(advantage, abs=5e-4)
+    assert (found[3] > found[4]) is (advantage > 0)
 
 
 @pytest.mark.parametrize(

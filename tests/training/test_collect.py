@@ -1,14 +1,15 @@
-"""Dynamic sampling: flat groups are replaced by further prompts, and fill up where nothing better is found."""
+"""Dynamic sampling: groups that are all right or all wrong are replaced by further prompts, and fill up where nothing better is found."""
 
 import pytest
 
-from rlfr_vlm.config import DataConfig
+from rlfr_vlm.config import DataConfig, parse_config
 from rlfr_vlm.data.prompts import BadRows, PromptStream, parse_row
 from rlfr_vlm.data.render import PromptSource, Renderer
 from rlfr_vlm.models.policy import Policy
 from rlfr_vlm.rewards.grader import Grader
 from rlfr_vlm.rollout.hf_engine import HFEngine
-from rlfr_vlm.training.collect import collect
+from rlfr_vlm.training.collect import GradedGroup, collect
+from rlfr_vlm.types import Outcome, Rollout, RolloutGroup
 from tests.training.test_update import config
 
 REWARD = """
@@ -47,6 +48,20 @@ def run(parts, model_folder, tmp_path, informative, max_rounds, num_rows=9):
     return collect(cfg, HFEngine(cfg.rollout, policy), source, grader, 1), source
 
 
+class Scripted:
+    """An engine that gives each prompt's two samples the texts that stand for it, a token per character."""
+
+    def __init__(self, texts):
+        self.texts = texts
+
+    def sample(self, prompts, sampling):
+        def rollout(prompt, index):
+            text = self.texts[prompt.prompt.id][index]
+            return Rollout(prompt, index, (0,) * len(text), (0.0,) * len(text), text, "stop", 0)
+
+        return [RolloutGroup(p, tuple(rollout(p, i) for i in range(sampling.group_size))) for p in prompts]
+
+
 def ids(groups):
     return [g.prompt.prompt.id for g in groups]
 
@@ -81,3 +96,39 @@ def test_a_prompt_drawn_again_in_a_later_round_is_sampled_anew(parts, model_fold
     for graded in batch.sampled:
         by_prompt.setdefault(graded.group.prompt.prompt.id, []).append([r.token_ids for r in graded.group.rollouts])
     assert all(len(rounds) == 3 and rounds[0] != rounds[1] for rounds in by_prompt.values())
+
+
+def outcome(verdict, reward, **parts):
+    return Outcome(reward, verdict, parts)
+
+
+@pytest.mark.parametrize(
+    ("outcomes", "mixed", "informative"),
+    [
+        ([outcome("correct", 1), outcome("wrong", -1)], True, True),
+        ([outcome("correct", 0), outcome("wrong", 0)], True, False),
+        ([outcome("correct", 1), outcome("correct", 0.25, overlong=-0.75)], False, True),
+        ([outcome("wrong", -1), outcome("wrong", -0.5, format=1.0)], False, True),
+        ([outcome("correct", 1), outcome("error", 0), outcome("correct", 1)], False, False),
+        ([outcome("correct", 1), outcome("error", 0)], False, False),
+        ([outcome("wrong", 0.25, function=0.25), outcome("wrong", 0.75, function=0.75)], True, True),
+        ([outcome("correct", 0.5, function=0.5), outcome("wrong", 0.25, function=0.5, overlong=-0.25)], False, True),
+    ],
+)
+def test_a_group_is_mixed_by_its_answers_alone(outcomes, mixed, informative):
+    """0 < right < G of those that were graded, or scores of a user's function that differ, whatever format and length earned."""
+    found = GradedGroup(RolloutGroup(None, ()), tuple(outcomes))
+    assert (found.mixed, found.informative) == (mixed, informative)
+
+
+def test_groups_that_differ_in_length_alone_are_replaced(parts):
+    """DAPO as published: of the prompts drawn, 0 is all right and 1 all wrong, each with a sibling in the last fifth of the budget."""
+    policy, grader = parts
+    texts = {"0": ("1", "0000000001"), "1": ("2", "0000000002"), "2": ("1", "2"), "3": ("1", "1"), "4": ("2", "0000000001")}
+    rollout = {"num_prompts": 2, "group_size": 2, "max_new_tokens": 10}
+    tree = {"output_dir": "o", "model": {"path": "m"}, "algorithm": {"method": "dapo"}, "rollout": rollout, "reward": {"answer": "text"}}
+    rows = [parse_row({"id": i, "prompt": "?", "answer": "1"}, f"r:{i}", DataConfig()) for i in texts]
+    source = PromptSource(rows, Renderer(policy, DataConfig(), "r"), PromptStream(len(rows), 0, False), BadRows(DataConfig()))
+    batch = collect(parse_config(tree), Scripted(texts), source, grader, 1)
+    assert [[o.reward for o in g.outcomes] for g in batch.sampled] == [[1, 0], [-1, -2], [1, -1], [1, 1], [-1, 0]]
+    assert (ids(batch.groups), batch.rounds) == (["2", "4"], 3)
