@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import errno
 import gc
+import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from huggingface_hub.errors import StrictDataclassError
 from rich.console import Console
 from transformers import AutoConfig
 
-from rlfr_vlm.config import Config
+from rlfr_vlm.config import Config, FlowConfig
 from rlfr_vlm.data.digests import RowDigests
 from rlfr_vlm.data.prompts import BadRows, PromptStream, RowError, load_prompts
 from rlfr_vlm.data.render import PromptSource, Renderer, encode_all
@@ -41,14 +42,16 @@ from rlfr_vlm.models.policy import Policy, resolve_path
 from rlfr_vlm.ranks import Ranks, join
 from rlfr_vlm.report.during import ReportKeeper
 from rlfr_vlm.rewards.grader import Grader
-from rlfr_vlm.rewards.outcome import load_reward_function
+from rlfr_vlm.rewards.outcome import grade, load_reward_function
 from rlfr_vlm.rollout import make_engine
 from rlfr_vlm.rollout.engine import RolloutEngine
+from rlfr_vlm.training.collect import GradedGroup, sampling
 from rlfr_vlm.training.export import export_policy
-from rlfr_vlm.training.fit_flow import fit_flow
+from rlfr_vlm.training.fit_flow import YARDSTICK_FILE, FitData, fit_flow, yardstick_lines
 from rlfr_vlm.training.hold import held
 from rlfr_vlm.training.learner import make_learner
 from rlfr_vlm.training.loop import train as train_loop
+from rlfr_vlm.training.probe import probe
 from rlfr_vlm.training.resume import check_resumable
 from rlfr_vlm.training.run import Run
 from rlfr_vlm.training.schedule import check_field, new_field_folder
@@ -89,22 +92,80 @@ def workbench(cfg: Config) -> Iterator[Workbench]:
 
 
 def flow(cfg: Config) -> Path:
-    """Fit the flow field offline on `data.expert`; returns its folder, `output_dir/flow`."""
+    """Fit the flow field offline, on `data.expert` or as `flow.fit.source` says; returns its folder, `output_dir/flow`."""
     new_field_folder(cfg)
     with held(Path(cfg.output_dir)):
         _forget_bad_rows(cfg)
         rows = expert_prompts(cfg)
-        policy = Policy(cfg.model)
-        return fit(cfg, policy, rows)
+        if not needs_responses(cfg):
+            return fit(cfg, Policy(cfg.model), rows)
+        rl_rows = load_prompts(_required(cfg.data.train, "data.train"), cfg.data, _bad_rows(cfg), cfg.data.limit)
+        with workbench(cfg) as bench:
+            return fit(cfg, bench.policy, rows, sampled_for_fit(bench, rl_rows))
 
 
-def fit(cfg: Config, policy: Policy, rows: Sequence[Prompt]) -> Path:
-    """Fit a new field for this policy. Raises UserError where one was fitted before."""
+def needs_responses(cfg: Config) -> bool:
+    """Whether a fit looks at responses of the policy itself."""
+    return bool(cfg.flow is not None and (_learns_from_responses(cfg.flow) or cfg.flow.fit.probe_prompts))
+
+
+def _learns_from_responses(cfg: FlowConfig) -> bool:
+    return cfg.fit.source != "expert" or cfg.contrast != "none"
+
+
+@dataclass(frozen=True)
+class Sampled:
+    """Graded responses of the policy: to fit on, and to tell what the field knows."""
+
+    fitted: Sequence[GradedGroup] = ()
+    probed: Sequence[GradedGroup] = ()
+
+
+def sampled_for_fit(bench: Workbench, prompts: Sequence[Prompt]) -> Sampled:
+    """Responses to as many rows of data.train as the fit asks for, none of them for both uses. Raises UserError where there are too few."""
+    cfg = bench.cfg
+    assert cfg.flow is not None and cfg.data.train is not None
+    fit = cfg.flow.fit
+    wanted = fit.rollout_prompts if _learns_from_responses(cfg.flow) else 0
+    bad = _bad_rows(cfg)
+    order = torch.randperm(len(prompts), generator=torch.Generator().manual_seed(cfg.seed)).tolist()
+    chosen = [prompts[i] for i in order[: wanted + fit.probe_prompts]]
+    rows = checked(cfg, chosen, bench.grader, bad)
+    if len(rows) < 2 or len(prompts) < wanted + fit.probe_prompts:
+        raise UserError(
+            f"data.train: {len(prompts)} rows are too few for flow.fit.rollout_prompts={wanted} and flow.fit.probe_prompts={fit.probe_prompts}, "
+            "which take different ones: lower them"
+        )
+    source = Renderer(bench.policy, cfg.data, cfg.data.train)
+    bench.engine.load_weights(bench.policy)
+    say(f"sampling {len(rows)} x {cfg.rollout.group_size} responses for the field")
+    groups: list[GradedGroup] = []
+    for start in range(0, len(rows), cfg.rollout.num_prompts):
+        encoded = encode_all(rows[start : start + cfg.rollout.num_prompts], source, bad, num_rows=len(prompts))
+        sampling_ = replace(sampling(cfg, 0), seed_key=(cfg.seed, "flow fit"))
+        sampled = bench.engine.sample(encoded, sampling_)
+        outcomes = iter(grade(sampled, cfg.reward, bench.grader, cfg.rollout.max_new_tokens))
+        groups += [GradedGroup(g, tuple(next(outcomes) for _ in g.rollouts), len(groups) + k) for k, g in enumerate(sampled)]
+    cut = round(len(groups) * wanted / max(1, wanted + fit.probe_prompts))
+    return Sampled(groups[:cut], groups[cut:])
+
+
+def fit(cfg: Config, policy: Policy, rows: Sequence[Prompt], sampled: Sampled | None = None) -> Path:
+    """Fit a new field for this policy, and say what it is worth. Raises UserError where one was fitted before."""
     if cfg.flow is None:
         raise UserError("the config has no `flow` section: nothing to fit")
-    folder = new_field_folder(cfg)
+    folder, sampled = new_field_folder(cfg), sampled or Sampled()
     field = FlowField(FlowSpec.of(cfg.flow, policy.identity), seed=cfg.seed, device=policy.device, compute_dtype=policy.dtype)
-    fit_flow(cfg, policy, field, rows, Renderer(policy, cfg.data, str(cfg.data.expert)), _bad_rows(cfg), folder, say)
+    data = FitData(rows, Renderer(policy, cfg.data, str(cfg.data.expert)), _bad_rows(cfg), sampled.fitted)
+    _, measured = fit_flow(cfg, policy, field, data, folder, say)
+    for line in yardstick_lines(measured):
+        say(line)
+    yardstick: dict[str, Any] = {"deviation": measured}
+    if sampled.probed:
+        found = probe(cfg, policy, field, sampled.probed)
+        yardstick["separation"] = found.as_json()
+        say(found.line)
+    (folder / YARDSTICK_FILE).write_text(json.dumps(yardstick, indent=1))
     return folder
 
 
@@ -364,6 +425,9 @@ def rl_prompts(cfg: Config) -> tuple[list[Prompt], list[Prompt], BadRows]:
         raise UserError(
             "flow.online.enabled=false freezes a field that was never fitted: set flow.checkpoint, or leave the flow section out"
         )
+    if cfg.flow is not None and cfg.flow.checkpoint is None and (cfg.flow.standardise or cfg.flow.reward.normalise == "token_type"):
+        name = "standardise" if cfg.flow.standardise else "reward.normalise=token_type"
+        raise UserError(f"flow.{name} takes its statistics from a fit: run `rlfr-vlm flow` first and set flow.checkpoint")
     if cfg.flow is not None and cfg.flow.checkpoint is not None:
         if not Path(cfg.flow.checkpoint).is_dir():
             raise UserError(f"flow.checkpoint: {cfg.flow.checkpoint} is not a folder; fit a field first with `rlfr-vlm flow`")
@@ -379,7 +443,9 @@ def heldout_prompts(cfg: Config) -> list[Prompt]:
 
 
 def expert_prompts(cfg: Config) -> list[Prompt]:
-    """Rows with an expert response."""
+    """Rows with an expert response; none where the field is fitted on the policy's own responses alone."""
+    if cfg.flow is not None and cfg.flow.fit.source == "rollouts":
+        return []
     return load_prompts(_required(cfg.data.expert, "data.expert"), cfg.data, _bad_rows(cfg), need="response")
 
 

@@ -14,7 +14,7 @@ import yaml
 from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from rlfr_vlm.errors import UserError
-from rlfr_vlm.methods import fill_method, forget_method
+from rlfr_vlm.methods import fill_method, fill_profile, forget_method
 from rlfr_vlm.sections import (
     AlgorithmConfig,
     DataConfig,
@@ -110,7 +110,7 @@ class Config(Section):
     @model_validator(mode="before")
     @classmethod
     def _method_defaults(cls, tree: Any) -> Any:
-        return fill_method(tree) if isinstance(tree, dict) else tree
+        return fill_profile(fill_method(tree)) if isinstance(tree, dict) else tree
 
     @model_validator(mode="after")
     def _cross(self) -> Config:
@@ -132,6 +132,14 @@ class Config(Section):
             raise ValueError(f"algorithm.loss=flowrl has no token advantages: leave `{extra}` out")
         if self.flow and self.shaping.likelihood:
             raise ValueError("flow and shaping.likelihood are two scores for one pipeline, to be compared: leave one of them out")
+        rewards = {"flow.reward": self.flow.reward if self.flow else None, "shaping.likelihood": self.shaping.likelihood}
+        for name, how in rewards.items():
+            if how is not None and how.credit == "token" and self.algorithm.advantage in ("whitened", "gae"):
+                raise ValueError(
+                    f"{name}.credit=token is centred in the group, which algorithm.advantage={self.algorithm.advantage} does not look at: use to_go"
+                )
+        if self.shaping.likelihood and self.shaping.likelihood.normalise == "token_type":
+            raise ValueError("shaping.likelihood.normalise=token_type needs the statistics of a flow field's fit: use group or group_z")
         if self.flow and self.flow.online.warmup_steps >= self.train.steps:
             raise ValueError(
                 f"flow.online.warmup_steps={self.flow.online.warmup_steps} leaves the policy none of train.steps={self.train.steps}"

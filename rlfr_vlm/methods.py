@@ -41,6 +41,38 @@ ENTROPY_ALPHA = {"ppo": 0.1}  # arXiv:2506.14758; 0.4 with the others
 OVERLONG_SHARE = 5  # DAPO: a buffer of 4,096 of 20,480 tokens
 
 
+# flow.profile: what a flow section sets wherever it is silent itself. `published` is what the sections' own defaults are.
+PROFILES: dict[str, dict[str, Any]] = {
+    "published": {},
+    # docs/flow_signal.md has the evidence for each
+    "informed": {
+        "context": ["token_post"],
+        "standardise": True,
+        "prompt_context": True,
+        "contrast": "own",
+        "reward.coef": 0.3,
+        "reward.normalise": "group_z",
+        "reward.threshold": 0.0,
+        "reward.top_k": 0,
+        "reward.credit": "token",
+        "fit.batch_tokens": 256,
+        "fit.steps": 1200,
+        "fit.lr": None,
+        "fit.probe_prompts": 256,
+        "online.enabled": False,
+    },
+}
+
+
+def fill_profile(tree: dict[str, Any]) -> dict[str, Any]:
+    """A config tree whose flow section has its profile's settings wherever it has none of its own."""
+    flow = tree.get("flow")
+    profile = flow.get("profile") if isinstance(flow, dict) else None
+    for key, value in (PROFILES.get(profile, {}) if isinstance(profile, str) else {}).items():
+        tree = _filled(tree, ["flow", *key.split(".")], value)
+    return tree
+
+
 def fill_method(tree: dict[str, Any]) -> dict[str, Any]:
     """A config tree with its method's settings wherever it has none of its own. Sections that are not plain mappings stay as they are."""
     algorithm = tree.get("algorithm")

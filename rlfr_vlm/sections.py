@@ -230,16 +230,26 @@ class TokenRewardConfig(Section):
     """From token scores to token rewards; the same for flow deviations and for likelihood shaping."""
 
     coef: float = Field(0.01, ge=0, description="weight of the token reward (arXiv:2510.10201: 0.01); 0: none")
-    normalise: Literal["minmax", "bilateral", "mean"] = Field("minmax", description="minmax: penalty only; the others are signed")
+    normalise: Literal["minmax", "bilateral", "mean", "group", "group_z", "token_type"] = Field(
+        "minmax",
+        description="within each response (as published): minmax, penalty only, or signed bilateral and mean; their level is lost, so that a "
+        "response that strays everywhere is charged no more than one that strays nowhere. Keeping it: over all siblings of the prompt, "
+        "group in [0, 1], group_z in standard deviations; token_type in standard deviations of the token's id on the data of the fit",
+    )
     threshold: float = Field(0.6, description="keep scores beyond it (signed: by absolute value); <= 0: keep all")
     top_k: int = Field(15, ge=0, description="keep the k largest per response (signed: k/2 of each sign); 0: keep all")
     gamma: float = Field(1.0, gt=0, description="power of the score's size")
+    credit: Literal["to_go", "token"] = Field(
+        "to_go",
+        description="a reward, summed to the end, which charges every token before it as well (as published); or an advantage of its own "
+        "token, centred in the group",
+    )
 
     @model_validator(mode="after")
     def _signed_top_k(self) -> TokenRewardConfig:
-        if self.normalise == "minmax" and self.threshold >= 1:
-            raise ValueError(f"threshold={self.threshold} keeps nothing: minmax scores lie in [0, 1]")
-        if self.normalise != "minmax" and self.top_k == 1:
+        if self.normalise in ("minmax", "group") and self.threshold >= 1:
+            raise ValueError(f"threshold={self.threshold} keeps nothing: {self.normalise} scores lie in [0, 1]")
+        if self.normalise not in ("minmax", "group") and self.top_k == 1:
             raise ValueError("top_k=1 keeps nothing with a signed normalise: half of it goes to each sign; use 0 or at least 2")
         return self
 
@@ -248,16 +258,38 @@ class FlowRewardConfig(TokenRewardConfig):
     """From deviations to token rewards."""
 
     draws: int = Field(1, ge=1, description="noise draws that a deviation is averaged over (as published: 1)")
+    at: Literal["target", "context"] = Field(
+        "target",
+        description="token that is charged: the target, or with context token_pre the one after it, whose arrival made the target unlikely",
+    )
 
 
 class FlowFitConfig(Section):
-    """Offline flow matching on expert solutions."""
+    """Offline flow matching on solutions: of experts, or of the model itself."""
 
-    steps: int | None = Field(None, ge=1, description="optimiser steps; default: `epochs` over the expert rows")
-    epochs: float = Field(2.0, gt=0, description="passes over the expert rows when `steps` is unset")
-    batch_size: int = Field(128, ge=1, description="expert solutions per step; all of them where there are fewer")
+    source: Literal["expert", "rollouts", "both"] = Field(
+        "expert", description="what the field is fitted on: expert solutions (as published), the model's own right answers, or both"
+    )
+    steps: int | None = Field(None, ge=1, description="optimiser steps; default: `epochs` over the rows, or 2,400 with batch_tokens")
+    epochs: float = Field(2.0, gt=0, description="passes over the rows when neither `steps` nor `batch_tokens` is set")
+    batch_size: int = Field(128, ge=1, description="solutions per step; all of them where there are fewer; not read with batch_tokens")
+    batch_tokens: int | None = Field(
+        None, ge=1, description="tokens per step, from latents that are computed once; unset: whole solutions, computed anew (as published)"
+    )
+    patience: int = Field(
+        4, ge=1, description="with batch_tokens: stop when so many of the 20 looks at the held-out deviation in a row were no better"
+    )
+    cache_gib: float = Field(8.0, gt=0, description="with batch_tokens: disk for latents, GiB; of rows beyond it, and how many, is told")
+    rollout_prompts: int = Field(
+        512, ge=1, description="prompts of data.train that group_size responses are sampled to, where source or contrast need some"
+    )
+    probe_prompts: int = Field(
+        0,
+        ge=0,
+        description="further prompts whose responses are sampled and graded to tell what the field knows of right and wrong; 0: none",
+    )
     batch_mul: int = Field(4, ge=1, description="independent (noise, time) draws per latent")
-    lr: float = Field(1e-4, gt=0, description="AdamW, cosine, 10 % warm-up")
+    lr: float | None = Field(1e-4, gt=0, description="AdamW, cosine, 10 % warm-up; null: 0.384 over the size of the latents (3e-3 at 128)")
     weight_decay: float = Field(0.01, ge=0, description="AdamW")
     max_tokens: int = Field(8192, ge=1, description="expert rows longer than this are bad rows")
 
@@ -274,11 +306,23 @@ class FlowOnlineConfig(Section):
     soft_weight: float = Field(0.0, ge=0, le=1, description="weight of what is not selected; 0 rejects it")
     times: Literal["reward", "logit_normal"] = Field("reward", description="at the reward's times (as published), or as in offline fitting")
     warmup_steps: int = Field(0, ge=0, description="steps at the start in which only the field learns, the policy does not")
+    window: int = Field(
+        0,
+        ge=0,
+        description="learn from the latents of so many last steps, in small steps; 0: from each update's own, in one (as published)",
+    )
+    updates: int = Field(20, ge=1, description="with window: small steps of the field per update of the policy")
+    batch_tokens: int = Field(256, ge=1, description="with window: tokens per small step")
+    window_tokens: int = Field(8192, ge=1, description="with window: latents kept of each step, drawn at random where there are more")
+    networks: Literal["all", "contrast"] = Field("all", description="contrast: the field itself stays as fitted, its contrast learns")
 
 
 class FlowConfig(Section):
     """The flow field and its reward; `null` in the YAML is plain RLVR."""
 
+    profile: Literal["published", "informed"] = Field(
+        "published", description="published: as released, to the letter; informed: what docs/flow_signal.md found to carry information"
+    )
     checkpoint: str | None = Field(None, description="field written by `rlfr-vlm flow` or `import-flow`; none: a new, zero field")
     layers: tuple[float, ...] = Field((0.25, 0.5, 0.75), description="hooked decoder layers, as fractions of depth")
     context: tuple[Literal["token_pre", "token_post", "identity"], ...] = Field(
@@ -286,6 +330,15 @@ class FlowConfig(Section):
     )
     shift: tuple[int, ...] = Field((1,), description="tokens between target and context; one for all contexts, or one each")
     times: tuple[float, ...] = Field((0.8,), description="flow times of the reward, between 0 (noise) and 1 (data)")
+    standardise: bool = Field(
+        False, description="read latents less their mean, over their standard deviation, by layer and dimension, as the fit found them"
+    )
+    prompt_context: bool = Field(False, description="the last prompt token's latent beside the context: the field knows the question")
+    contrast: Literal["none", "own", "wrong"] = Field(
+        "none",
+        description="charge the deviation less that from a second field, under the same noise: one of the policy's own responses, ungraded, or "
+        "of its wrong ones",
+    )
     network: FlowNetworkConfig = FlowNetworkConfig()
     reward: FlowRewardConfig = FlowRewardConfig()
     fit: FlowFitConfig = FlowFitConfig()
@@ -321,6 +374,21 @@ class FlowConfig(Section):
             raise ValueError(f"context: {'+'.join(self.context)} names the same context twice")
         if self.online.warmup_steps and not self.online.enabled:
             raise ValueError("online.warmup_steps needs online.enabled: in these steps only the field learns")
+        if self.reward.at == "context" and set(self.context) != {"token_pre"}:
+            raise ValueError(
+                f"reward.at=context needs context token_pre alone, whose context stands after its target: {'+'.join(self.context)}"
+            )
+        if self.reward.at == "context" and len(self.context) > 1:
+            raise ValueError("reward.at=context needs one context: with several there are several tokens to charge")
+        if self.online.window and ("entropy" in self.online.select or self.online.soft_weight):
+            raise ValueError(
+                "online.window takes responses whole or not at all: leave entropy out of online.select, and online.soft_weight at 0"
+            )
+        if self.online.networks == "contrast" and self.contrast == "none":
+            raise ValueError("online.networks=contrast needs flow.contrast: own or wrong")
+        if (self.standardise or self.contrast != "none" or self.fit.source != "expert") and self.fit.batch_tokens is None:
+            name = "standardise" if self.standardise else "contrast" if self.contrast != "none" else "fit.source"
+            raise ValueError(f"{name} needs fit.batch_tokens (256, say): statistics and sampled responses come from latents computed once")
         return self
 
     @property

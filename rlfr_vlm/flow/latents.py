@@ -53,6 +53,7 @@ class LatentRequest:
 
     layers: tuple[int, ...]  # decoder layers
     sides: tuple[Side, ...]  # M of them
+    prompt: bool = False  # also the last prompt token's
 
 
 @dataclass(frozen=True)
@@ -63,6 +64,7 @@ class Latents:
     target: Tensor  # [N] int
     context: Tensor  # [M, N] int; equal to target where there is no context on that side
     valid: Tensor  # [M, N] bool: whether there is a context on that side
+    prompt: Tensor | None = None  # [N] int: the last prompt token, where it was asked for
 
     @property
     def scorable(self) -> Tensor:

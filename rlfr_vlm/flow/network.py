@@ -80,13 +80,15 @@ class VelocityNet(nn.Module):
     zero: a new field is v = 0 everywhere.
     """
 
-    def __init__(self, size: int, depth: int, eps: float = 1e-6, width: int | None = None) -> None:
-        """size: D of the latents; width: of the network, by default D; eps: the backbone's rms_norm_eps."""
+    def __init__(self, size: int, depth: int, eps: float = 1e-6, width: int | None = None, prompt_context: bool = False) -> None:
+        """size: D of the latents; width: of the network, by default D; eps: the backbone's rms_norm_eps; prompt_context: whether the
+        last prompt token's latent is a condition too."""
         super().__init__()
         width = width or size
         self.size, self.depth, self.width, self.eps = size, depth, width, eps
         self.input_proj = nn.Linear(size, width)
         self.cond_embed = nn.Linear(size, width)
+        self.prompt_embed = nn.Linear(size, width) if prompt_context else None
         self.time_embed = ScalarEmbedding(width)
         self.layer_embed = ScalarEmbedding(width)
         self.res_blocks = nn.ModuleList(ResidualBlock(width, eps) for _ in range(depth))
@@ -102,10 +104,13 @@ class VelocityNet(nn.Module):
             if "adaLN_modulation" in name or name.startswith("final_layer.linear"):
                 nn.init.zeros_(parameter)
 
-    def forward(self, x_t: Tensor, t: Tensor, layer: Tensor, context: Tensor) -> Tensor:
-        """x_t, context: [N, D]; t in [0, 1] and layer depth in [0, 1]: [N]. Returns [N, D]."""
+    def forward(self, x_t: Tensor, t: Tensor, layer: Tensor, context: Tensor, prompt: Tensor | None = None) -> Tensor:
+        """x_t, context, prompt (where the network reads it): [N, D]; t in [0, 1] and layer depth in [0, 1]: [N]. Returns [N, D]."""
         dtype = self.input_proj.weight.dtype
         condition = self.cond_embed(context.to(dtype)) + _embed_unique(self.time_embed, t) + _embed_unique(self.layer_embed, layer)
+        if self.prompt_embed is not None:
+            assert prompt is not None
+            condition = condition + self.prompt_embed(prompt.to(dtype))
         x = self.input_proj(x_t.to(dtype))
         for block in self.res_blocks:
             x = block(x, condition)

@@ -61,25 +61,29 @@ class PackedModel(nn.Module):
         if request is not None:
             spans = (batch.response_rows, batch.lengths, batch.prompt_start, batch.prompt_end)
             context, valid = (torch.stack(x) for x in zip(*(context_rows(*spans, *side) for side in request.sides), strict=True))
-            rows, index = torch.unique(torch.cat([batch.response_rows[None], context]), return_inverse=True)
+            last = (batch.prompt_end - 1).repeat_interleave(batch.lengths)[None]
+            wanted = [batch.response_rows[None], context, *([last] if request.prompt else [])]
+            rows, index = torch.unique(torch.cat(wanted), return_inverse=True)
         with capture_latents([self.hooked[k] for k in request.layers] if request else [], rows) as captured:
             output = self.model.model(
                 input_ids=batch.token_ids[None], position_ids=positions, use_cache=False, layout=batch.layout, **batch.vision
             )
         if rows is None or index is None or valid is None:
             return output.last_hidden_state[0], None
-        return output.last_hidden_state[0], Latents(torch.stack(captured), index[0], index[1:], valid)
+        sides = len(valid)
+        prompt = index[1 + sides] if request is not None and request.prompt else None
+        return output.last_hidden_state[0], Latents(torch.stack(captured), index[0], index[1 : 1 + sides], valid, prompt)
 
     def forward(
         self, batch: PackedBatch, temperature: float, request: LatentRequest | None, with_entropy: bool, with_prompt_means: bool
-    ) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None, tuple[Tensor, ...] | None]:
+    ) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None, tuple[Tensor | None, ...] | None]:
         """See Policy.forward; a plain tuple, because DeepSpeed looks for tensors in nothing else."""
         states, latents = self.states(batch, request)
         hidden = poison("logits", states.index_select(0, batch.predict_rows))
         head = self.model.get_output_embeddings().weight
         logprobs, entropy = token_logprobs(hidden, head, batch.response_ids, self.banned, temperature, with_entropy)
         means = prompt_means(states, batch.prompt_start, batch.prompt_end) if with_prompt_means else None
-        captured = None if latents is None else (latents.states, latents.target, latents.context, latents.valid)
+        captured = None if latents is None else (latents.states, latents.target, latents.context, latents.valid, latents.prompt)
         return logprobs, entropy, hidden, means, captured
 
 

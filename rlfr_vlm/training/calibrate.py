@@ -19,7 +19,7 @@ from rlfr_vlm.config import Config
 from rlfr_vlm.flow.network import RMSNorm, VelocityNet
 from rlfr_vlm.models.attention import PackedLayout, Segment, grouped_sdpa
 from rlfr_vlm.models.logprobs import token_logprobs
-from rlfr_vlm.training.credit import needs_scoring
+from rlfr_vlm.training.credit import compares_siblings, scores_first
 from rlfr_vlm.training.footprint import num_ranks
 from rlfr_vlm.training.memory import FIELD_TILE, PREFILL_TOKENS, VOCAB_TILE, Machine, MicroBatch, micro_batch, num_trained
 from rlfr_vlm.training.shapes import ModelShape
@@ -102,7 +102,7 @@ def _step(cfg: Config, bench: Bench, vllm: bool) -> dict[str, float]:
     passes = {"forward": work * forward + tokens * logprobs, "both": work * both + tokens * logprobs_both}
     engines = cfg.ray.engines or ranks
     parts = {"rollout": rollout_seconds(cfg, bench, vllm, rollout.num_prompts * rollout.group_size / engines, forward)}
-    if needs_scoring(cfg.algorithm):
+    if scores_first(cfg.algorithm) or compares_siblings(cfg):
         parts["score"] = passes["forward"]
     if cfg.algorithm.needs_reference:
         parts["reference"] = passes["forward"]

@@ -13,8 +13,9 @@ from torch import Tensor
 from rlfr_vlm.advantages import gae, group_advantages, leave_one_out, rewards_to_go, whiten
 from rlfr_vlm.config import AlgorithmConfig, Config, TokenRewardConfig
 from rlfr_vlm.faults import poison
-from rlfr_vlm.flow.reward import flow_reward
+from rlfr_vlm.flow.reward import WITHIN_RESPONSE, Siblings, TokenTypes, book_later, centre_in_group, flow_reward
 from rlfr_vlm.losses import kl_estimate
+from rlfr_vlm.models.pack import micro_batches
 from rlfr_vlm.ranks import ALONE, Ranks
 from rlfr_vlm.shaping import likelihood_scores
 from rlfr_vlm.types import Outcome, Rollout, RolloutGroup, request_seed
@@ -27,9 +28,15 @@ class Scores:
     logprobs: Tensor
     entropy: Tensor
     deviations: Tensor | None = None
+    contrast: Tensor | None = None  # deviations from the field's contrast, under the same noise
     valid: Tensor | None = None  # bool: whether there is a deviation
     ref_logprobs: Tensor | None = None
     values: Tensor | None = None
+
+    @property
+    def straying(self) -> Tensor | None:
+        """What the flow charges for: the deviation, less that from the contrast where there is one."""
+        return self.deviations if self.deviations is None or self.contrast is None else self.deviations - self.contrast
 
 
 @dataclass(frozen=True)
@@ -37,7 +44,7 @@ class Credit:
     """What tokens get. [N] each."""
 
     advantages: Tensor
-    token_rewards: Tensor  # of the flow, or of likelihood shaping
+    token_rewards: Tensor  # of the flow, or of likelihood shaping; where they are advantages of their own token, centred in the group
     returns: Tensor | None = None  # what the value head should have said
 
 
@@ -107,22 +114,41 @@ def outcome_advantages(reward: Tensor, graded: Tensor, group: Tensor, algorithm:
     return group_advantages(reward, graded, group, scale=algorithm.advantage == "group")
 
 
-def needs_scoring(algorithm: AlgorithmConfig) -> bool:
+def needs_scoring(cfg: Config, samples: Sequence[Sample], ranks: Ranks = ALONE) -> bool:
     """Whether advantages or ratios need a pass over the whole batch before its first update."""
+    if scores_first(cfg.algorithm):
+        return True
+    if not compares_siblings(cfg):
+        return False
+    parts = micro_batches([s.rollout for s in samples], cfg.train.tokens_per_microbatch)
+    groups = [{samples[i].position for i in part} for part in parts]
+    return any(ranks.gather(sum(map(len, groups)) > len(set().union(*groups)), "whether micro-batches split groups"))
+
+
+def scores_first(algorithm: AlgorithmConfig) -> bool:
+    """Whether the objective itself asks for that pass."""
     return algorithm.updates_per_rollout > 1 or algorithm.advantage in ("whitened", "gae")
 
 
-def assign_credit(cfg: Config, samples: Sequence[Sample], scores: Scores, ranks: Ranks = ALONE) -> Credit:
+def compares_siblings(cfg: Config) -> bool:
+    """Whether token rewards need all siblings of a group at once."""
+    how = cfg.flow.reward if cfg.flow is not None else cfg.shaping.likelihood
+    return how is not None and how.coef > 0 and (how.credit == "token" or how.normalise not in WITHIN_RESPONSE)
+
+
+def assign_credit(cfg: Config, samples: Sequence[Sample], scores: Scores, ranks: Ranks = ALONE, types: TokenTypes | None = None) -> Credit:
     """Token rewards r_t = 1[last] * outcome - kl_coef * KL_t + r_flow, and from them advantages (arXiv:2510.10201; PPO for the others).
 
-    For advantages within a group `samples` may be any of its responses; whitened ones and GAE need the whole batch, or each rank's share
-    of it: then all ranks must call this.
+    With credit=token the token rewards are no rewards but advantages: added to their own token's, summed over nothing.
+
+    For outcome advantages within a group `samples` may be any of its responses, for token rewards that compare siblings all of a group's;
+    whitened ones and GAE need the whole batch, or each rank's share of it: then all ranks must call this. types: of the field.
     """
     whole_batch = partial(whiten, total=partial(ranks.total, place="whitening advantages"))
     algorithm = cfg.algorithm
     lengths = torch.tensor([s.length for s in samples], device=scores.logprobs.device)
-    extra = token_rewards(cfg, scores, lengths)
-    rewards = extra.clone()
+    extra = token_rewards(cfg, samples, scores, lengths, types)
+    rewards = torch.zeros_like(extra) if credits_tokens(cfg) else extra.clone()
     rewards[lengths.cumsum(0) - 1] += torch.tensor([s.advantage for s in samples], dtype=extra.dtype, device=extra.device)
     if algorithm.kl.coef > 0 and algorithm.kl.place == "reward":
         assert scores.ref_logprobs is not None
@@ -132,6 +158,8 @@ def assign_credit(cfg: Config, samples: Sequence[Sample], scores: Scores, ranks:
         advantages, returns = gae(rewards, scores.values, lengths, algorithm.gamma, algorithm.gae_lambda)
         return Credit(poison("advantage", whole_batch(advantages)), extra, returns)
     advantages = rewards_to_go(rewards, lengths, algorithm.gamma)
+    if credits_tokens(cfg):
+        advantages = advantages + extra
     return Credit(poison("advantage", whole_batch(advantages) if algorithm.advantage == "whitened" else advantages), extra)
 
 
@@ -141,15 +169,38 @@ def keep_step(cfg: Config, ranks: Ranks) -> None:
         whiten(torch.zeros(0), total=partial(ranks.total, place="whitening advantages"))
 
 
-def token_rewards(cfg: Config, scores: Scores, lengths: Tensor) -> Tensor:
+def credits_tokens(cfg: Config) -> bool:
+    """Whether token rewards are advantages of their own token."""
+    how = cfg.flow.reward if cfg.flow is not None else cfg.shaping.likelihood
+    return how is not None and how.credit == "token"
+
+
+def token_rewards(cfg: Config, samples: Sequence[Sample], scores: Scores, lengths: Tensor, types: TokenTypes | None = None) -> Tensor:
     """Rewards of single tokens: of the flow, of likelihood shaping, or zeros. [N]."""
-    if cfg.flow is not None and scores.deviations is not None and scores.valid is not None:
-        return _filtered(scores.deviations, scores.valid, lengths, cfg.flow.reward)
+    if cfg.flow is not None and scores.straying is not None and scores.valid is not None:
+        later = cfg.flow.sides[0][1] if cfg.flow.reward.at == "context" else 0
+        return _charged(scores.straying, scores.valid, lengths, cfg.flow.reward, samples, types, later)
     if (likelihood := cfg.shaping.likelihood) is not None:
         signal = likelihood_scores(scores.logprobs, scores.entropy, likelihood.signal)
-        return -likelihood.sign * _filtered(signal, torch.ones_like(signal, dtype=torch.bool), lengths, likelihood)
+        return -likelihood.sign * _charged(signal, torch.ones_like(signal, dtype=torch.bool), lengths, likelihood, samples)
     return torch.zeros_like(scores.logprobs)
 
 
-def _filtered(scores: Tensor, valid: Tensor, lengths: Tensor, cfg: TokenRewardConfig) -> Tensor:
-    return flow_reward(scores, valid, lengths, cfg.coef, cfg.normalise, cfg.threshold, cfg.top_k, cfg.gamma)
+def _charged(
+    scores: Tensor,
+    valid: Tensor,
+    lengths: Tensor,
+    cfg: TokenRewardConfig,
+    samples: Sequence[Sample],
+    types: TokenTypes | None = None,
+    later: int = 0,
+) -> Tensor:
+    """later: tokens by which the charge is moved on, from the target to its context."""
+    siblings = None
+    if cfg.normalise not in WITHIN_RESPONSE or cfg.credit == "token":
+        group = torch.tensor([s.position for s in samples], device=scores.device).repeat_interleave(lengths)
+        siblings = Siblings(group, torch.tensor([t for s in samples for t in s.rollout.token_ids], device=scores.device), types)
+    rewards = flow_reward(scores, valid, lengths, cfg.coef, cfg.normalise, cfg.threshold, cfg.top_k, cfg.gamma, siblings)
+    if later:
+        rewards, valid = book_later(rewards, lengths, later), book_later(valid, lengths, later)
+    return centre_in_group(rewards, valid, siblings.group) if siblings is not None and cfg.credit == "token" else rewards

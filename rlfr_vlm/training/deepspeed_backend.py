@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from rlfr_vlm.config import DeepSpeedConfig
 from rlfr_vlm.errors import StoppedError, UserError
-from rlfr_vlm.flow.field import FlowField
+from rlfr_vlm.flow.network import VelocityNet
 from rlfr_vlm.models.policy import Policy
 from rlfr_vlm.ranks import Ranks
 from rlfr_vlm.training.optim import COUNT, MOMENTS, OptimizerSettings, not_finite, sampled, stored_moment
@@ -242,10 +242,10 @@ def shard_policy(policy: Policy, settings: OptimizerSettings, cfg: DeepSpeedConf
     return optimizer
 
 
-def shard_field(field: FlowField, settings: OptimizerSettings, cfg: DeepSpeedConfig, ranks: Ranks) -> ShardedOptimizer:
+def shard_field(network: VelocityNet, settings: OptimizerSettings, cfg: DeepSpeedConfig, ranks: Ranks) -> ShardedOptimizer:
     """A second engine, for the flow field: its moments are sharded, its weights whole on every rank.
 
     Ranks go backwards through it as often as they have latents to follow; its gradients meet at the step (stage 1).
     """
-    parameters = dict(field.network.named_parameters())
-    return ShardedOptimizer(field.network, parameters, settings, cfg, 1, ranks, torch.float32, backward_elsewhere=True)
+    parameters = dict(network.named_parameters())
+    return ShardedOptimizer(network, parameters, settings, cfg, 1, ranks, torch.float32, backward_elsewhere=True)

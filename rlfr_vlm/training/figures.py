@@ -13,10 +13,13 @@ from torch import Tensor
 
 from rlfr_vlm.advantages import MIN_STD, rewards_to_go
 from rlfr_vlm.config import Config
+from rlfr_vlm.flow.separation import wins
 from rlfr_vlm.losses import kl_estimate
 from rlfr_vlm.ranks import ALONE, Ranks
-from rlfr_vlm.training.credit import Credit, Sample, Scores
+from rlfr_vlm.training.credit import Credit, Sample, Scores, credits_tokens
 from rlfr_vlm.training.objective import UpdateSize, rollout_logprobs
+
+LAST_PLACE = 63  # of a response, beyond which tokens count as one place
 
 
 @dataclass(frozen=True)
@@ -27,6 +30,8 @@ class ResponseFigures:
     correct: bool
     advantage: float  # of the outcome
     rewarded: bool  # whether a token of it has a flow reward
+    charge: float  # its flow rewards, summed and with their sign turned
+    charge_place: float  # where in the response they stand, 0 at its start and 1 at its end, weighed by size; nan without any
     deviation: float  # mean over its tokens that have one; nan without such a token
     spread: float  # standard deviation of them over their mean; nan with fewer than two
 
@@ -39,6 +44,7 @@ class Figures:
         self.sums: defaultdict[str, float] = defaultdict(float)
         self.largest = 0.0
         self.responses: list[ResponseFigures] = []
+        self.by_token: defaultdict[str, float] = defaultdict(float)  # count, sum of token rewards, by token id and by place
 
     def add(self, values: dict[str, float]) -> None:
         """Shares that add up to the whole."""
@@ -68,10 +74,26 @@ class Figures:
             self.sums["flow/deviation_sum"] += scores.deviations.sum().item()
             self.sums["flow/num_valid"] += scores.valid.sum().item()
             self.responses += response_figures(samples, scores.deviations, scores.valid, credit.token_rewards)
+            self._add_by_token(samples, scores.valid, credit.token_rewards)
         self._add_by_pictures(samples, difference)
         self.add({name: column.sum().item() * share for name, column in columns.items()})
         if scores.deviations is not None or self.cfg.shaping.likelihood is not None:
             self._add_token_rewards("flow" if scores.deviations is not None else "shaping", samples, credit, share)
+
+    def _add_by_token(self, samples: Sequence[Sample], valid: Tensor, rewards: Tensor) -> None:
+        """What a variance of token rewards between token ids, and between places in the response, is computed from."""
+        kept = valid.cpu()
+        ids = torch.tensor([token for s in samples for token in s.rollout.token_ids])[kept]
+        places = torch.cat([torch.arange(s.length) for s in samples])[kept].clamp(max=LAST_PLACE)
+        values = rewards.double().cpu()[kept]
+        self.by_token["square"] += values.square().sum().item()
+        for kind, keys in (("id", ids), ("place", places)):
+            found, index = keys.unique(return_inverse=True)
+            zeros = torch.zeros(len(found), dtype=torch.float64)
+            counts, sums = zeros.index_add(0, index, torch.ones_like(values)), zeros.index_add(0, index, values)
+            for key, count, total in zip(found.tolist(), counts.tolist(), sums.tolist(), strict=True):
+                self.by_token[f"{kind}/{key}/n"] += count
+                self.by_token[f"{kind}/{key}/sum"] += total
 
     def _add_by_pictures(self, samples: Sequence[Sample], difference: Tensor) -> None:
         """Sums of the log-prob gap over tokens that answer pictures and over those that do not: where they differ, pictures are read wrongly."""
@@ -83,7 +105,8 @@ class Figures:
     def _add_token_rewards(self, name: str, samples: Sequence[Sample], credit: Credit, share: float) -> None:
         """Rewards are sums per response; sizes are absolute values: what token rewards and outcomes each add to the advantages."""
         lengths = torch.tensor([s.length for s in samples], device=credit.advantages.device)
-        added = rewards_to_go(credit.token_rewards, lengths, self.cfg.algorithm.gamma)
+        alone = credits_tokens(self.cfg)
+        added = credit.token_rewards if alone else rewards_to_go(credit.token_rewards, lengths, self.cfg.algorithm.gamma)
         self.add(
             {
                 f"{name}/reward_mean": credit.token_rewards.sum().item() / self.size.num_sequences,
@@ -115,7 +138,7 @@ class Figures:
                 size, outcome = figures.pop(f"{name}/advantage_size"), figures.pop(f"{name}/outcome_size")
                 figures[f"{name}/advantage_share"] = size / max(size + outcome, 1e-12)
         if responses:
-            figures |= flow_health(responses)
+            figures |= flow_health(responses) | explained(ranks.sum(dict(self.by_token), "metrics of the update"))
             if self.cfg.algorithm.advantage in ("whitened", "gae"):  # there a group has no advantage of its own
                 del figures["flow/only_groups_frac"]
         return figures
@@ -130,8 +153,24 @@ def response_figures(samples: Sequence[Sample], deviations: Tensor, valid: Tenso
         own = own[mask]
         mean = own.mean().item() if len(own) else float("nan")
         spread = own.std(correction=0).item() / max(abs(mean), 1e-12) if len(own) > 1 else float("nan")
-        found.append(ResponseFigures(sample.position, sample.outcome.correct, sample.advantage, bool(rewards.any()), mean, spread))
+        size, place = rewards.abs().sum().item(), torch.linspace(0, 1, len(rewards))
+        where = (rewards.abs() * place).sum().item() / size if size > 0 else float("nan")
+        facts = (sample.position, sample.outcome.correct, sample.advantage, bool(rewards.any()), -rewards.sum().item(), where)
+        found.append(ResponseFigures(*facts, mean, spread))
     return found
+
+
+def explained(sums: dict[str, float]) -> dict[str, float]:
+    """Shares of the variance of token rewards that lie between token ids, and between places in the response: what needs no latents."""
+    square, figures = sums.pop("square", 0.0), {}
+    for kind, name in (("id", "flow/charge_by_token"), ("place", "flow/charge_by_place")):
+        counts = {key.rpartition("/")[0]: n for key, n in sums.items() if key.startswith(f"{kind}/") and key.endswith("/n")}
+        count, total = sum(counts.values()), sum(sums[f"{key}/sum"] for key in counts)
+        variance = square - total**2 / max(1.0, count)
+        between = sum(sums[f"{key}/sum"] ** 2 / n for key, n in counts.items()) - total**2 / max(1.0, count)
+        if variance > 1e-12 * max(1.0, square):
+            figures[name] = between / variance
+    return figures
 
 
 def flow_health(responses: Sequence[ResponseFigures]) -> dict[str, float]:
@@ -143,20 +182,15 @@ def flow_health(responses: Sequence[ResponseFigures]) -> dict[str, float]:
     known = [[r for r in group if np.isfinite(r.deviation)] for group in groups]
     if spreads := [r.spread for group in known for r in group if np.isfinite(r.spread)]:
         figures["flow/deviation_spread"] = float(np.mean(spreads))
-    siblings = [_wins(group) for group in known]
-    everyone = [_wins([r for group in known for r in group])]
-    for name, counted in (("flow/auc_in_group", siblings), ("flow/auc", everyone)):
-        if pairs := sum(count for _, count in counted):
-            figures[name] = sum(wins for wins, _ in counted) / pairs
+    if places := [r.charge_place for r in responses if np.isfinite(r.charge_place)]:
+        figures["flow/charge_place"] = float(np.mean(places))
+    for name, value in (("auc", lambda r: r.deviation), ("charged_auc", lambda r: r.charge)):
+        siblings = [wins([value(r) for r in group], [r.correct for r in group]) for group in known]
+        everyone = [wins([value(r) for group in known for r in group], [r.correct for group in known for r in group])]
+        for suffix, counted in (("_in_group", siblings), ("", everyone)):
+            if (pairs := sum(count for _, count in counted)) and (name == "auc" or any(r.rewarded for r in responses)):
+                figures[f"flow/{name}{suffix}"] = sum(found for found, _ in counted) / pairs
     return figures
-
-
-def _wins(responses: Sequence[ResponseFigures]) -> tuple[float, int]:
-    """Pairs of a wrong and a right response in which the wrong one strays further, a tie counting one half; and how many pairs there are."""
-    right = np.sort([r.deviation for r in responses if r.correct])
-    wrong = np.array([r.deviation for r in responses if not r.correct])
-    below, upto = (np.searchsorted(right, wrong, side) for side in ("left", "right"))
-    return float((below + upto).sum()) / 2, len(right) * len(wrong)
 
 
 def standard_errors(mean: float, mean_square: float, count: int, least_variance: float = 0.0) -> float:

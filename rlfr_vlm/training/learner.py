@@ -11,9 +11,11 @@ from torch import Tensor
 from rlfr_vlm.config import Config, FlowConfig
 from rlfr_vlm.errors import UserError
 from rlfr_vlm.flow.field import FlowField, FlowSpec
+from rlfr_vlm.flow.network import VelocityNet
 from rlfr_vlm.models.heads import LogPartitionHead, ValueHead
 from rlfr_vlm.models.policy import Policy
 from rlfr_vlm.ranks import ALONE, Ranks
+from rlfr_vlm.training.latent_window import LatentWindow
 from rlfr_vlm.training.optim import Optimizer, OptimizerSettings, PolicyOptimizer
 from rlfr_vlm.training.update import Learner
 
@@ -35,13 +37,25 @@ def make_learner(cfg: Config, policy: Policy, ranks: Ranks = ALONE) -> Learner:
     if cfg.flow is None or field is None:
         return learner
     if not cfg.flow.online.enabled:
-        field.network.requires_grad_(False)
+        for network in field.networks.values():
+            network.requires_grad_(False)
         return replace(learner, field=field)
-    every = cfg.train.steps * cfg.algorithm.updates_per_rollout
+    online = cfg.flow.online
+    every = cfg.train.steps * cfg.algorithm.updates_per_rollout * (online.updates if online.window else 1)
     schedule = (every, cfg.optim.warmup_frac, cfg.optim.min_lr_ratio)
-    flow_settings = OptimizerSettings(cfg.flow.online.lr, (0.9, 0.95), 0.0, 1.0, *schedule, setting="flow.online.lr")
-    flow_optimizer = make_flow_optimizer(cfg, field, flow_settings, ranks)
-    return replace(learner, field=field, flow_optimizer=flow_optimizer, field_start=flow_optimizer.sample())
+    flow_settings = OptimizerSettings(online.lr, (0.9, 0.95), 0.0, 1.0, *schedule, setting="flow.online.lr")
+    learns = [name for name in field.networks if name == "contrast" or online.networks == "all"]
+    optimizers = {name: make_flow_optimizer(cfg, field.networks[name], flow_settings, ranks) for name in learns}
+    for name, network in field.networks.items():
+        network.requires_grad_(name in learns)
+    return replace(
+        learner,
+        field=field,
+        flow_optimizer=optimizers.get("network"),
+        contrast_optimizer=optimizers.get("contrast"),
+        window=LatentWindow(online.window * cfg.algorithm.updates_per_rollout, online.window_tokens) if online.window else None,
+        field_start=optimizers["network"].sample() if "network" in optimizers else None,
+    )
 
 
 def sharded(cfg: Config) -> bool:
@@ -72,20 +86,25 @@ def make_optimizer(cfg: Config, policy: Policy, settings: OptimizerSettings, ran
     return Optimizer(policy.trained(), settings, master, adder(cfg, ranks))
 
 
-def make_flow_optimizer(cfg: Config, field: FlowField, settings: OptimizerSettings, ranks: Ranks) -> PolicyOptimizer:
+def make_flow_optimizer(cfg: Config, network: VelocityNet, settings: OptimizerSettings, ranks: Ranks) -> PolicyOptimizer:
     """The field's: where the policy is sharded, its moments are too."""
     if cfg.deepspeed is not None and sharded(cfg):
         from rlfr_vlm.training.deepspeed_backend import shard_field
 
-        return shard_field(field, settings, cfg.deepspeed, ranks)
-    return Optimizer(dict(field.network.named_parameters()), settings, add_up=adder(cfg, ranks))
+        return shard_field(network, settings, cfg.deepspeed, ranks)
+    return Optimizer(dict(network.named_parameters()), settings, add_up=adder(cfg, ranks))
 
 
 def make_field(cfg: FlowConfig, policy: Policy, seed: int) -> FlowField:
     """The checkpoint's flow field, or a new one."""
     spec = FlowSpec.of(cfg, policy.identity)
     if cfg.checkpoint is not None:
-        return FlowField.load(cfg.checkpoint, spec, policy.device, policy.dtype)
+        field = FlowField.load(cfg.checkpoint, spec, policy.device, policy.dtype)
+        if cfg.reward.normalise == "token_type" and field.types is None:
+            raise UserError(
+                f"flow.reward.normalise=token_type: {cfg.checkpoint} has no table of token types: fit it with flow.fit.batch_tokens"
+            )
+        return field
     return FlowField(spec, seed=seed, device=policy.device, compute_dtype=policy.dtype)
 
 

@@ -39,7 +39,7 @@ def train(cfg: Config, learner: Learner, engine: RolloutEngine, prompts: PromptS
                 faultpoint("reward")
 
                 # 3. Old log-probs, deviations from the flow, and credit; with one on-policy update, its own forward gives them.
-                if needs_scoring(cfg.algorithm):
+                if needs_scoring(cfg, samples, learner.ranks):
                     with timed("score", clock):
                         samples = score_samples(cfg, learner, samples, clock)
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rlfr_vlm.config import Config, FlowConfig, config_hash, differences
+from rlfr_vlm.config import Config, FlowConfig, FlowFitConfig, config_hash, differences
 from rlfr_vlm.errors import UserError
 from rlfr_vlm.training.checkpoint import list_checkpoints
 from rlfr_vlm.training.memory import bytes_per_parameter, element
@@ -17,7 +17,11 @@ from rlfr_vlm.training.trackers import STATE_FILE, check_recording
 
 HELDOUT_FRAC, MOST_HELDOUT = 0.05, 64  # of the expert rows
 FIT_WARMUP_FRAC = 0.1
+FIT_LOOKS = 20  # at what is held out
+FIT_STEPS = 2400  # small ones, where `flow.fit.steps` is unset
+LR_TIMES_SIZE = 0.384
 FIELD_SPEC = "flow_config.json"  # the last file that a fit writes
+EXTRAS = ("standardise", "prompt_context", "contrast")  # that published fields do not have
 SHOWN = 8  # numbers of a list that are spelled out
 
 Lines = list[tuple[str, str]]  # name, text
@@ -135,13 +139,61 @@ def _train_files(cfg: Config, evaluated: list[int], saved: list[int]) -> Lines:
 
 
 def _flow(cfg: Config) -> tuple[Lines, Lines, Lines]:
-    rows = count_rows(_required(cfg.data.expert, "data.expert"))
     if cfg.flow is None:
         raise UserError("the config has no `flow` section: nothing to fit")
     out = new_field_folder(cfg)
+    size = hidden_size(cfg.model.path)
+    plan = _solution_steps(cfg) if cfg.flow.fit.batch_tokens is None else _small_steps(cfg)
+    steps = int(plan.pop(0)[1] or 0) or None
+    if cfg.flow.fit.lr is None and size is None:
+        plan.append(("learning rate", f"{LR_TIMES_SIZE:g} over the size of the latents"))
+    else:
+        plan.append(("learning rate", _learning_rate(fit_lr(cfg.flow.fit, size or 1), steps, FIT_WARMUP_FRAC, 0.0)))
+    files = [
+        (f"{out}/config.resolved.yaml", ""),
+        (f"{out}/flow_fit.jsonl", "a line per step, with the held-out loss now and then"),
+        (f"{out}/.fit/", "what a fit that is stopped goes on from; gone at the end"),
+        (f"{out}/flow.safetensors", "the field, at the end"),
+        (f"{out}/{FIELD_SPEC}", "what it was fitted on"),
+        (f"{out}/flow_yardstick.json", "held-out deviation beside what needs no field; what it knows of right and wrong"),
+        *_bad_rows(cfg),
+    ]
+    contrast = ", and its contrast of the same size" if cfg.flow.contrast != "none" else ""
+    return plan, [*_policy(cfg), ("flow field", f"a new one{_field_size(cfg)}{contrast}"), *_memory(cfg, trained=False)], files
+
+
+def _small_steps(cfg: Config) -> Lines:
+    """First the number of steps, for whoever needs it."""
+    assert cfg.flow is not None
+    fit, contrast = cfg.flow.fit, cfg.flow.contrast
+    steps, plan = fit.steps or FIT_STEPS, [("", str(fit.steps or FIT_STEPS))]
+    if fit.source != "rollouts":
+        plan.append(("data", count_rows(_required(cfg.data.expert, "data.expert")).text))
+    if fit.source != "expert" or contrast != "none":
+        rows = count_rows(_required(cfg.data.train, "data.train"), cfg.data.limit)
+        use = " and ".join(
+            [
+                *(["the right ones for the field"] if fit.source != "expert" else []),
+                *([f"{contrast} for its contrast"] if contrast != "none" else []),
+            ]
+        )
+        plan.append(("responses", f"{cfg.rollout.group_size} to each of {_number(fit.rollout_prompts)} of {rows.text}; {use}"))
+    if fit.probe_prompts:
+        plan.append(("probe", f"{cfg.rollout.group_size} responses to each of {_number(fit.probe_prompts)} further prompts"))
+    plan.append(("steps", f"at most {_number(steps)}, fewer where {fit.patience} of {FIT_LOOKS} looks at what is held out are no better"))
+    plan.append(
+        ("batch", f"{fit.batch_tokens} tokens at {len(cfg.flow.layers)} layers, from latents computed once (at most {fit.cache_gib:g} GiB)")
+    )
+    return plan
+
+
+def _solution_steps(cfg: Config) -> Lines:
+    """First the number of steps, where it is known."""
+    assert cfg.flow is not None
+    rows = count_rows(_required(cfg.data.expert, "data.expert"))
     fit, flow = cfg.flow.fit, cfg.flow
     batch, steps = (fit.batch_size, fit.steps) if rows.count is None else fit_steps(cfg, rows.count)
-    plan = [("data", rows.text)]
+    plan = [("", str(steps or 0)), ("data", rows.text)]
     if rows.count is not None:
         held = num_heldout(rows.count)
         plan.append(("held out", f"{held} rows, {_number(rows.count - held)} are fitted"))
@@ -150,18 +202,10 @@ def _flow(cfg: Config) -> tuple[Lines, Lines, Lines]:
     plan.append(
         ("batch", f"{batch} expert solutions, {len(flow.layers)} layers and {fit.batch_mul} draws of noise and time for each token")
     )
-    plan.append(("learning rate", _learning_rate(fit.lr, steps, FIT_WARMUP_FRAC, 0.0)))
     plan.append(("tokens per step", f"at most {_number(batch * fit.max_tokens)}: {batch} rows of {_number(fit.max_tokens)}"))
     if steps:
         plan.append(("tokens", f"at most {_number(steps * batch * fit.max_tokens)} in total"))
-    files = [
-        (f"{out}/config.resolved.yaml", ""),
-        (f"{out}/flow_fit.jsonl", "a line per step, with the held-out loss at about ten of them"),
-        (f"{out}/flow.safetensors", "the field, at the end: a fit that is stopped starts anew"),
-        (f"{out}/{FIELD_SPEC}", "what it was fitted on"),
-        *_bad_rows(cfg),
-    ]
-    return plan, [*_policy(cfg), ("flow field", f"a new one{_field_size(cfg)}"), *_memory(cfg, trained=False)], files
+    return plan
 
 
 def new_field_folder(cfg: Config) -> Path:
@@ -181,12 +225,14 @@ def check_field(cfg: FlowConfig) -> None:
     try:
         found = json.loads(path.read_text())
         theirs = {name: found[name] for name in ("context", "shift", "times", "depth")}
+        theirs |= {"standardise": False, "prompt_context": False, "contrast": "none"} | {k: found[k] for k in EXTRAS if k in found}
     except OSError as error:
         raise UserError(f"flow.checkpoint: {path}: {error.strerror}; fit a field first with `rlfr-vlm flow`") from None
     except (ValueError, TypeError, KeyError) as error:
         raise UserError(f"flow.checkpoint: {path} is not a flow spec: {error!r}") from None
     modes, shifts = zip(*cfg.sides, strict=True)
     ours = {"context": [*modes], "shift": [*shifts], "times": [*cfg.times], "depth": cfg.network.depth}
+    ours |= {name: getattr(cfg, name) for name in EXTRAS}
     wrong = [f"{k}: checkpoint {_joined(theirs[k])}, run {_joined(ours[k])}" for k in ours if theirs[k] != ours[k]]
     if wrong:
         raise UserError(
@@ -213,6 +259,11 @@ def fit_steps(cfg: Config, rows: int) -> tuple[int, int]:
         raise UserError(f"data.expert: {rows} rows are too few to fit a flow and hold some out")
     batch = min(fit.batch_size, train)
     return batch, fit.steps or max(1, math.ceil(train * fit.epochs / batch))
+
+
+def fit_lr(fit: FlowFitConfig, size: int) -> float:
+    """`flow.fit.lr`, or what suits latents of this size: 3e-3 at 128, 1e-4 (as published) at 3,584."""
+    return fit.lr or LR_TIMES_SIZE / size
 
 
 # -- evaluation -------------------------------------------------------------------------------------------------------

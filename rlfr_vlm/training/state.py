@@ -52,6 +52,8 @@ def write_state(folder: Path, cfg: Config, step: int, learner: Learner, prompts:
             for place, (name, tensor) in enumerate(optimizer.entries()):
                 if place % ranks.size == ranks.rank:
                     file.add(name, tensor)
+    if learner.window is not None:
+        learner.window.save(own)
     torch.save(rng_state(), own / RNG_FILE)
     if not ranks.first:
         return
@@ -95,7 +97,9 @@ def load_state(folder: Path, learner: Learner, prompts: PromptSource, state: dic
                 parameter.copy_(file.read(name))
     if learner.field is not None:
         saved = FlowField.load(folder / "flow", learner.field.spec)
-        learner.field.network.load_state_dict(saved.network.state_dict())
+        learner.field.load_tensors(saved.tensors())
+    if learner.window is not None:
+        learner.window.load(folder, ranks)
     if learner.head is not None:
         learner.head.load_state_dict(load_file(folder / "head.safetensors"))
     for stem, optimizer in learner.optimizers.items():

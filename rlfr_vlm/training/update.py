@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +16,7 @@ from rlfr_vlm.errors import NonFiniteError
 from rlfr_vlm.faults import faultpoint, poison
 from rlfr_vlm.flow.field import FlowField
 from rlfr_vlm.flow.latents import Latents
+from rlfr_vlm.flow.reward import TokenTypes
 from rlfr_vlm.flow.sketch import sketch_latents
 from rlfr_vlm.models.heads import ValueHead
 from rlfr_vlm.models.pack import PackedBatch
@@ -23,6 +25,7 @@ from rlfr_vlm.ranks import ALONE, Ranks
 from rlfr_vlm.training.collect import not_finite_of
 from rlfr_vlm.training.credit import Credit, Sample, Scores, assign_credit, join, keep_step, split
 from rlfr_vlm.training.figures import Figures
+from rlfr_vlm.training.latent_window import LOSSES, NORMS, LatentWindow, follow
 from rlfr_vlm.training.microbatches import in_step
 from rlfr_vlm.training.objective import UpdateSize, objective
 from rlfr_vlm.training.optim import PolicyOptimizer
@@ -38,7 +41,7 @@ class TokenRecord:
 
     advantages: list[float]
     flow_rewards: list[float] | None  # or those of likelihood shaping
-    deviations: list[float] | None
+    deviations: list[float] | None  # with a contrast, less those from it: what is charged for
     entropy: list[float]
     latent: list[float] | None = None  # [64], of the whole response: see flow/sketch.py
 
@@ -54,6 +57,8 @@ class Learner:
     reference: Policy | None = None
     head: nn.Module | None = None  # of values (PPO), or log Z (FlowRL)
     head_optimizer: PolicyOptimizer | None = None
+    contrast_optimizer: PolicyOptimizer | None = None  # of the field's contrast
+    window: LatentWindow | None = None  # what the field learns from in small steps; None: each update's own latents
     field_start: Tensor | None = None  # a sample of the field's weights as the run began with them
     ranks: Ranks = ALONE  # who learns together: each has its share of every batch
 
@@ -61,7 +66,19 @@ class Learner:
     def optimizers(self) -> dict[str, PolicyOptimizer]:
         """Those that there are, by the name under which a checkpoint holds them."""
         every = {"optimizer": self.optimizer, "flow_optimizer": self.flow_optimizer, "head_optimizer": self.head_optimizer}
+        every["contrast_optimizer"] = self.contrast_optimizer
         return {name: optimizer for name, optimizer in every.items() if optimizer is not None}
+
+    @property
+    def field_optimizers(self) -> dict[str, PolicyOptimizer]:
+        """Of the field's networks that learn, by their names."""
+        every = {"network": self.flow_optimizer, "contrast": self.contrast_optimizer}
+        return {name: optimizer for name, optimizer in every.items() if optimizer is not None}
+
+    @property
+    def token_types(self) -> TokenTypes | None:
+        """Of the field."""
+        return None if self.field is None else self.field.types
 
 
 def score_samples(cfg: Config, learner: Learner, samples: Sequence[Sample], clock: dict[str, float] | None = None) -> list[Sample]:
@@ -76,7 +93,7 @@ def score_samples(cfg: Config, learner: Learner, samples: Sequence[Sample], cloc
             keep_step(cfg, learner.ranks)
             return []
         scores = join(parts)
-        credit = assign_credit(cfg, samples, scores, learner.ranks)
+        credit = assign_credit(cfg, samples, scores, learner.ranks, learner.token_types)
     sizes = [s.length for s in samples]
     return [
         replace(sample, scores=own, credit=due)
@@ -105,14 +122,22 @@ def _scores(
     if learner.field is not None and output.latents is not None and cfg.flow is not None:
         with timed("flow_score", clock):
             seeds = [s.seed for s in samples]
-            deviations = learner.field.score(output.latents, [s.length for s in samples], seeds, cfg.flow.reward.draws)
-        scores = replace(scores, deviations=deviations, valid=output.latents.scorable)
+            sizes = [s.length for s in samples]
+            deviations, contrast = learner.field.score_both(output.latents, sizes, seeds, cfg.flow.reward.draws)
+        scores = replace(scores, deviations=deviations, contrast=contrast, valid=output.latents.scorable)
     return scores
 
 
-def flow_weights(cfg: FlowOnlineConfig, samples: Sequence[Sample], ranks: Ranks = ALONE) -> list[float]:
-    """Weight of each response in the online flow update: selected ones share 1, the others count `soft_weight` (rejection sampling)."""
+def flow_weights(
+    cfg: FlowOnlineConfig, samples: Sequence[Sample], ranks: Ranks = ALONE, contrast: Literal["none", "own", "wrong"] = "none"
+) -> list[float]:
+    """Weight of each response in the online flow update: selected ones share 1, the others count `soft_weight` (rejection sampling).
+
+    contrast: the weights are those for the field's contrast, which follows all responses (own), or those that are not correct.
+    """
     raw = [1.0 if s.outcome.correct or "correct" not in cfg.select else cfg.soft_weight for s in samples]
+    if contrast != "none":
+        raw = [float(contrast == "own" or not s.outcome.correct) for s in samples]
     (total,) = ranks.total([sum(raw)], "weights of the flow update")
     return [w / total for w in raw] if total > 0 else raw
 
@@ -143,14 +168,17 @@ def update(
     ranks = learner.ranks
     num_tokens, num_sequences = ranks.total([sum(s.length for s in samples), len(samples)], "size of the update")
     size = UpdateSize(int(num_tokens), int(num_sequences))
-    online = flow_weights(cfg.flow.online, samples, ranks) if cfg.flow and learner.flow_optimizer else []
-    selected = bool(ranks.total([sum(online)], "responses that the flow follows")[0])
+    online: dict[str, list[float]] = {}
+    if cfg.flow is not None:
+        for name in learner.field_optimizers:
+            online[name] = flow_weights(cfg.flow.online, samples, ranks, cfg.flow.contrast if name == "contrast" else "none")
     figures = Figures(cfg, size)
-    if online and cfg.flow is not None:
+    if "network" in online and cfg.flow is not None:
         right = sum(s.outcome.correct or "correct" not in cfg.flow.online.select for s in samples)
         figures.add({"flow/selected_frac": right / size.num_sequences})
     records: list[TokenRecord] = []
     problem: NonFiniteError | None = None
+    followed = dict.fromkeys(online, 0.0)  # weight of the tokens that each network learns from
     for part in in_step([s.rollout for s in samples], cfg.train.tokens_per_microbatch, learner.policy, ranks):
         chosen, batch = [samples[i] for i in part.rows], part.batch
         with torch.set_grad_enabled(train_policy):
@@ -162,7 +190,7 @@ def update(
         stored = [s.scores for s in chosen if s.scores is not None]
         scores = join(stored) if stored else _scores(cfg, learner, batch, output, chosen, clock)
         due = [s.credit for s in chosen if s.credit is not None]
-        credit = join(due) if due else assign_credit(cfg, chosen, scores)
+        credit = join(due) if due else assign_credit(cfg, chosen, scores, types=learner.token_types)
         if train_policy:
             loss, metrics = objective(cfg, learner.head, output, scores, credit, chosen, size)
             problem = problem or not_finite_here(output, scores, credit, chosen, loss)
@@ -170,20 +198,38 @@ def update(
             learner.optimizer.backward(loss)
             faultpoint("backward")
             figures.add({name: value.item() for name, value in metrics.items()})
-        if learner.flow_optimizer is not None and learner.field is not None and output.latents is not None and cfg.flow is not None:
-            sizes = [s.length for s in chosen]
+        if online and learner.field is not None and output.latents is not None and cfg.flow is not None:
+            sizes, seeds = [s.length for s in chosen], [s.seed for s in chosen]
             with timed("flow_update", clock):
-                shares = flow_token_weights(cfg.flow.online, [online[i] for i in part.rows], sizes, output.latents.scorable, scores.entropy)
-                seeds = [s.seed for s in chosen]
-                loss_here = learner.field.accumulate_gradient(output.latents, sizes, seeds, shares, cfg.flow.online.times)
-            if not math.isfinite(loss_here):
-                problem = problem or NonFiniteError(f"the flow loss is not finite: {TOO_FAST}")
-            if selected:  # where nothing is selected there is no loss, not a loss of 0
-                figures.add({"flow/loss": loss_here})
+                if learner.window is not None:
+                    learner.window.add(age(cfg, learner), output.latents, chosen, size.num_tokens)
+                for name, weights in online.items() if learner.window is None else ():
+                    own = [weights[i] for i in part.rows]
+                    shares = flow_token_weights(cfg.flow.online, own, sizes, output.latents.scorable, scores.entropy)
+                    network = learner.field.networks[name]
+                    loss_here = learner.field.accumulate_gradient(output.latents, sizes, seeds, shares, cfg.flow.online.times, network)
+                    if not math.isfinite(loss_here):
+                        problem = problem or NonFiniteError(f"the flow loss is not finite: {TOO_FAST}")
+                    followed[name] += shares.sum().item()
+                    figures.add({LOSSES[name]: loss_here})
         figures.add_tokens(chosen, scores, credit)
         records += _records(chosen, scores, credit, output.latents, cfg.shaping.likelihood is not None)
     ranks.agree(problem, "losses of the update")
-    return {**figures.result(ranks), **_step(learner, train_policy, selected, clock)}, records
+    result = figures.result(ranks)
+    if online and learner.window is None:
+        totals = ranks.total(list(followed.values()), "tokens that the flow follows")
+        selected = {name: total > 0 for name, total in zip(followed, totals, strict=True)}
+        for name, found in selected.items():
+            if not found:  # where nothing selected has a context there is no loss, not a loss of 0
+                result.pop(LOSSES[name], None)
+        return {**result, **_step(cfg, learner, train_policy, selected, clock)}, records
+    return {**result, **_step(cfg, learner, train_policy, {}, clock)}, records
+
+
+def age(cfg: Config, learner: Learner) -> int:
+    """Updates that the field has followed in small steps."""
+    assert cfg.flow is not None
+    return max(optimizer.steps for optimizer in learner.field_optimizers.values()) // cfg.flow.online.updates
 
 
 def not_finite_here(output: PolicyOutput, scores: Scores, credit: Credit, samples: Sequence[Sample], loss: Tensor) -> NonFiniteError | None:
@@ -193,7 +239,7 @@ def not_finite_here(output: PolicyOutput, scores: Scores, credit: Credit, sample
         "the old log-probs": scores.logprobs,
         "the reference's log-probs": scores.ref_logprobs,
         "the values": scores.values,
-        f"the deviations from the flow ({TOO_FAST})": scores.deviations,
+        f"the deviations from the flow ({TOO_FAST})": scores.straying,
         "the token rewards": credit.token_rewards,
         "the advantages": credit.advantages,
         "the returns": credit.returns,
@@ -209,7 +255,7 @@ def not_finite_here(output: PolicyOutput, scores: Scores, credit: Credit, sample
     return not_finite_of("the policy loss", [s.rollout for s in samples])
 
 
-def _step(learner: Learner, train_policy: bool, flow_selected: bool, clock: dict[str, float] | None) -> dict[str, float]:
+def _step(cfg: Config, learner: Learner, train_policy: bool, selected: dict[str, bool], clock: dict[str, float] | None) -> dict[str, float]:
     """The optimisers' steps; without a selected response the field only gets older. Returns rates, gradient norms and how far weights moved."""
     figures: dict[str, float] = {}
     before = learner.optimizer.sample()
@@ -225,12 +271,17 @@ def _step(learner: Learner, train_policy: bool, flow_selected: bool, clock: dict
         with torch.no_grad():
             first.copy_(poison("parameter", first))  # nothing happens where it is the same tensor
     faultpoint("step")
-    if learner.flow_optimizer is not None:
+    optimizers = learner.field_optimizers
+    if optimizers:
         with timed("flow_update", clock):
-            figures["flow/lr"] = learner.flow_optimizer.current_lr
-            figures["flow/grad_norm"] = learner.flow_optimizer.step() if flow_selected else learner.flow_optimizer.skip()
-        if learner.field_start is not None:
-            figures["flow/drift"] = moved(learner.field_start, learner.flow_optimizer.sample(), learner.ranks)
+            figures["flow/lr"] = next(iter(optimizers.values())).current_lr
+            if learner.window is not None and learner.field is not None and cfg.flow is not None:
+                figures |= follow(cfg.flow, learner.field, optimizers, learner.window, cfg.run_seed, age(cfg, learner), learner.ranks)
+            else:
+                for name, optimizer in optimizers.items():
+                    figures[NORMS[name]] = optimizer.step() if selected[name] else optimizer.skip()
+    if learner.flow_optimizer is not None and learner.field_start is not None:
+        figures["flow/drift"] = moved(learner.field_start, learner.flow_optimizer.sample(), learner.ranks)
     return figures
 
 
@@ -243,8 +294,8 @@ def moved(before: Tensor, after: Tensor, ranks: Ranks = ALONE) -> float:
 def _records(samples: Sequence[Sample], scores: Scores, credit: Credit, latents: Latents | None, shaped: bool) -> list[TokenRecord]:
     sizes = [s.length for s in samples]
     zeros = torch.zeros_like(scores.entropy)
-    with_flow = scores.deviations is not None
-    all_columns = (credit.advantages, credit.token_rewards, scores.deviations if with_flow else zeros, scores.entropy)
+    with_flow = scores.straying is not None
+    all_columns = (credit.advantages, credit.token_rewards, scores.straying if with_flow else zeros, scores.entropy)
     columns = [column.cpu().split(sizes) for column in all_columns if column is not None]
     sketches = [None] * len(samples) if latents is None else sketch_latents(latents, sizes).tolist()
     return [

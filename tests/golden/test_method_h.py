@@ -77,7 +77,7 @@ def test_h1_the_fields_score_and_loss(monkeypatch):
     spec = FlowSpec((1,), 4, ("token_post",), (1,), (0.5, 0.8), 1, {"hidden_size": 4, "rms_norm_eps": 1e-6})
     field = FlowField(spec, golden_network().float())
     noise = iter([Z[0], Z[1]] * 2)
-    monkeypatch.setattr(field, "_draw", lambda length, seed: torch.cat([next(noise), f64([0.0])]).float()[None, None])
+    monkeypatch.setattr(field, "draw", lambda length, seed: torch.cat([next(noise), f64([0.0])]).float()[None, None])
     latents = Latents(torch.cat([H, C]).float()[None], torch.tensor([0, 1]), torch.tensor([[2, 3]]), torch.ones(1, 2, dtype=torch.bool))
     assert field.score(latents, [1, 1], [0, 0]).tolist() == near([9.616083, 2.757738], 1e-5)
     loss = field.accumulate_gradient(latents, [1, 1], [0, 0], torch.tensor([0.25, 0.75]))

@@ -69,7 +69,7 @@ def replayed(cfg, recorded, ranks):
         groups = [whole(batch[place][0]) for place in places]
         outcomes = [outcome for place in places for outcome in batch[place][1]]
         samples = make_samples(groups, outcomes, cfg.seed, step, cfg.algorithm, places)
-        if needs_scoring(cfg.algorithm):
+        if needs_scoring(cfg, samples, ranks):
             samples = score_samples(cfg, learner, samples)
         for part in split_evenly(samples, cfg.algorithm.updates_per_rollout, ranks):
             metrics.append(update(cfg, learner, part)[0])

@@ -34,7 +34,7 @@ def test_every_method_updates_the_policy_and_its_head(model_folder, method, upda
     cfg, learner, samples = prepared(model_folder, algorithm={"method": method, "updates_per_rollout": updates})
     before = weights(learner.policy.model)
     head = weights(learner.head) if learner.head else None
-    if needs_scoring(cfg.algorithm):
+    if needs_scoring(cfg, samples):
         samples = score_samples(cfg, learner, samples)
     for part in split_evenly(samples, updates):
         metrics, _ = update(cfg, learner, part)
