@@ -57,7 +57,8 @@ def run(task: str, cfg: Config) -> dict[str, object]:
     heldout = commands.heldout_prompts(cfg)
     assert cfg.flow is not None
     with commands.workbench(cfg) as bench:
-        field = commands.fit(cfg, bench.policy, expert)
+        sampled = commands.sampled_for_fit(bench, train) if commands.needs_responses(cfg) else None
+        field = commands.fit(cfg, bench.policy, expert, sampled)
         cfg = cfg.model_copy(update={"flow": cfg.flow.model_copy(update={"checkpoint": str(field)})})
         bench = replace(bench, cfg=cfg)
         prompts = commands.encode_heldout(bench, heldout)
@@ -83,10 +84,21 @@ def run(task: str, cfg: Config) -> dict[str, object]:
         "greedy_after": round(after.greedy, 4),
         "commonest_answer": round(commonest, 4),
     }
+    result |= flow_figures(field)
     if blank is not None:
         result["accuracy_blank_pictures"] = round(blank.accuracy, 4)
     seconds = round(time.perf_counter() - start, 1)
     return {**result, "steps": cfg.train.steps, "seconds": seconds, "engine": engine, "report": str(report)}
+
+
+def flow_figures(field: Path) -> dict[str, object]:
+    """What the field knew of right and wrong before RL: AUC among siblings of the deviation and of what is charged, with 95 % intervals."""
+    auc = json.loads((field / "flow_yardstick.json").read_text()).get("separation", {}).get("auc", {})
+    found: dict[str, object] = {}
+    for key, name in (("flow_auc", "deviation"), ("flow_charged_auc", "charged")):
+        if part := auc.get(name):
+            found |= {key: round(part["auc"], 4), f"{key}_ci": [round(part["low"], 4), round(part["high"], 4)]}
+    return found
 
 
 def show(before: HeldoutResult, after: HeldoutResult, blank: HeldoutResult | None, commonest: float) -> None:

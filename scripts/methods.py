@@ -28,6 +28,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 from demo import ROOT, prepare
 
 FOLDER = Path("runs/methods")
+PUBLISHED = ("flow.profile=published", "flow.fit={steps: 60, batch_size: 64, batch_mul: 2, lr: 1.0e-3}")
+INFORMED = ("flow={profile: informed}",)
 METHODS: dict[str, tuple[str, ...]] = {
     "GRPO": ("algorithm.method=grpo", "flow=null"),
     "Dr. GRPO": ("algorithm.method=dr_grpo", "flow=null"),
@@ -40,8 +42,9 @@ METHODS: dict[str, tuple[str, ...]] = {
     "FlowRL": ("algorithm.method=flowrl", "algorithm.flowrl.lr=1e-3", "flow=null"),
     "entropy shaping": ("shaping.entropy={}", "flow=null"),
     "likelihood shaping": ("shaping.likelihood={}", "flow=null"),
-    "RLFR, penalty": ("flow.reward.normalise=minmax",),
-    "RLFR, bilateral": ("flow.reward.normalise=bilateral",),
+    "RLFR, penalty": (*PUBLISHED, "flow.reward.normalise=minmax"),
+    "RLFR, bilateral": (*PUBLISHED, "flow.reward.normalise=bilateral"),
+    "RLFR, informed": INFORMED,
 }
 # Two updates per batch: with one, ratios are 1 and several of the objectives are the same.
 COMMON = ("rollout.engine=hf", "eval.every=0", "algorithm.updates_per_rollout=2", "train.log_rollouts=1")
@@ -64,9 +67,10 @@ def run_method(task: str, name: str, field: str, seed: int, overrides: tuple[str
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
-def fit_field(task: str, seed: int, overrides: tuple[str, ...]) -> str:
-    """The field that both RLFR variants start from."""
-    cfg = load_config(ROOT / "scripts" / f"demo_{task}.yaml", (f"output_dir={FOLDER / task}", f"seed={seed}", *overrides))
+def fit_field(task: str, kind: str, seed: int, overrides: tuple[str, ...]) -> str:
+    """The field that RLFR variants of a profile start from."""
+    settings = (f"output_dir={FOLDER / task / kind}", f"seed={seed}", *(INFORMED if kind == "informed" else PUBLISHED), *overrides)
+    cfg = load_config(ROOT / "scripts" / f"demo_{task}.yaml", settings)
     shutil.rmtree(Path(cfg.output_dir) / "flow", ignore_errors=True)  # of an earlier run
     return str(commands.flow(cfg))
 
@@ -137,8 +141,9 @@ def main() -> None:
         for task in tasks:
             prepare(task)
             names = arguments.only or list(METHODS)
-            field = fit_field(task, arguments.seed, overrides) if any(n.startswith("RLFR") for n in names) else ""
-            runs = {name: run_method(task, name, field, arguments.seed, overrides) for name in names}
+            kinds = {name: "informed" if name == "RLFR, informed" else "published" for name in names if name.startswith("RLFR")}
+            fields = {kind: fit_field(task, kind, arguments.seed, overrides) for kind in sorted(set(kinds.values()))}
+            runs = {name: run_method(task, name, fields.get(kinds.get(name, ""), ""), arguments.seed, overrides) for name in names}
             result[task] = {name: summarise(lines) for name, lines in runs.items()}
             (FOLDER / task / "table.md").write_text(table(result[task]) + "\n")
             curves(runs).write_html(FOLDER / task / "curves.html", include_plotlyjs=True)

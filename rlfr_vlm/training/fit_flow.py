@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -196,7 +197,7 @@ def _fit_solutions(cfg: Config, policy: Policy, field: FlowField, data: FitData,
             if look:
                 log.flush()
                 work.keep(step, {"network": optimizer}, {"network": field.network.state_dict()}, position=stream.position, loss=loss)
-    known = [experts.rollout(p) for p in source.next(min(len(train), MEASURED))]
+    known = [experts.rollout(p) for _ in range(math.ceil(MEASURED / batch_size)) for p in source.next(batch_size)]
     stores = [
         store_latents(policy, field, [part], work.folder / f"{name}.bin", cfg.train.tokens_per_microbatch, fit.cache_gib * 2**30)
         for name, part in (("fit", known), ("held-out", heldout))

@@ -76,7 +76,7 @@ def replayed(cfg, recorded, ranks):
     weights = {name: t.clone() for bucket in policy.weight_buckets(2**30) for name, t in bucket.items()}
     found = {"gradients": gradients, "weights": weights, "metrics": metrics}
     if learner.field is not None:
-        found["field"] = {name: t.clone() for name, t in learner.field.network.state_dict().items()}
+        found["field"] = {name: t.clone() for name, t in learner.field.tensors().items()}
     for optimizer in (learner.optimizer, learner.flow_optimizer):
         if hasattr(optimizer, "destroy"):
             optimizer.destroy()

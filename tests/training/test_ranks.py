@@ -76,7 +76,12 @@ CASES = {
     "stage 2, PPO": (False, 2, ["algorithm.method=ppo", "algorithm.updates_per_rollout=2"]),
     "stage 3, FlowRL": (False, 3, ["algorithm.method=flowrl", "flow=null"]),
 }
-FAST = ("stage 2", "stage 3, pictures on one rank")
+WINDOW = [
+    "flow.contrast=own", "flow.fit.batch_tokens=16", "flow.online={window: 2, updates: 3, batch_tokens: 16, lr: 1e-3}",
+    "flow.reward={coef: 0.3, normalise: group_z, threshold: 0, top_k: 0, credit: token}",
+]  # fmt: skip
+CASES["stage 2, a contrast in small steps"] = (False, 2, WINDOW)
+FAST = ("stage 2", "stage 2, a contrast in small steps", "stage 3, pictures on one rank")
 
 
 def replay(recorded, cases, ranks):
