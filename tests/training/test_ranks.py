@@ -81,7 +81,7 @@ WINDOW = [
     "flow.reward={coef: 0.3, normalise: group_z, threshold: 0, top_k: 0, credit: token}",
 ]  # fmt: skip
 CASES["stage 2, a contrast in small steps"] = (False, 2, WINDOW)
-FAST = ("stage 2", "stage 2, a contrast in small steps", "stage 3, pictures on one rank")
+FAST = ("stage 2, a contrast in small steps", "stage 3, pictures on one rank")
 
 
 def replay(recorded, cases, ranks):
