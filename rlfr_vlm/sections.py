@@ -475,6 +475,9 @@ class MonitorsConfig(Section):
     flow_collapse: Action = Field(
         "warn", description="deviations no longer differ, nothing is rewarded or learnt, or the flow loss triples"
     )
+    flow_inverted: Action = Field("warn", description="right answers are charged more than wrong siblings, though wrong ones stray further")
+    flow_hacked: Action = Field("warn", description="accuracy and deviations fall together: the policy learns to be easy to predict")
+    flow_unfit: Action = Field("warn", description="the flow loss is above that of v = x_t / t, which knows nothing")
     patience: int = Field(3, ge=1, description="steps in a row that must look wrong before anything follows (non_finite: one)")
     max_update: float = Field(
         0.03, gt=0, description="change of the weights over their size (healthy: 1e-5 to 3e-3); adapters: ten times it"

@@ -101,7 +101,8 @@ def test_the_tutorial_does_what_it_says(tmp_path):
     run = repo / "runs/tutorial"
     steps = [line["step"] for line in map(json.loads, (run / "metrics.jsonl").read_text().splitlines()) if "reward/mean" in line]
     assert steps == list(range(1, 41))
-    assert not (run / "events.jsonl").exists() or "warn" not in (run / "events.jsonl").read_text()
+    said = (run / "events.jsonl").read_text().splitlines() if (run / "events.jsonl").exists() else []
+    assert {json.loads(line)["monitor"] for line in said} <= {"flow_unfit"}  # its field is fitted for a minute
 
     before, after, blank = (
         json.loads((repo / f"runs/tutorial_eval/{name}/digits/summary.json").read_text()) for name in ("before", "after", "blank")

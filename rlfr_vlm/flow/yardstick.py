@@ -12,7 +12,7 @@ from rlfr_vlm.flow.field import FlowField, Scale, Tile
 from rlfr_vlm.flow.objective import Velocity, logit_normal_times, velocity_deviation
 
 RIDGE = 1e-3  # of the mean square of the features
-REFERENCE = "x_t / t"  # the one that a fit has to pass: it knows nothing, and its deviation at t is 1 / t^2
+REFERENCE = "x_t / t"  # the one that a fit has to pass: it knows nothing, and its deviation at t is 1 / t^2 (flow/reference.py)
 
 
 @dataclass(frozen=True)
@@ -104,11 +104,6 @@ def _deviation(velocity: Velocity, tile: Tile, k: int, at: str, field: FlowField
 
 def _mean(parts: list[Tensor]) -> float:
     return torch.cat(parts).double().mean().item()
-
-
-def reference(times: tuple[float, ...]) -> float:
-    """Deviation of v = x_t / t at these times on average: 1 / t^2, whatever the latents. A field above it has learnt less than nothing."""
-    return sum(t**-2 for t in times) / len(times)
 
 
 def scale_of(parts: Sequence[Tensor]) -> Scale:

@@ -51,7 +51,14 @@ const SECTIONS = [
   {
     title: "Flow field",
     charts: [
-      { title: "Flow loss", lines: [["flow/loss", "online"]] },
+      {
+        title: "Flow loss",
+        lines: [
+          ["flow/loss", "online"],
+          ["flow/contrast_loss", "contrast"],
+        ],
+        level: () => RUN.flow.reference,
+      },
       {
         title: "Wrong strays further",
         unit: "AUC",
@@ -60,6 +67,24 @@ const SECTIONS = [
           ["flow/auc_in_group", "siblings"],
         ],
         level: 0.5,
+      },
+      {
+        title: "Wrong is charged more",
+        unit: "AUC",
+        lines: [
+          ["flow/charged_auc", "all pairs"],
+          ["flow/charged_auc_in_group", "siblings"],
+        ],
+        level: 0.5,
+      },
+      { title: "Place of the charge", unit: "0 start, 1 end", lines: [["flow/charge_place", "mean"]], level: 0.5 },
+      {
+        title: "Charge explained without a field",
+        lines: [
+          ["flow/charge_by_token", "by token"],
+          ["flow/charge_by_place", "by place"],
+        ],
+        percent: true,
       },
       { title: "Flow reward", unit: "per response", lines: [["flow/reward_mean", "sum over its tokens"]] },
       { title: "Velocity deviation", lines: [["flow/deviation_mean", "mean"]] },
@@ -300,7 +325,7 @@ function evaluationTraces() {
 function drawChart(element, chart, height) {
   const traces = chartLines(chart).flatMap(([key, label], at) => lineTraces(chart, key, label, HUES[at]));
   if (chart.evaluations) traces.push(...evaluationTraces());
-  if (isNumber(chart.level) && traces.length) traces.push(levelTrace(chart));
+  if (isNumber(levelOf(chart)) && traces.length) traces.push(levelTrace(chart));
   if (bySteps(chart) && traces.length) traces.push(...eventTraces());
   const known = drawn.some(([other]) => other === element);
   const margin = { l: 46, r: 16, t: 10, b: 26 };
@@ -320,11 +345,13 @@ function drawChart(element, chart, height) {
   if (bySteps(chart)) element.on("plotly_relayout", zoomAll);
 }
 
-// A thin line at a value that means something: chance, no correlation, a ratio of one.
+const levelOf = ({ level }) => (typeof level === "function" ? level() : level);
+
+// A thin line at a value that means something: chance, no correlation, a ratio of one, a field that knows nothing.
 function levelTrace(chart) {
   const steps = chartColumns(chart).steps;
   const line = { color: css("--muted"), width: 1, dash: "dot" };
-  return { x: [steps[0], steps.at(-1)], y: [chart.level, chart.level], mode: "lines", line, hoverinfo: "skip" };
+  return { x: [steps[0], steps.at(-1)], y: [levelOf(chart), levelOf(chart)], mode: "lines", line, hoverinfo: "skip" };
 }
 
 const bySteps = (chart) => chart.source !== "flowFit"; // whether its x are the steps of training

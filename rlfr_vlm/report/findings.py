@@ -59,7 +59,7 @@ def examine(folder: Path, run: RunFiles, budget: int, problems: list[Problem]) -
     view = latent_view(latents, problems)
     return rollouts, Findings(
         events=read_events(folder, problems),
-        health=flow_health(run.metrics, run.config),
+        health=flow_health(run.metrics, run.config, run.yardstick),
         tokens=tokens.for_page(),
         tokens_approximate=tokens.approximate,
         latents=view,

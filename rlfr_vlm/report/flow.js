@@ -2,6 +2,9 @@
 
 const FLOW_CHARTS = [
   "Wrong strays further",
+  "Wrong is charged more",
+  "Place of the charge",
+  "Charge explained without a field",
   "Flow share of advantage",
   "Groups moved by the flow alone",
   "Flow loss",
@@ -20,7 +23,7 @@ async function showFlow() {
   flowShown = true;
   const view = byId("flow");
   const health = RUN.flow;
-  if (health.missing && !health.hasTokens) {
+  if (health.missing && !health.hasTokens && !health.yardstick) {
     view.append(h("p", { class: "empty" }, health.missing));
     view.dataset.drawn = "true";
     return;
@@ -36,6 +39,7 @@ async function showFlow() {
       { class: "grid" },
       drawable.map((chart) => figureCard(chart, queue, flowReading(chart))),
     ),
+    health.yardstick ? yardstickPanel(health.yardstick) : "",
   );
   drawQueue(queue, view);
   await showTokens(view);
@@ -44,6 +48,80 @@ async function showFlow() {
 function flowReading(chart) {
   if (chart.source) return "Loss of the fit on expert solutions, before training; lower is a closer fit.";
   return chart.lines.map(([key]) => RUN.flow.readings[key]).find(Boolean);
+}
+
+// What the fit measured, on held-out tokens and on responses that it graded.
+function yardstickPanel({ source, rows, names, aucs, num_responses, accuracy }) {
+  const times = { reward: "of the reward", fit: "random, as in the fit" };
+  const deviations = plainTable(
+    "held-out",
+    [["Layer", ""], ["Times", ""], ...names.map((name) => [name, "num"])],
+    rows.map(({ layer, at, values }) => {
+      const least = Math.min(...names.map((name) => values[name]).filter(isNumber));
+      return [layer === -1 ? "all" : String(layer), times[at], ...names.map((name) => numberCell(values[name], least))];
+    }),
+  );
+  const probed = plainTable(
+    "probed",
+    [["Wrong siblings have more", ""], ["AUC", "num"], ["95 % interval", "num"], ["Pairs", "num"]],
+    aucs.map(({ name, auc, low, high, pairs }) => [
+      name,
+      auc.toFixed(2),
+      isNumber(low) && isNumber(high) ? `${low.toFixed(2)} – ${high.toFixed(2)}` : "–",
+      isNumber(pairs) ? count(pairs) : "–",
+    ]),
+  );
+  const graded = isNumber(num_responses) && `${plural(num_responses, "response")}${isNumber(accuracy) ? `, ${percent(accuracy)} right` : ""}`;
+  return h(
+    "div",
+    { id: "yardstick" },
+    h("h2", { class: "section" }, "The fit, before training ", h("small", {}, h("code", {}, source))),
+    rows.length > 0 &&
+      h(
+        "div",
+        { class: "card" },
+        h("p", { class: "reading" }, "Held-out deviation of the field beside velocities that need none; lower is a closer fit, the least is bold."),
+        h("div", { class: "wide-table" }, deviations),
+      ),
+    aucs.length > 0 &&
+      h(
+        "div",
+        { class: "card" },
+        h("p", { class: "reading" }, "Does it tell right from wrong? 0.5: no better than chance.", graded && ` ${graded}.`),
+        h("div", { class: "wide-table" }, probed),
+      ),
+  );
+}
+
+function numberCell(value, least) {
+  const text = figure(isNumber(value) ? Number(value.toPrecision(3)) : value);
+  return value === least ? h("b", {}, text) : text;
+}
+
+function plainTable(name, titles, rows) {
+  const line = (tag, cells) =>
+    h(
+      "tr",
+      {},
+      cells.map((cell, at) => h(tag, { class: titles[at][1] }, cell)),
+    );
+  return h(
+    "table",
+    { class: name },
+    h(
+      "thead",
+      {},
+      line(
+        "th",
+        titles.map(([title]) => title),
+      ),
+    ),
+    h(
+      "tbody",
+      {},
+      rows.map((cells) => line("td", cells)),
+    ),
+  );
 }
 
 // Lines that follow from the data, the most telling first.

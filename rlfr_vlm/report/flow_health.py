@@ -8,7 +8,10 @@ from dataclasses import asdict, dataclass
 from statistics import fmean, stdev
 from typing import Any, Literal
 
+from rlfr_vlm.flow.reference import unfit_loss
+from rlfr_vlm.report.reading import as_number
 from rlfr_vlm.report.run_files import Metrics
+from rlfr_vlm.report.yardstick import FIELD, KNOWS_NOTHING, Yardstick
 
 LAST_STEPS = 20  # what a verdict looks at
 LEAST_STEPS = 5  # with a value among them; fewer give no verdict
@@ -31,19 +34,34 @@ class FlowHealth:
     verdicts: tuple[Verdict, ...]
     readings: dict[str, str]
     missing: str  # why there is nothing to see; empty where there is something
+    reference: float | None = None  # loss of a field that knows nothing
+    yardstick: Yardstick | None = None  # of its fit
 
     def for_page(self) -> dict[str, Any]:
         """As JSON."""
-        return asdict(self)
+        return {**asdict(self), "yardstick": self.yardstick.for_page() if self.yardstick else None}
 
 
-def flow_health(metrics: Metrics, config: dict[str, Any]) -> FlowHealth:
-    """Read the `flow/` metrics. `config`: the resolved one, empty where there is none."""
+def flow_health(metrics: Metrics, config: dict[str, Any], yardstick: Yardstick | None = None) -> FlowHealth:
+    """Read the `flow/` metrics. `config`: the resolved one, empty where there is none; `yardstick`: what the fit found."""
     series = {name: values for name, values in (metrics.series or {}).items() if name.startswith("flow/") and _present(values)}
+    reference, fitted = _reference(config), _fitted(yardstick)
     if not series:
-        return FlowHealth((), {}, _why_nothing(metrics, config))
-    verdicts = [_separation(series), _weight(series), _field(series)]
-    return FlowHealth(tuple(verdict for verdict in verdicts if verdict), _readings(series), "")
+        return FlowHealth((fitted,) if fitted else (), {}, _why_nothing(metrics, config), None, yardstick)
+    verdicts = [_separation(series), _charged(series), _weight(series), _place(series), _field(series, reference), fitted]
+    return FlowHealth(tuple(verdict for verdict in verdicts if verdict), _readings(series, reference), "", reference, yardstick)
+
+
+def _reference(config: dict[str, Any]) -> float | None:
+    """Loss of v = x_t / t at the times that the field learns at; None where the config does not name them."""
+    flow = config.get("flow")
+    times = flow.get("times") if isinstance(flow, dict) else None
+    online = flow.get("online") if isinstance(flow, dict) else None
+    drawn = online.get("times") if isinstance(online, dict) else "reward"
+    known = [time for time in map(as_number, times if isinstance(times, list) else ()) if time is not None and 1e-6 < time < 1]
+    if drawn not in ("reward", "logit_normal", None) or not known or len(known) < len(times or ()):
+        return None
+    return unfit_loss(known, drawn or "reward")
 
 
 def _why_nothing(metrics: Metrics, config: dict[str, Any]) -> str:
@@ -116,6 +134,44 @@ def in_words(pairs: MeanAuc | None, siblings: MeanAuc | None, where: str) -> str
     return f"{pairs} {where}{f', {siblings} among siblings' if siblings else ''}"
 
 
+def _charged(series: dict[str, tuple[float | None, ...]]) -> Verdict | None:
+    """Is what is charged the wrong responses, as the deviations are? The two side by side, among siblings where they are known there."""
+    for suffix, where in (("_in_group", "Among siblings"), ("", "Over all pairs")):
+        straying, charged = (against_chance(series.get(f"flow/{name}{suffix}", ())[-LAST_STEPS:]) for name in ("auc", "charged_auc"))
+        if charged is None:
+            continue
+        beside = f"{straying} of the deviation, " if straying else ""
+        text = f"{where}: {beside}{charged} of what is charged"
+        if charged.sign < 0:
+            lost = " What makes rewards of deviations turns them round." if straying and straying.sign > 0 else ""
+            return Verdict("bad", f"{text}: right answers are charged more than wrong ones.{lost}")
+        if charged.sign > 0:
+            return Verdict("good", f"{text}: wrong answers are charged more.")
+        lost = ": what the deviations know is lost on the way" if straying and straying.sign > 0 else ""
+        return Verdict("plain", f"{text}, which is no better than chance{lost}.")
+    return None
+
+
+def _place(series: dict[str, tuple[float | None, ...]]) -> Verdict | None:
+    """Where the charge falls, and how much of it needs no latents to be told."""
+    place, token, at = (_last(series.get(name, ())) for name in ("flow/charge_place", "flow/charge_by_token", "flow/charge_by_place"))
+    parts = []
+    if len(place) >= LEAST_STEPS:
+        parts.append(f"falls at {fmean(place):.2f} of a response on average (0: its start, 1: its end)")
+    shares = [
+        f"{_percent(fmean(values))} by {name}"
+        for values, name in ((token, "the token's identity"), (at, "its place"))
+        if len(values) >= LEAST_STEPS
+    ]
+    if shares:
+        parts.append(f"is explained to {' and to '.join(shares)}, which need no field")
+    if not parts:
+        return None
+    most = max((fmean(values) for values in (token, at) if len(values) >= LEAST_STEPS), default=0.0)
+    hint = " Most of it says which tokens there are, or where, not what the policy thought." if most > 0.5 else ""
+    return Verdict("plain", f"The charge {'; it '.join(parts)}.{hint}")
+
+
 def _weight(series: dict[str, tuple[float | None, ...]]) -> Verdict | None:
     """How much of the training signal is the flow's?"""
     share, alone = (_last(series.get(name, ())) for name in ("flow/advantage_share", "flow/only_groups_frac"))
@@ -127,8 +183,8 @@ def _weight(series: dict[str, tuple[float | None, ...]]) -> Verdict | None:
     return Verdict("plain", f"{text} (last {_steps(len(share))}).")
 
 
-def _field(series: dict[str, tuple[float | None, ...]]) -> Verdict | None:
-    """Does the field follow what it learns from?"""
+def _field(series: dict[str, tuple[float | None, ...]], reference: float | None) -> Verdict | None:
+    """Does the field follow what it learns from, and does it know anything?"""
     ends = _ends(series.get("flow/loss", ()))
     if ends is None:
         return None
@@ -138,13 +194,38 @@ def _field(series: dict[str, tuple[float | None, ...]]) -> Verdict | None:
     drift = _present(series.get("flow/drift", ()))
     if drift:
         text += f", and its weights moved {_percent(drift[-1])} from where the run began"
-    return Verdict("bad" if last > 1.5 * first else "plain", f"{text}.")
+    unfit = reference is not None and last > reference
+    if reference is not None:
+        text += f"; v = x_t / t, which knows nothing, has {reference:.3g}"
+        text += ": the field is worse, and its deviations are noise. It needs a longer fit" if unfit else ""
+    return Verdict("bad" if unfit or last > 1.5 * first else "plain", f"{text}.")
 
 
-def _readings(series: dict[str, tuple[float | None, ...]]) -> dict[str, str]:
+def _fitted(yardstick: Yardstick | None) -> Verdict | None:
+    """What the fit came to, before training."""
+    known = yardstick.overall() if yardstick else {}
+    others = {name: value for name, value in known.items() if name != FIELD}
+    if FIELD not in known or KNOWS_NOTHING not in others:
+        return None
+    best = min(others, key=lambda name: others[name])
+    text = f"The fit's held-out deviation at the reward's times is {known[FIELD]:.3g}; {KNOWS_NOTHING} has {others[KNOWS_NOTHING]:.3g}"
+    if best != KNOWS_NOTHING:
+        text += f", the best that needs no field ({best}) {others[best]:.3g}"
+    level: Literal["good", "bad", "plain"] = "good" if known[FIELD] < others[best] else "plain"
+    return Verdict("bad" if known[FIELD] > others[KNOWS_NOTHING] else level, f"{text}.")
+
+
+def _readings(series: dict[str, tuple[float | None, ...]], reference: float | None) -> dict[str, str]:
     """One sentence per chart: how to read it, with this run's figures where there are enough."""
+    nothing = "" if reference is None else f"; above {reference:.3g}, the dotted line, it knows less than v = x_t / t"
     meanings = {
-        "flow/loss": ("Error of the velocities on right responses", "lower is a closer fit", "{:.3g}"),
+        "flow/loss": ("Error of the velocities on right responses", f"lower is a closer fit{nothing}", "{:.3g}"),
+        "flow/contrast_loss": ("Error of the contrast's velocities", "lower is a closer fit", "{:.3g}"),
+        "flow/charged_auc": ("How often a wrong response is charged more than a right one", "0.5: no better than chance", "{:.2f}"),
+        "flow/charged_auc_in_group": ("How often a wrong response is charged more than a right sibling", "0.5: chance", "{:.2f}"),
+        "flow/charge_place": ("Where in a response its flow rewards stand, by their size", "0: at its start, 1: at its end", "{:.2f}"),
+        "flow/charge_by_token": ("Share of the token rewards' variance between token ids", "100 %: a table of tokens would do", "{:.1%}"),
+        "flow/charge_by_place": ("Share of the token rewards' variance between places", "100 %: they only count tokens", "{:.1%}"),
         "flow/auc": ("How often a wrong response strays further than a right one", "0.5: no better than chance", "{:.2f}"),
         "flow/advantage_share": ("Share of the advantages' size that is the flow's", "0: the outcome alone", "{:.1%}"),
         "flow/only_groups_frac": ("Groups without a signal from outcomes", "only the flow moves the policy there", "{:.1%}"),
@@ -161,7 +242,7 @@ def _readings(series: dict[str, tuple[float | None, ...]]) -> dict[str, str]:
             continue
         ends = _ends(series[name])
         figures = "" if ends is None else f" This run: {form.format(ends[0])} → {form.format(ends[1])}."
-        readings[name] = f"{meaning}; {scale}.{figures}".replace("%", " %")
+        readings[name] = f"{meaning}; {scale}.{figures}".replace("%", " %").replace("  %", " %")
     return readings
 
 

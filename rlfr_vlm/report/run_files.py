@@ -29,6 +29,7 @@ from rlfr_vlm.report.reading import (
     relative,
     unreadable,
 )
+from rlfr_vlm.report.yardstick import Yardstick, read_yardstick
 
 ROLLOUT_SUFFIXES = (".jsonl", ".parquet")
 QUANTITIES = ("flow_rewards", "deviations", "logprobs", "advantages", "entropy")  # per token, the names of the rollout files
@@ -118,6 +119,7 @@ class RunFiles:
     environment: dict[str, str]  # flattened: dotted key -> value
     metrics: Metrics
     flow_fit: Metrics
+    yardstick: Yardstick | None  # of the fit of its field
     evaluations: tuple[Evaluation, ...]  # by step
     checkpoint_steps: tuple[int, ...]
     latest_checkpoint: str
@@ -147,6 +149,7 @@ def read_run(folder: Path) -> RunFiles:
         environment=_environment(folder / "env.json", problems),
         metrics=metrics,
         flow_fit=_metrics(fit, problems) if is_there(fit) else Metrics(),
+        yardstick=read_yardstick(folder, config, problems),
         evaluations=_evaluations(folder / "eval", problems),
         checkpoint_steps=checkpoint_steps,
         latest_checkpoint=latest,

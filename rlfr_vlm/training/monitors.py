@@ -6,10 +6,11 @@ import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from statistics import fmean, median
+from statistics import fmean, median, stdev
 from typing import Any
 
 from rlfr_vlm.config import Config
+from rlfr_vlm.flow.reference import unfit_loss
 from rlfr_vlm.training.mismatch import SURPRISE_NATS, likely_cause, not_from_policy, tolerance
 
 Figures = Mapping[str, float]  # of a step; `step` among them
@@ -21,6 +22,9 @@ FALL = 0.5  # of the best accuracy
 LEAST_ACCURACY = 0.1  # below this best there is nothing to fall from
 LEAST_GROUPS = 20  # that a share of groups is taken of
 HOT = 2.0  # times the entropy that the run began with
+LAST_STEPS = 20  # that an AUC is judged over
+TAMED = 0.1  # share by which deviations fall where the policy has learnt to be easy to predict
+LEVEL_LOST = ("minmax", "bilateral", "mean")  # flow.reward.normalise, within a response
 
 
 @dataclass(frozen=True)
@@ -280,6 +284,64 @@ def check_flow_collapse(cfg: Config, rows: Sequence[Figures], _refrain: str) -> 
     return None
 
 
+def check_flow_inverted(cfg: Config, rows: Sequence[Figures], _refrain: str) -> Sign | None:
+    """A charge that falls on right answers although deviations tell them from wrong ones: what makes rewards of deviations loses it."""
+    charged, straying = (_mean_and_margin(rows[-LAST_STEPS:], f"flow/{name}_in_group") for name in ("charged_auc", "auc"))
+    if cfg.flow is None or cfg.flow.reward.coef <= 0 or charged is None or straying is None:
+        return None
+    if charged[0] + charged[1] >= 0.5 or straying[0] - straying[1] <= 0.5:
+        return None
+    reward, informed = cfg.flow.reward, "" if cfg.flow.profile == "informed" else ", or flow.profile=informed"
+    what = f"right answers are charged more than their wrong siblings (AUC {charged[0]:.2f}), though wrong ones stray further ({straying[0]:.2f})"
+    if reward.normalise in LEVEL_LOST:
+        cause = f"flow.reward.normalise={reward.normalise} takes each response by itself: one that strays everywhere is charged no more"
+        return Sign(charged[0], 0.5, what, cause, f"flow.reward.normalise=group_z keeps the level{informed}")
+    cause = f"flow.reward.normalise={reward.normalise} with threshold={reward.threshold:g}, top_k={reward.top_k}: what is kept is not what strays"
+    return Sign(charged[0], 0.5, what, cause, f"Keep all scores (flow.reward.threshold=0, top_k=0){informed}")
+
+
+def _mean_and_margin(rows: Sequence[Figures], name: str) -> tuple[float, float] | None:
+    """Mean and two standard errors of a figure over the steps that have it; None where they are too few."""
+    values = _column(rows, name)
+    return None if len(values) < 2 * WINDOW else (fmean(values), 2 * stdev(values) / math.sqrt(len(values)))
+
+
+def check_flow_hacked(cfg: Config, rows: Sequence[Figures], _refrain: str) -> Sign | None:
+    """Deviations that fall together with accuracy. Steps in which only the field learns tell nothing of the policy."""
+    if cfg.flow is None or cfg.flow.reward.coef <= 0:
+        return None
+    taught = rows[cfg.flow.online.warmup_steps :]
+    accuracy, straying = _column(taught, "reward/accuracy"), _column(taught, "flow/deviation_mean")
+    if min(len(accuracy), len(straying)) < 4 * WINDOW:
+        return None
+    (right, right_now), (far, far_now) = ((fmean(values[:WINDOW]), fmean(values[-3:])) for values in (accuracy, straying))
+    if right_now >= right or far_now > (1 - TAMED) * far:
+        return None
+    if not _beyond_noise(accuracy, right - right_now) or not _beyond_noise(straying, far - far_now):
+        return None
+    what = f"accuracy fell to {right_now:.1%} from {right:.1%} while deviations fell to {far_now:.3g} from {far:.3g}"
+    cause = "a policy that is paid for small deviations learns to be easy to predict: short, common, repeated phrases, right or wrong"
+    do = f"Read the responses; lower flow.reward.coef={cfg.flow.reward.coef:g}, or go back to an older checkpoint"
+    return Sign(far_now, (1 - TAMED) * far, what, _broken_by_rate(cfg, rows) or cause, do)
+
+
+def check_flow_unfit(cfg: Config, rows: Sequence[Figures], _refrain: str) -> Sign | None:
+    """A field that is worse than one that knows nothing."""
+    losses = _column(rows, "flow/loss")
+    if cfg.flow is None or len(losses) <= WINDOW:
+        return None
+    now, limit = fmean(losses[-WINDOW:]), unfit_loss(cfg.flow.times, cfg.flow.online.times)
+    if now <= limit:
+        return None
+    what = f"the flow loss, {now:.3g}, is above the {limit:.3g} of v = x_t / t, which knows nothing of any latent: flow rewards are noise"
+    cause = (
+        "a new field: flow.checkpoint is not set" if cfg.flow.checkpoint is None else "the field was fitted too little, or on other latents"
+    )
+    return Sign(
+        now, limit, what, cause, "Fit a field (rlfr-vlm flow) with more flow.fit.steps, then set flow.checkpoint, or raise flow.online.lr"
+    )
+
+
 CHECKS: dict[str, Check] = {
     "non_finite": check_non_finite,
     "update": check_update,
@@ -293,6 +355,9 @@ CHECKS: dict[str, Check] = {
     "zero_variance": check_zero_variance,
     "flow_share": check_flow_share,
     "flow_collapse": check_flow_collapse,
+    "flow_inverted": check_flow_inverted,
+    "flow_hacked": check_flow_hacked,
+    "flow_unfit": check_flow_unfit,
 }
 
 

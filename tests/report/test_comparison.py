@@ -242,7 +242,7 @@ def test_the_page_holds_bands_hours_and_thinned_curves(tmp_path, monkeypatch):
     assert data["curves"]["runs"][0]["hours"] == pytest.approx([sum(seconds[: n + 1]) / 3600 for n in range(4)], rel=1e-5)
     assert data["curves"]["runs"][0]["evaluations"][0]["hours"] == pytest.approx(sum(seconds) / 3600, rel=1e-5)
     assert data["groups"][0]["last"] == {"step": 4, "mean": 0.375, "low": 0.375, "high": 0.375, "num_runs": 2}
-    monkeypatch.setattr("rlfr_vlm.report.comparison_page.VALUES", 100)
+    monkeypatch.setattr("rlfr_vlm.report.comparison_page.VALUES", 120)
     data = page_data(write_comparison(folders, tmp_path / "page.html"))
     assert data["curves"]["every"] == 3
     assert data["curves"]["runs"][1]["steps"] == [1, 4, 5]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import math
 
 import numpy as np
@@ -12,9 +13,11 @@ from rlfr_vlm.report import flow_tokens, latents
 from rlfr_vlm.report.events import MAX_EVENTS, read_events
 from rlfr_vlm.report.flow_health import flow_health
 from rlfr_vlm.report.flow_tokens import TokenCensus
+from rlfr_vlm.report.html import write_report
 from rlfr_vlm.report.latents import ERROR, RIGHT, WRONG, LatentCensus, centroid_drift, latent_view, principal_plane, separability
-from rlfr_vlm.report.run_files import Group, Metrics, Response
-from tests.report.test_report import write_jsonl
+from rlfr_vlm.report.run_files import Group, Metrics, Response, read_run
+from rlfr_vlm.report.yardstick import read_yardstick
+from tests.report.test_report import make_run, page_data, write_jsonl, yardstick
 
 
 def response(tokens=(), flow=None, verdict="correct", latent=None) -> Response:
@@ -104,6 +107,121 @@ def test_readings_compare_the_first_and_the_last_tenth():
     assert "This run" not in flow_health(flow_metrics(loss=[2.0, 4.0, 3.0]), {}).readings["flow/loss"]
     absurd = flow_health(flow_metrics(loss=[1e308] * 20, auc=[1e99] * 20), {})  # sums would overflow
     assert [verdict.level for verdict in absurd.verdicts] == ["none"]
+
+
+@pytest.mark.parametrize(
+    ("charged", "straying", "level", "text"),
+    [
+        (
+            [0.3, 0.5],
+            [0.6, 0.8],
+            "bad",
+            "AUC 0.70 ± 0.05 of the deviation, AUC 0.40 ± 0.05 of what is charged: right answers are charged more",
+        ),
+        ([0.6, 0.8], [0.5, 0.7], "good", "AUC 0.60 ± 0.05 of the deviation, AUC 0.70 ± 0.05 of what is charged: wrong answers are charged"),
+        ([0.4, 0.6], [0.6, 0.8], "plain", "no better than chance: what the deviations know is lost on the way."),
+        ([0.4, 0.6], [0.4, 0.6], "plain", "of what is charged, which is no better than chance."),
+    ],
+)
+def test_what_is_charged_stands_beside_the_deviation(charged, straying, level, text):
+    verdicts = flow_health(flow_metrics(charged_auc_in_group=charged * 10, auc_in_group=straying * 10, auc=[0.7] * 20), {}).verdicts
+    assert (verdicts[1].level, verdicts[1].text.startswith("Among siblings: ")) == (level, True) and text in verdicts[1].text
+    turned = "What makes rewards of deviations turns them round." in verdicts[1].text
+    assert turned == (level == "bad")
+
+
+def test_the_charge_has_a_place_and_what_explains_it():
+    found = lambda **series: [v.text for v in flow_health(flow_metrics(**series), {}).verdicts if v.text.startswith("The charge")]  # noqa: E731
+    assert found(charge_place=[0.25] * 9, charge_by_token=[0.6] * 9, charge_by_place=[0.125] * 9) == [
+        "The charge falls at 0.25 of a response on average (0: its start, 1: its end); it is explained to 60.0 % by the token's identity "
+        "and to 12.5 % by its place, which need no field. Most of it says which tokens there are, or where, not what the policy thought."
+    ]
+    assert found(charge_by_place=[0.125] * 9) == ["The charge is explained to 12.5 % by its place, which need no field."]
+    assert found(charge_place=[0.25] * 4, auc=[0.5] * 9) == []  # too few steps
+    readings = flow_health(flow_metrics(charge_by_token=[0.6] * 20, charged_auc_in_group=[0.5] * 20), {}).readings
+    assert readings["flow/charge_by_token"].endswith("100 %: a table of tokens would do. This run: 60.0 % → 60.0 %.")
+
+
+def test_the_loss_is_held_against_a_field_that_knows_nothing():
+    of = lambda loss, flow: flow_health(flow_metrics(loss=[loss] * 20), {"flow": flow})  # noqa: E731
+    field = lambda loss, flow: of(loss, flow).verdicts[-1]  # noqa: E731
+    assert field(1.5, {"times": [0.8]}).text == "The field's loss stayed near 1.5; v = x_t / t, which knows nothing, has 1.56."
+    assert field(1.5, {"times": [0.8]}).level == "plain"
+    worse = field(1.7, {"times": [0.8]})
+    assert worse.level == "bad" and worse.text.endswith("the field is worse, and its deviations are noise. It needs a longer fit.")
+    assert field(11.0, {"times": [0.8], "online": {"times": "logit_normal"}}).level == "plain"
+    assert "above 1.56, the dotted line" in of(1.5, {"times": [0.8]}).readings["flow/loss"]
+    for odd in (None, [], [0], [2], ["x"], [0.8, None], [math.nan], "0.8", 0.8, {}, [True], [10**400], [1e-300]):
+        assert field(1.7, {"times": odd}).text == "The field's loss stayed near 1.7.", odd
+    assert of(1.7, {"times": [0.8], "online": {"times": ["x"]}}).reference is None
+    assert of(1.7, {"times": [0.8], "online": "x"}).reference == pytest.approx(1.5625)
+
+
+# The yardstick of the fit.
+
+
+def test_the_yardstick_is_the_runs_own_or_that_of_its_checkpoint(tmp_path):
+    own, fitted = tmp_path / "run", tmp_path / "fitted"
+    (own / "flow").mkdir(parents=True)
+    fitted.mkdir()
+    config, problems = {"flow": {"checkpoint": str(fitted)}}, []
+    assert read_yardstick(own, config, problems) is None
+    (fitted / "flow_yardstick.json").write_text(json.dumps(yardstick()))
+    found = read_yardstick(own, config, problems)
+    assert found.source == f"{fitted}/flow_yardstick.json"
+    assert [(row.layer, row.at) for row in found.rows[:3]] == [(-1, "reward"), (-1, "fit"), (1, "reward")]
+    assert [(auc.name, auc.auc, auc.low, auc.pairs) for auc in found.aucs] == [
+        ("deviation", 0.8, 0.77, 2650),
+        ("charged", 0.41, 0.37, 2650),
+    ]
+    (own / "flow/flow_yardstick.json").write_text(json.dumps({"deviation": yardstick()["deviation"]}))
+    found = read_yardstick(own, config, problems)
+    assert found.source == "flow/flow_yardstick.json" and found.aucs == () and found.num_responses is None and not problems
+    health = flow_health(Metrics((1,), {"flow/loss": (1.0,)}), {}, found)
+    assert [(v.level, v.text) for v in health.verdicts if v.text.startswith("The fit")] == [
+        (
+            "good",
+            "The fit's held-out deviation at the reward's times is 0.49; x_t / t has 1.57, the best that needs no field (Gaussian given it) "
+            "1.19.",
+        )
+    ]
+    assert flow_health(Metrics((1,), {}), {"flow": {}}, found).verdicts[0].level == "good"  # before the first step
+
+
+def test_odd_values_in_a_yardstick_are_left_out(tmp_path):
+    path, problems = tmp_path / "flow_yardstick.json", []
+    read = lambda text: (path.write_text(text), read_yardstick(tmp_path, {}, problems))[1]  # noqa: E731
+    rows = [
+        None,
+        1,
+        {},
+        {"layer": "x", "at": "fit", "field": 1},
+        {"layer": 1, "at": [], "field": 1},
+        {"layer": 1, "at": "fit", "field": "x"},
+    ]
+    rows += [{"layer": -1, "at": "reward", "field": 2.0, "zero": None, "x_t / t": math.nan, "n" * 999: 10**400}]
+    aucs = {"a": 3, "b": {}, "c": {"auc": "x"}, "d": {"auc": 7}, "e": {"auc": 0.5, "low": math.inf, "high": [], "pairs": "x"}}
+    found = read(json.dumps({"deviation": rows, "separation": {"responses": [], "accuracy": {}, "auc": aucs}}))
+    assert [row.values for row in found.rows] == [{"field": 2.0}]
+    assert [(auc.name, auc.low, auc.high, auc.pairs) for auc in found.aucs] == [("e", None, None, None)]
+    assert flow_health(Metrics((1,), {"flow/loss": (1.0,)}), {}, found).for_page()["yardstick"]["names"] == ["field"]
+    for tree in ({}, {"deviation": {}, "separation": []}, {"deviation": "x", "separation": {"auc": [1]}}):
+        assert read(json.dumps(tree)) is None
+    assert not problems
+    assert read('{"deviation": [') is None and problems[0].file == "flow_yardstick.json"
+    for odd in ("\ud800", "a\0b", "x" * 5000, "", 3, [], None):
+        path.unlink(missing_ok=True)
+        assert read_yardstick(tmp_path, {"flow": {"checkpoint": odd}}, problems) is None
+
+
+def test_the_page_carries_the_yardstick_and_a_run_without_one_does_not(tmp_path):
+    run = make_run(tmp_path / "run", steps=6)
+    flow = page_data(write_report(run))["flow"]
+    assert flow["yardstick"]["names"][0] == "field" and flow["yardstick"]["source"] == "flow/flow_yardstick.json"
+    assert any(line["level"] == "bad" and "right answers are charged more" in line["text"] for line in flow["verdicts"])
+    (run / "flow/flow_yardstick.json").unlink()
+    assert page_data(write_report(run))["flow"]["yardstick"] is None
+    assert read_run(run).problems == ()
 
 
 def test_a_run_without_flow_figures_says_why():

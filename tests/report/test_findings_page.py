@@ -96,7 +96,12 @@ def test_the_flow_view_has_a_verdict_readings_and_tokens_that_open_a_rollout(dem
     page = report.page
     lines = page.locator("#flow .verdict-lines p").all_inner_texts()
     assert "Wrong answers stray further: AUC 0." in lines[0] and "over the last 20 steps" in lines[0]
-    assert page.locator("#flow figure").count() == 9
+    assert "Among siblings: AUC 0." in lines[1]
+    assert "of the deviation, AUC 0.42 ± 0.01 of what is charged: right answers are charged more" in lines[1]
+    assert page.locator("#flow figure").count() == 12
+    assert page.locator("#yardstick .held-out tbody tr").count() == 6
+    assert page.locator("#yardstick .held-out tbody tr >> nth=0").inner_text().split("\t")[:3] == ["all", "of the reward", "0.49"]
+    assert page.locator("#yardstick .probed tbody tr").all_inner_texts()[1].split("\t") == ["charged", "0.41", "0.37 – 0.45", "2,650"]
     assert "0.5: no better than chance" in page.locator("#flow figure >> nth=0").inner_text()
     levels = page.locator("#flow .plot").nth(0).evaluate("node => node.data.filter((trace) => trace.y.every((y) => y === 0.5)).length")
     assert levels == 1

@@ -127,6 +127,11 @@ def metrics_row(rng: random.Random, step: int, skill: float) -> dict:
         "flow/advantage_share": noisy(0.05, 0.3),
         "flow/auc": noisy(0.55 + 0.2 * skill, 0.06),
         "flow/auc_in_group": noisy(0.53 + 0.15 * skill, 0.08),
+        "flow/charged_auc": 0.45 + 0.02 * (step % 3),
+        "flow/charged_auc_in_group": 0.4 + 0.02 * (step % 3),
+        "flow/charge_place": 0.3 + 0.01 * (step % 2),
+        "flow/charge_by_token": 0.55,
+        "flow/charge_by_place": 0.1,
         "flow/only_groups_frac": noisy(0.2, 0.5),
         "flow/drift": 0.0004 * step,
         "flow/deviation_spread": noisy(0.42, 0.08),
@@ -216,7 +221,17 @@ def make_run(
     write_jsonl(
         folder / "flow/flow_fit.jsonl", [{"step": s, "loss": 1 + 1 / s, "eval_loss": 1.1 + 1 / s, "lr": 1e-4} for s in range(1, 60)]
     )
+    (folder / "flow/flow_yardstick.json").write_text(json.dumps(yardstick()))
     return folder
+
+
+def yardstick() -> dict:
+    """What a fit writes."""
+    known = {"field": 0.49, "zero": 2.0, "constant": 2.0, "x_t / t": 1.57, "E[h | context]": 1.22, "Gaussian given it": 1.19}
+    rows = [{"layer": layer, "at": at, **known} for layer in (1, 2, -1) for at in ("fit", "reward")]
+    aucs = {"deviation": {"auc": 0.8, "low": 0.77, "high": 0.84, "pairs": 2650}, "contrast": None}
+    aucs["charged"] = {"auc": 0.41, "low": 0.37, "high": 0.45, "pairs": 2650}
+    return {"deviation": rows, "separation": {"responses": 2048, "accuracy": 0.444, "auc": aucs}}
 
 
 @pytest.fixture(scope="module")

@@ -19,7 +19,7 @@ HEALTHY = {
     "reward/mean": 0.5, "reward/accuracy": 0.5, "reward/frac_zero_std": 0.2, "reward/length_corr": 0.1, "reward/format": 0.9,
     "response_length/mean": 100.0, "response_length/clip_ratio": 0.05, "response/repetition": 0.05,
     "actor/entropy": 0.3, "actor/update_ratio": 1e-3, "actor/lr": 1e-4,
-    "flow/advantage_share": 0.03, "flow/deviation_spread": 0.3, "flow/num_reward_tokens": 2.0, "flow/loss": 2.0, "flow/selected_frac": 0.5,
+    "flow/advantage_share": 0.03, "flow/deviation_spread": 0.3, "flow/num_reward_tokens": 2.0, "flow/loss": 0.4, "flow/selected_frac": 0.5,
     "rollout/logprob_diff_mean": 1e-6, "rollout/ratio_mean": 1.0, "rollout/surprisal_gap": 0.002, "rollout/surprisal_z": 1.0,
 }  # fmt: skip
 
@@ -56,7 +56,7 @@ PLANTED = [
     ("flow_share", {"flow/advantage_share": 0.8, "reward/frac_zero_std": 0.9}, "answers give little: in 90% of the groups"),
     ("flow_collapse", {"flow/deviation_spread": 0.001}, "the field or the policy's latents have collapsed"),
     ("flow_collapse", {"flow/num_reward_tokens": 0.0}, "flow.reward.threshold=0.6 keeps nothing"),
-    ("flow_collapse", {"flow/loss": 9.0}, "the policy's latents move faster than the field can follow"),
+    ("flow_collapse", {"flow/loss": 1.3}, "the policy's latents move faster than the field can follow"),
     ("mismatch", {"rollout/logprob_diff_mean": 0.05}, "stale weights or a stale prefix cache: the engine was right at step 1"),
     ("mismatch", {"rollout/surprisal_gap": -0.09, "rollout/surprisal_z": -28.0}, "sampling settings: log-probs agree"),
 ]
@@ -94,6 +94,58 @@ def test_a_format_without_answers_is_seen():
 def test_a_field_without_a_right_response_is_said_once():
     (event,) = said({"flow/selected_frac": 0.0, "flow/loss": None}, steps=40)
     assert event.monitor == "flow_collapse" and "the flow field has learnt nothing for 10 steps" in event.what
+
+
+def aucs(charged, straying, noise=0.1, seed=0):
+    """AUCs among siblings that scatter about these."""
+    rng = random.Random(seed)
+    return lambda step: {"flow/charged_auc_in_group": rng.gauss(charged, noise), "flow/auc_in_group": rng.gauss(straying, noise)}
+
+
+def test_a_charge_on_right_answers_is_seen_where_deviations_know_better():
+    (event,) = said(aucs(0.38, 0.7), steps=30)
+    assert event.monitor == "flow_inverted" and event.limit == 0.5 and event.value < 0.45
+    assert event.cause.startswith("flow.reward.normalise=minmax takes each response by itself")
+    assert event.do == "flow.reward.normalise=group_z keeps the level, or flow.profile=informed"
+    level = config(flow={"reward": {"normalise": "group_z"}})
+    (event,) = said(aucs(0.38, 0.7), steps=30, cfg=level)
+    assert event.cause.startswith("flow.reward.normalise=group_z with threshold=0.6, top_k=15") and "threshold=0, top_k=0" in event.do
+    assert said(aucs(0.38, 0.7), steps=9) == []  # too few to be sure
+    assert said(aucs(0.38, 0.7), steps=30, cfg=config(flow={"reward": {"coef": 0}})) == []
+    for charged, straying in ((0.65, 0.7), (0.5, 0.7), (0.38, 0.5), (0.38, 0.35)):
+        assert said(aucs(charged, straying), steps=30) == [], (charged, straying)
+
+
+def falling(accuracy, deviation, noise=0.01, seed=0):
+    """Both go linearly from one value to the other in 40 steps."""
+    rng = random.Random(seed)
+    at = lambda ends, step: ends[0] + (ends[1] - ends[0]) * min(1, step / 40) + rng.gauss(0, noise)  # noqa: E731
+    return lambda step: {"reward/accuracy": at(accuracy, step), "flow/deviation_mean": at(deviation, step)}
+
+
+def test_a_policy_that_learns_to_be_easy_to_predict_is_seen():
+    (event,) = said(falling((0.5, 0.35), (1.0, 0.7)), steps=50)
+    assert event.monitor == "flow_hacked" and "paid for small deviations learns to be easy to predict" in event.cause
+    assert "accuracy fell to" in event.what and "while deviations fell to" in event.what and event.do.startswith("Read the responses")
+    for accuracy, deviation in (((0.5, 0.6), (1.0, 0.7)), ((0.5, 0.5), (1.0, 0.7)), ((0.5, 0.35), (1.0, 1.2)), ((0.5, 0.35), (1.0, 0.95))):
+        assert said(falling(accuracy, deviation), steps=50) == [], (accuracy, deviation)
+    assert said(falling((0.5, 0.45), (1.0, 0.7), noise=0.1), steps=50) == []  # of a noise that hides it
+    assert said(falling((0.5, 0.35), (1.0, 0.7)), steps=50, cfg=config(flow={"reward": {"coef": 0}})) == []
+
+
+def test_a_field_is_measured_against_one_that_knows_nothing():
+    loss = lambda value: {"flow/loss": value}  # noqa: E731
+    monitors = lambda value, **flow: [e.monitor for e in said(loss(value), steps=20, cfg=config(flow=flow))]  # noqa: E731
+    assert said(loss(1.5), steps=20) == [] and monitors(1.6) == ["flow_unfit"]  # 1 / 0.8^2 = 1.5625
+    assert monitors(2.7, times=(0.5, 0.8)) == [] and monitors(2.8, times=(0.5, 0.8)) == ["flow_unfit"]
+    random_times = {"online": {"times": "logit_normal"}}
+    assert monitors(11.5, **random_times) == [] and monitors(11.8, **random_times) == ["flow_unfit"]
+    (event,) = said(loss(1.6), steps=20, cfg=config(flow={"checkpoint": "f"}))
+    assert event.cause.startswith("the field was fitted too little") and "flow.fit.steps" in event.do and event.limit == 1 / 0.8**2
+    assert said(loss(1.6), steps=5) == []
+    (event,) = said(loss(1.6), steps=20)
+    assert event.cause == "a new field: flow.checkpoint is not set"
+    assert said(loss(1.6), steps=20, cfg=config(monitors={"flow_unfit": "off"})) == []
 
 
 def test_a_monitor_is_patient_and_does_not_repeat_itself():

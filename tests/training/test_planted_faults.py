@@ -33,7 +33,8 @@ def score(reward_inputs):
     bad = 5 <= calls < 8
     return [{"overall": len(r["response"]) / 100 if bad else float(r["ground_truth"] in r["response"])} for r in reward_inputs]
 """
-EVERY_STOP = [f"monitors.{name}=stop" for name in CHECKS]
+EXPECTED = {"flow_unfit"}  # the demos begin with a new field, which knows nothing: it is warned of, and rightly
+EVERY_STOP = [f"monitors.{name}=stop" for name in CHECKS if name not in EXPECTED]
 
 
 @pytest.fixture(scope="module")
@@ -121,7 +122,8 @@ def test_a_passing_fault_is_rolled_back_and_the_run_ends_well(tmp_path, data):
     settings = ["train.save_steps=2", "train.steps=8", "monitors.length=roll_back", "rollout.num_prompts=16"]
     cfg = demo_config(tmp_path / "run", data, f"reward.function={tmp_path / 'pays.py'}:score", *settings)
     folder = train_rank(cfg, ALONE)
-    (event,), metrics, taken = (read_lines(folder / f"{name}.jsonl") for name in ("events", "metrics", "rolled_back"))
+    found, metrics, taken = (read_lines(folder / f"{name}.jsonl") for name in ("events", "metrics", "rolled_back"))
+    (event,) = (event for event in found if event["monitor"] not in EXPECTED)
     assert (event["monitor"], event["action"], event["since"], event["step"], event["to"]) == ("length", "roll_back", 5, 7, 4)
     assert [row["step"] for row in metrics] == [*range(1, 9)]
     assert [row["step"] for row in taken] == [5, 6, 7]
@@ -147,7 +149,7 @@ def test_two_ranks_roll_back_together(tmp_path, data, stage):
     cfg = demo_config(tmp_path / "run", data, f"reward.function={tmp_path / 'pays.py'}:score", *settings)
     (tmp_path / "config.yaml").write_text(json.dumps(cfg.model_dump(mode="json")))
     torchrun(2, "rlfr_vlm.cli", "train", "--config", tmp_path / "config.yaml", timeout=600)
-    (event,) = read_lines(tmp_path / "run/events.jsonl")
+    (event,) = (event for event in read_lines(tmp_path / "run/events.jsonl") if event["monitor"] not in EXPECTED)
     assert (event["action"], event["to"]) == ("roll_back", 4)
     assert [row["step"] for row in read_lines(tmp_path / "run/metrics.jsonl")] == [*range(1, 9)]
 
@@ -163,11 +165,11 @@ HEALTHY = [
 @pytest.mark.slow
 @pytest.mark.parametrize(("task", "overrides"), HEALTHY, ids=[" ".join(overrides) for _, overrides in HEALTHY])
 def test_no_monitor_stops_a_healthy_run(tmp_path, data, task, overrides):
-    """The whole demo, with every monitor at `stop`."""
+    """The whole demo, with every monitor at `stop` but the one that speaks of its new field."""
     cfg = demo_config(tmp_path / "run", data, "train.steps=80", *EVERY_STOP, *overrides, task=task)
     folder = train_rank(cfg, ALONE)
     assert len((folder / "metrics.jsonl").read_text().splitlines()) == 80
-    assert (folder / "events.jsonl").read_text() == ""
+    assert {event["monitor"] for event in read_lines(folder / "events.jsonl")} <= EXPECTED
 
 
 @pytest.mark.slow
@@ -183,4 +185,4 @@ def test_no_monitor_stops_the_text_demo(tmp_path):
     overrides = [f"output_dir={tmp_path / 'run'}", f"model.path={tmp_path / 'smollm2'}", "eval.every=0", *data, *EVERY_STOP]
     done = cli("train", "--config", config, *overrides, timeout=1800)
     assert done.returncode == 0, done.stderr[-2000:]
-    assert (tmp_path / "run/events.jsonl").read_text() == ""
+    assert {event["monitor"] for event in read_lines(tmp_path / "run/events.jsonl")} <= EXPECTED
