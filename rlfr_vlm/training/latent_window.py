@@ -161,6 +161,8 @@ def follow(
                     part = (field.losses(tile, online.times, field.networks[name]) * tile.share).sum() / online.batch_tokens
                     part.backward()
                     loss += part.item() / online.updates
+            elif ranks.size > 1:  # what meets at the step must have gone backwards on every rank
+                (0.0 * torch.stack([p.sum() for p in field.networks[name].parameters()]).sum()).backward()
             norm = optimizer.step()
         figures |= ranks.sum({LOSSES[name]: loss}, "loss of the flow")
         figures[NORMS[name]] = norm

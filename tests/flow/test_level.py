@@ -8,7 +8,8 @@ from rlfr_vlm.flow.field import FlowField, FlowSpec, Scale, check_spec
 from rlfr_vlm.flow.network import VelocityNet
 from rlfr_vlm.flow.reward import Siblings, TokenTypes, book_later, centre_in_group, flow_reward, normalise_group
 from rlfr_vlm.flow.separation import separation, wins
-from rlfr_vlm.flow.yardstick import Linear, reference, scale_of, velocities
+from rlfr_vlm.flow.reference import unfit_loss
+from rlfr_vlm.flow.yardstick import Linear, scale_of, velocities
 
 SPEC = FlowSpec((1, 2), 4, ("token_post",), (1,), (0.8,), 1, {"hidden_size": 8, "rms_norm_eps": 1e-6})
 GROUP = torch.tensor([0, 0, 0, 0, 1, 1])
@@ -70,7 +71,7 @@ def test_the_yardsticks_deviate_by_what_theory_says():
     }
     assert found["zero"] == pytest.approx(target.square().mean().item() + 1, rel=0.02)
     assert found["constant"] == pytest.approx(target.var(0).mean().item() + 1, rel=0.02)
-    assert found["x_t / t"] == pytest.approx(reference((0.8,)), rel=0.02)
+    assert found["x_t / t"] == pytest.approx(unfit_loss((0.8,)), rel=0.02)
     assert found["E[h | context]"] == pytest.approx(0.25 + 1, rel=0.02)
     assert found["Gaussian given it"] == pytest.approx(0.25 / (0.64 * 0.25 + 0.04), rel=0.02)  # the best that can be done
 

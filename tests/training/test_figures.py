@@ -16,7 +16,7 @@ from rlfr_vlm.types import Outcome
 
 
 def response(position, correct, deviation, advantage=1.0, rewarded=True, spread=0.5):
-    return ResponseFigures(position, correct, advantage, rewarded, deviation, spread)
+    return ResponseFigures(position, correct, advantage, rewarded, float(rewarded), float("nan"), deviation, spread)
 
 
 def test_auc_counts_pairs_of_wrong_and_right_among_all_and_among_siblings():
