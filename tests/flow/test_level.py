@@ -6,9 +6,9 @@ import torch
 from rlfr_vlm.errors import UserError
 from rlfr_vlm.flow.field import FlowField, FlowSpec, Scale, check_spec
 from rlfr_vlm.flow.network import VelocityNet
+from rlfr_vlm.flow.reference import unfit_loss
 from rlfr_vlm.flow.reward import Siblings, TokenTypes, book_later, centre_in_group, flow_reward, normalise_group
 from rlfr_vlm.flow.separation import separation, wins
-from rlfr_vlm.flow.reference import unfit_loss
 from rlfr_vlm.flow.yardstick import Linear, scale_of, velocities
 
 SPEC = FlowSpec((1, 2), 4, ("token_post",), (1,), (0.8,), 1, {"hidden_size": 8, "rms_norm_eps": 1e-6})
