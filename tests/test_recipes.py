@@ -18,7 +18,7 @@ from rlfr_vlm.config import config_hash, load_config, parse_config
 from rlfr_vlm.errors import UserError
 from rlfr_vlm.flow.field import SPEC_FILE
 from rlfr_vlm.flow.network import VelocityNet
-from rlfr_vlm.training import schedule
+from rlfr_vlm.training import schedule, shapes
 from tests.runs import ROOT
 
 RECIPES = sorted((ROOT / "scripts").glob("*/*.yaml"))
@@ -374,7 +374,7 @@ def test_rows_are_counted_in_every_format_and_unknown_ones_said(tmp_path):
 @pytest.mark.parametrize(("hidden", "depth"), [(8, 1), (24, 3)])
 def test_the_size_of_a_field_is_its_networks(hidden, depth, tmp_path):
     network = VelocityNet(hidden, depth, 1e-6)
-    assert schedule.num_field_parameters(hidden, depth) == sum(p.numel() for p in network.parameters())
+    assert shapes.num_field_parameters(hidden, depth) == sum(p.numel() for p in network.parameters())
     (tmp_path / "config.json").write_text(json.dumps({"text_config": {"hidden_size": hidden}}))
     assert schedule.hidden_size(str(tmp_path)) == hidden
     assert schedule.hidden_size("someone/model") is None

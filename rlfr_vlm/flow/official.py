@@ -237,6 +237,10 @@ def export_field(folder: Path, out: Path, dtype: torch.dtype | None = None) -> P
     inside it. Returns the file; raises UserError naming file and key, and where there is such a file already."""
     path, spec = folder / WEIGHTS_FILE, read_spec(folder)
     file = out if out.suffix == ".bin" and not out.is_dir() else out / FILES[0]
+    if own := [name for name in ("standardise", "prompt_context") if getattr(spec, name)] + ["contrast"] * (spec.contrast != "none"):
+        raise UserError(
+            f"{folder}: the published code has no {own[0]}, and would read this field wrongly: fit one with flow.profile=published"
+        )
     if file.exists():
         raise UserError(f"--out: {file} is there already: remove it, or name another place")
     try:

@@ -113,7 +113,11 @@ def _step(cfg: Config, bench: Bench, vllm: bool) -> dict[str, float]:
     if cfg.flow is not None:
         score, learn = field_seconds(cfg, bench)
         each = tokens * len(cfg.flow.layers) * len(cfg.flow.sides) * len(cfg.flow.times)
-        parts["flow"] = each * (score * cfg.flow.reward.draws + (learn if cfg.flow.online.enabled else 0.0))
+        online, networks = cfg.flow.online, 1 if cfg.flow.contrast == "none" else 2
+        learnt = 0.0 if not online.enabled else each * learn
+        if online.enabled and online.window:
+            learnt = online.updates * online.batch_tokens * len(cfg.flow.layers) * learn * cfg.algorithm.updates_per_rollout
+        parts["flow"] = networks * (each * score * cfg.flow.reward.draws + learnt)
     return parts
 
 

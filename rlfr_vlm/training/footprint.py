@@ -28,7 +28,7 @@ from rlfr_vlm.training.memory import (
     vision_activations,
 )
 from rlfr_vlm.training.schedule import due_steps
-from rlfr_vlm.training.shapes import ModelShape, num_field_parameters
+from rlfr_vlm.training.shapes import ModelShape, num_flow_parameters
 
 ROLLOUT, UPDATE, SAVING = "rollout", "update", "saving"
 FILE_BYTES = 2**29  # of training/shards.py: held in host memory before they are written
@@ -98,7 +98,7 @@ def _beside(cfg: Config, shape: ModelShape) -> Parts:
     if cfg.algorithm.needs_reference:
         parts["reference"] = float(shape.parameters * element(cfg))
     if cfg.flow is not None:
-        weights = num_field_parameters(shape.hidden, cfg.flow.network.depth)
+        weights = num_flow_parameters(shape.hidden, cfg.flow)
         parts["flow field"] = weights * (12.0 if cfg.flow.online.enabled else 4.0)
     if cfg.algorithm.loss == "flowrl":
         parts["head"] = 16.0 * 2 * shape.hidden**2
@@ -109,7 +109,7 @@ def _updates(cfg: Config, shape: ModelShape, machine: Machine, gradients: float)
     """The candidates for the update's height: a first micro-batch, a later one, the end of a backward, the field's backward."""
     kind, total = machine.kind, update_tokens(cfg)
     first = micro_batch(cfg, cfg.train.tokens_per_microbatch)
-    field = 4.0 * num_field_parameters(shape.hidden, cfg.flow.network.depth) if cfg.flow and cfg.flow.online.enabled else 0.0
+    field = 4.0 * num_flow_parameters(shape.hidden, cfg.flow) if cfg.flow and cfg.flow.online.enabled else 0.0
     after = {"gradients": gradients} | ({"flow gradients": field} if field else {})
     found = [_forward(cfg, shape, first, kind)]
     after["held by the allocator"] = found[0]["held by the allocator"]  # it keeps what the largest micro-batch had
@@ -249,7 +249,7 @@ def disk(cfg: Config, shape: ModelShape) -> Parts:
     _, optimiser = bytes_per_trained(cfg)
     checkpoint = num_trained(cfg, shape) * float(element(cfg) + optimiser)
     if cfg.flow is not None:
-        checkpoint += num_field_parameters(shape.hidden, cfg.flow.network.depth) * (12.0 if cfg.flow.online.enabled else 4.0)
+        checkpoint += num_flow_parameters(shape.hidden, cfg.flow) * (12.0 if cfg.flow.online.enabled else 4.0)
     if cfg.algorithm.loss == "flowrl":
         checkpoint += 12.0 * 2 * shape.hidden**2
     saved = len(due_steps(cfg.train.save_steps, cfg.train.steps))

@@ -12,7 +12,7 @@ from rlfr_vlm.config import Config, FlowConfig, FlowFitConfig, config_hash, diff
 from rlfr_vlm.errors import UserError
 from rlfr_vlm.training.checkpoint import list_checkpoints
 from rlfr_vlm.training.memory import bytes_per_parameter, element
-from rlfr_vlm.training.shapes import hidden_size, num_field_parameters, num_parameters
+from rlfr_vlm.training.shapes import hidden_size, num_flow_parameters, num_parameters
 from rlfr_vlm.training.trackers import STATE_FILE, check_recording
 
 HELDOUT_FRAC, MOST_HELDOUT = 0.05, 64  # of the expert rows
@@ -158,7 +158,7 @@ def _flow(cfg: Config) -> tuple[Lines, Lines, Lines]:
         (f"{out}/flow_yardstick.json", "held-out deviation beside what needs no field; what it knows of right and wrong"),
         *_bad_rows(cfg),
     ]
-    contrast = ", and its contrast of the same size" if cfg.flow.contrast != "none" else ""
+    contrast = ", half of them its contrast's" if cfg.flow.contrast != "none" else ""
     return plan, [*_policy(cfg), ("flow field", f"a new one{_field_size(cfg)}{contrast}"), *_memory(cfg, trained=False)], files
 
 
@@ -321,7 +321,7 @@ def _field(cfg: Config) -> Lines:
 def _field_size(cfg: Config) -> str:
     hidden = hidden_size(cfg.model.path)
     assert cfg.flow is not None
-    return "" if hidden is None else f", {_number(num_field_parameters(hidden, cfg.flow.network.depth))} parameters"
+    return "" if hidden is None else f", {_number(num_flow_parameters(hidden, cfg.flow))} parameters"
 
 
 def _memory(cfg: Config, trained: bool) -> Lines:
@@ -336,7 +336,7 @@ def _memory(cfg: Config, trained: bool) -> Lines:
     if trained and cfg.algorithm.needs_reference:
         parts.append(("reference", size, weight))  # taken to be as large
     if cfg.flow is not None and hidden is not None:
-        parts.append(("field", num_field_parameters(hidden, cfg.flow.network.depth), 16 if not trained or cfg.flow.online.enabled else 4))
+        parts.append(("field", num_flow_parameters(hidden, cfg.flow), 16 if not trained or cfg.flow.online.enabled else 4))
     sums = ", ".join(f"{name} {count / 1e6:,.1f}M parameters x {one} bytes" for name, count, one in parts)
     return [("memory", f"about {_gib(sum(count * one for _, count, one in parts))} {rest}: {sums}")]
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from rlfr_vlm.config import FlowConfig
 from rlfr_vlm.errors import UserError
 
 # From the config.json that each model is published with; read where no folder of that name is at hand.
@@ -116,6 +117,12 @@ class ModelShape:
 def num_field_parameters(hidden: int, depth: int) -> int:
     """Weights of a velocity network."""
     return hidden**2 * (7 + 5 * depth) + hidden * (522 + 6 * depth)
+
+
+def num_flow_parameters(hidden: int, cfg: FlowConfig) -> int:
+    """Weights of a field and of its contrast, where it has one."""
+    prompt = hidden**2 + hidden if cfg.prompt_context else 0
+    return (num_field_parameters(hidden, cfg.network.depth) + prompt) * (1 if cfg.contrast == "none" else 2)
 
 
 def text_config(model: str) -> dict[str, Any]:

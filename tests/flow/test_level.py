@@ -6,6 +6,7 @@ import torch
 from rlfr_vlm.errors import UserError
 from rlfr_vlm.flow.field import FlowField, FlowSpec, Scale, check_spec
 from rlfr_vlm.flow.network import VelocityNet
+from rlfr_vlm.flow.official import export_field
 from rlfr_vlm.flow.reference import unfit_loss
 from rlfr_vlm.flow.reward import Siblings, TokenTypes, book_later, centre_in_group, flow_reward, normalise_group
 from rlfr_vlm.flow.separation import separation, wins
@@ -107,3 +108,10 @@ def test_a_new_contrast_charges_nothing():
     field = FlowField(FlowSpec(**{**vars(SPEC), "contrast": "wrong"}))
     assert all(torch.equal(a, b) for a, b in zip(field.network.parameters(), field.contrast.parameters(), strict=True))
     assert field.contrast is not field.network
+
+
+def test_an_informed_field_is_not_exported_for_the_published_code(tmp_path):
+    field = FlowField(FlowSpec(**{**vars(SPEC), "standardise": True}), scale=Scale(torch.zeros(2, 8), torch.ones(2, 8)))
+    field.save(tmp_path)
+    with pytest.raises(UserError, match="has no standardise"):
+        export_field(tmp_path, tmp_path / "out")
