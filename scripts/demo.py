@@ -53,7 +53,7 @@ def run(task: str, cfg: Config) -> dict[str, object]:
     """The demo, as the command line would do it verb by verb, with one policy and one engine throughout."""
     start = time.perf_counter()
     expert = commands.expert_prompts(cfg)
-    train, _, bad = commands.rl_prompts(cfg)
+    train, _, bad = commands.rl_prompts(cfg.model_copy(update={"flow": None}))  # the field is fitted below
     heldout = commands.heldout_prompts(cfg)
     assert cfg.flow is not None
     with commands.workbench(cfg) as bench:

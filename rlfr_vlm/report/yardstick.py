@@ -56,6 +56,8 @@ class Yardstick:
 
 def read_yardstick(folder: Path, config: dict[str, Any], problems: list[Problem]) -> Yardstick | None:
     """That of the run's own fit, else of the one that `flow.checkpoint` of its config names; None where there is none."""
+    if "flow" in config and config["flow"] is None:  # a field may lie there, but this run read none
+        return None
     for path, source in _places(folder, config):
         if is_there(path):
             tree = json_object(path, problems)

@@ -46,7 +46,15 @@ def data(tmp_path_factory):
 
 def demo_config(folder, data, *overrides, task="vision"):
     names = [f"data.{field}={data / name}.jsonl" for field, name in (("train", "train"), ("eval", "test"), ("expert", "expert"))]
-    fixed = [f"output_dir={folder}", "train.steps=10", "eval.every=0", "train.log_rollouts=1", "rollout.engine=hf", *names]
+    fixed = [
+        "flow.profile=published",
+        f"output_dir={folder}",
+        "train.steps=10",
+        "eval.every=0",
+        "train.log_rollouts=1",
+        "rollout.engine=hf",
+        *names,
+    ]
     return load_config(ROOT / f"scripts/demo_{task}.yaml", (*fixed, *overrides))
 
 
