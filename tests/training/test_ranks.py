@@ -145,7 +145,8 @@ def live(folder, name, *overrides, ranks=1):
     """Metrics and first rollouts of five steps of the demo with vLLM, through the command line."""
     run = folder / name
     settings = [
-        "flow.profile=published", f"output_dir={run}", f"data.train={folder / 'train.jsonl'}", "rollout.engine=vllm", "train.steps=5", "train.log_rollouts=32",
+        "flow.profile=published",
+        f"output_dir={run}", f"data.train={folder / 'train.jsonl'}", "rollout.engine=vllm", "train.steps=5", "train.log_rollouts=32",
         "eval.every=0", "data.eval=null", "data.shuffle=false", *overrides,
     ]  # fmt: skip
     arguments = ("train", "--config", ROOT / "scripts/demo_vision.yaml", *settings)
