@@ -50,7 +50,7 @@ PROFILES: dict[str, dict[str, Any]] = {
         "standardise": True,
         "prompt_context": True,
         "contrast": "own",
-        "reward.coef": 0.3,
+        "reward.coef": 0.1,
         "reward.normalise": "group_z",
         "reward.threshold": 0.0,
         "reward.top_k": 0,

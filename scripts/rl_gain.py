@@ -36,15 +36,15 @@ BASE = "RLVR"
 INFORMED = ("flow.profile=informed", "flow.fit.probe_prompts=0", "flow.fit.steps=600")
 NO_CONTRAST = (*INFORMED, "flow.contrast=none")
 OWN_ONLINE = ("flow.online.enabled=true", "flow.online.networks=contrast", "flow.online.window=12", "flow.online.times=logit_normal")
-WRONG = (*INFORMED, "flow.fit.source=rollouts", "flow.contrast=wrong")
+WRONG = (*INFORMED, "flow.reward.coef=0.3", "flow.fit.source=rollouts", "flow.contrast=wrong")
 METHODS: dict[str, tuple[str, ...]] = {
     BASE: ("flow=null",),
     "RLFR published": ("flow.fit={steps: 60, batch_size: 64, batch_mul: 2, lr: 1.0e-3}",),  # as the demo had it
     "deviation, 0.1": (*NO_CONTRAST, "flow.reward.coef=0.1"),
     "contrast own, 0.1": (*INFORMED, "flow.reward.coef=0.1"),
-    "contrast own, 0.3": INFORMED,
+    "contrast own, 0.3": (*INFORMED, "flow.reward.coef=0.3"),
     "contrast own, 1": (*INFORMED, "flow.reward.coef=1"),
-    "contrast own, learning": (*INFORMED, *OWN_ONLINE),
+    "contrast own, learning": (*INFORMED, "flow.reward.coef=0.3", *OWN_ONLINE),
     "contrast wrong": WRONG,
     "contrast wrong, learning": (*WRONG, *OWN_ONLINE, "flow.online.networks=all"),
     "likelihood, a reward": ("flow=null", "shaping.likelihood={}"),
