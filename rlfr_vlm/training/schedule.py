@@ -143,8 +143,7 @@ def _flow(cfg: Config) -> tuple[Lines, Lines, Lines]:
         raise UserError("the config has no `flow` section: nothing to fit")
     out = new_field_folder(cfg)
     size = hidden_size(cfg.model.path)
-    plan = _solution_steps(cfg) if cfg.flow.fit.batch_tokens is None else _small_steps(cfg)
-    steps = int(plan.pop(0)[1] or 0) or None
+    steps, plan = _solution_steps(cfg) if cfg.flow.fit.batch_tokens is None else _small_steps(cfg)
     if cfg.flow.fit.lr is None and size is None:
         plan.append(("learning rate", f"{LR_TIMES_SIZE:g} over the size of the latents"))
     else:
@@ -162,11 +161,11 @@ def _flow(cfg: Config) -> tuple[Lines, Lines, Lines]:
     return plan, [*_policy(cfg), ("flow field", f"a new one{_field_size(cfg)}{contrast}"), *_memory(cfg, trained=False)], files
 
 
-def _small_steps(cfg: Config) -> Lines:
-    """First the number of steps, for whoever needs it."""
+def _small_steps(cfg: Config) -> tuple[int, Lines]:
+    """How many, and what is to be said of them."""
     assert cfg.flow is not None
     fit, contrast = cfg.flow.fit, cfg.flow.contrast
-    steps, plan = fit.steps or FIT_STEPS, [("", str(fit.steps or FIT_STEPS))]
+    steps, plan = fit.steps or FIT_STEPS, []
     if fit.source != "rollouts":
         plan.append(("data", count_rows(_required(cfg.data.expert, "data.expert")).text))
     if fit.source != "expert" or contrast != "none":
@@ -184,16 +183,16 @@ def _small_steps(cfg: Config) -> Lines:
     plan.append(
         ("batch", f"{fit.batch_tokens} tokens at {len(cfg.flow.layers)} layers, from latents computed once (at most {fit.cache_gib:g} GiB)")
     )
-    return plan
+    return steps, plan
 
 
-def _solution_steps(cfg: Config) -> Lines:
-    """First the number of steps, where it is known."""
+def _solution_steps(cfg: Config) -> tuple[int | None, Lines]:
+    """How many, where that is known, and what is to be said of them."""
     assert cfg.flow is not None
     rows = count_rows(_required(cfg.data.expert, "data.expert"))
     fit, flow = cfg.flow.fit, cfg.flow
     batch, steps = (fit.batch_size, fit.steps) if rows.count is None else fit_steps(cfg, rows.count)
-    plan = [("", str(steps or 0)), ("data", rows.text)]
+    plan = [("data", rows.text)]
     if rows.count is not None:
         held = num_heldout(rows.count)
         plan.append(("held out", f"{held} rows, {_number(rows.count - held)} are fitted"))
@@ -205,7 +204,7 @@ def _solution_steps(cfg: Config) -> Lines:
     plan.append(("tokens per step", f"at most {_number(batch * fit.max_tokens)}: {batch} rows of {_number(fit.max_tokens)}"))
     if steps:
         plan.append(("tokens", f"at most {_number(steps * batch * fit.max_tokens)} in total"))
-    return plan
+    return steps, plan
 
 
 def new_field_folder(cfg: Config) -> Path:
