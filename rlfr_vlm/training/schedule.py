@@ -165,7 +165,8 @@ def _small_steps(cfg: Config) -> tuple[int, Lines]:
     """How many, and what is to be said of them."""
     assert cfg.flow is not None
     fit, contrast = cfg.flow.fit, cfg.flow.contrast
-    steps, plan = fit.steps or FIT_STEPS, []
+    steps = fit.steps or FIT_STEPS
+    plan: Lines = []
     if fit.source != "rollouts":
         plan.append(("data", count_rows(_required(cfg.data.expert, "data.expert")).text))
     if fit.source != "expert" or contrast != "none":
