@@ -26,7 +26,6 @@ from rlfr_vlm import commands
 from rlfr_vlm.config import Config, load_config, parse_config
 from rlfr_vlm.flow.field import FlowField, FlowSpec
 from rlfr_vlm.flow.separation import separation
-from rlfr_vlm.flow.sketch import sketch_latents
 from rlfr_vlm.models.pack import micro_batches, pack
 from rlfr_vlm.training.collect import GradedGroup
 from rlfr_vlm.training.credit import Sample, Scores, make_samples, token_rewards
@@ -145,23 +144,23 @@ def load_flow(cfg: Config) -> Any:
 
 
 def probe_values(bench: commands.Workbench, field: FlowField, samples: list[Sample]) -> list[float]:
-    """Log odds of being wrong by logistic regression on the projected mean latents, fitted on the other four fifths of the prompts."""
-    from sklearn.linear_model import LogisticRegression
+    """Being wrong by ridge regression on the mean latents, each time fitted on the other four fifths of the prompts."""
+    from sklearn.linear_model import RidgeClassifierCV
     from sklearn.preprocessing import StandardScaler
 
-    features = []
+    features: list[Any] = [None] * len(samples)
     for part in micro_batches([s.rollout for s in samples], 16384):
-        chosen = [samples[i].rollout for i in part]
         with torch.no_grad():
-            _, latents = bench.policy.states(pack(chosen, bench.policy.device), field.request)
+            _, latents = bench.policy.states(pack([samples[i].rollout for i in part], bench.policy.device), field.request)
         assert latents is not None
-        features.append(sketch_latents(latents, [len(r.token_ids) for r in chosen]))
-    x = torch.cat(features).numpy()
+        for i, rows in zip(part, latents.target.split([samples[i].length for i in part]), strict=True):
+            features[i] = latents.states.index_select(1, rows).float().mean(1).flatten().cpu().numpy()
+    x = np.stack(features)
     wrong, fold = np.array([not s.outcome.correct for s in samples]), np.array([s.position % 5 for s in samples])
     values = np.zeros(len(samples))
     for k in range(5):
         scaler = StandardScaler().fit(x[fold != k])
-        model = LogisticRegression(C=0.1, max_iter=2000).fit(scaler.transform(x[fold != k]), wrong[fold != k])
+        model = RidgeClassifierCV(alphas=np.logspace(0, 5, 6)).fit(scaler.transform(x[fold != k]), wrong[fold != k])
         values[fold == k] = model.decision_function(scaler.transform(x[fold == k]))
     return values.tolist()
 

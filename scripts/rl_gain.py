@@ -33,7 +33,7 @@ from demo import ROOT, prepare
 
 FOLDER = Path("runs/rl_gain")
 BASE = "RLVR"
-INFORMED = ("flow.profile=informed", "flow.fit.probe_prompts=0", "flow.fit.steps=600")
+INFORMED = ("flow.profile=informed", "flow.fit.probe_prompts=0")
 NO_CONTRAST = (*INFORMED, "flow.contrast=none")
 OWN_ONLINE = ("flow.online.enabled=true", "flow.online.networks=contrast", "flow.online.window=12", "flow.online.times=logit_normal")
 WRONG = (*INFORMED, "flow.reward.coef=0.3", "flow.fit.source=rollouts", "flow.contrast=wrong")
@@ -41,9 +41,11 @@ METHODS: dict[str, tuple[str, ...]] = {
     BASE: ("flow=null",),
     "RLFR published": ("flow.fit={steps: 60, batch_size: 64, batch_mul: 2, lr: 1.0e-3}",),  # as the demo had it
     "deviation, 0.1": (*NO_CONTRAST, "flow.reward.coef=0.1"),
+    "deviation, 0.3": (*NO_CONTRAST, "flow.reward.coef=0.3"),
     "contrast own, 0.1": (*INFORMED, "flow.reward.coef=0.1"),
     "contrast own, 0.3": (*INFORMED, "flow.reward.coef=0.3"),
     "contrast own, 1": (*INFORMED, "flow.reward.coef=1"),
+    "contrast own, 0.3, by token type": (*INFORMED, "flow.reward.coef=0.3", "flow.reward.normalise=token_type"),
     "contrast own, learning": (*INFORMED, "flow.reward.coef=0.3", *OWN_ONLINE),
     "contrast wrong": WRONG,
     "contrast wrong, learning": (*WRONG, *OWN_ONLINE, "flow.online.networks=all"),
@@ -92,27 +94,34 @@ def fitted_field(cfg: Config) -> str:
     return str(folder / "flow")
 
 
-def run_method(task: str, name: str, start: str, shape: tuple[int, int], steps: int, seed: int, extra: tuple[str, ...]) -> dict[str, Any]:
-    """Train one method with one seed. Returns its figures."""
-    folder = FOLDER / "runs" / f"{task}-{start}-{name.replace(', ', '_').replace(' ', '_')}-{seed}"
+def method_config(
+    task: str, name: str, start: str, shape: tuple[int, int], steps: int, seed: int, folder: Path, extra: tuple[str, ...]
+) -> tuple[Config, int]:
+    """What one method trains with, its field fitted; and the responses that the field has seen. `folder` is emptied."""
     shutil.rmtree(folder, ignore_errors=True)
     own = [s for s in METHODS[name] if not s.startswith("flow=")]
     settings = [
         f"output_dir={folder}", f"seed={seed}", f"train.steps={steps}", f"train.save_steps={steps}", "train.log_rollouts=0",
         "train.trackers=[]", "rollout.engine=hf", f"rollout.num_prompts={shape[0]}", f"rollout.group_size={shape[1]}",
-        f"eval.every={max(1, steps // 2)}", "eval.num_samples=4", *own, *extra,
+        f"eval.every={max(1, steps // 2)}", "eval.num_samples=4", *own,
     ]  # fmt: skip
     plain = ("flow=null",) if "flow=null" in METHODS[name] else ()
     extra = tuple(s for s in extra if not (plain and s.startswith("flow")))  # or there would be a flow again
     base = ROOT / "scripts" / f"rl_gain_{task}.yaml"
-    cfg = load_config(base, (*plain, *settings))
+    cfg = load_config(base, (*plain, *settings, *extra))
     if start == "supervised":
         cfg = cfg.model_copy(update={"model": cfg.model.model_copy(update={"path": supervised(load_config(base))})})
-    fitted = 0
-    if cfg.flow is not None:
-        cfg = cfg.model_copy(update={"flow": cfg.flow.model_copy(update={"checkpoint": fitted_field(cfg)})})
-        assert cfg.flow is not None
-        fitted = cfg.flow.fit.rollout_prompts * 8 if cfg.flow.contrast != "none" else 0
+    if cfg.flow is None:
+        return cfg, 0
+    cfg = cfg.model_copy(update={"flow": cfg.flow.model_copy(update={"checkpoint": fitted_field(cfg)})})
+    assert cfg.flow is not None
+    return cfg, cfg.flow.fit.rollout_prompts * 8 if commands.needs_responses(cfg) else 0
+
+
+def run_method(task: str, name: str, start: str, shape: tuple[int, int], steps: int, seed: int, extra: tuple[str, ...]) -> dict[str, Any]:
+    """Train one method with one seed. Returns its figures."""
+    folder = FOLDER / "runs" / f"{task}-{start}-{name.replace(', ', '_').replace(' ', '_')}-{seed}"
+    cfg, fitted = method_config(task, name, start, shape, steps, seed, folder, extra)
     commands.train(cfg)
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     found = [line for line in lines if "reward/accuracy" in line]
