@@ -242,7 +242,12 @@ class TokenRewardConfig(Section):
     credit: Literal["to_go", "token"] = Field(
         "to_go",
         description="a reward, summed to the end, which charges every token before it as well (as published); or an advantage of its own "
-        "token, centred in the group",
+        "token, centred as `centre` says",
+    )
+    centre: Literal["group", "type"] = Field(
+        "group",
+        description="with credit=token: less the mean over the group's tokens, or over all tokens of the step with the same id, so that no "
+        "kind of token is preferred for itself; the latter takes a scoring pass over the step before its update",
     )
 
     @model_validator(mode="after")
@@ -251,6 +256,8 @@ class TokenRewardConfig(Section):
             raise ValueError(f"threshold={self.threshold} keeps nothing: {self.normalise} scores lie in [0, 1]")
         if self.normalise not in ("minmax", "group") and self.top_k == 1:
             raise ValueError("top_k=1 keeps nothing with a signed normalise: half of it goes to each sign; use 0 or at least 2")
+        if self.centre == "type" and self.credit != "token":
+            raise ValueError("centre=type is read with credit=token only: rewards are not centred")
         return self
 
 

@@ -31,7 +31,9 @@ def run_alone(task: str, name: str, steps: int, extra: tuple[str, ...]) -> dict[
     cfg, _ = method_config(task, name, "initial", max(DEFAULTS[task].items())[1], steps, 0, folder, extra)
     reward = cfg.reward.model_copy(update={"wrong": 1.0})  # beyond what a config allows: then every group is without an outcome's advantage
     commands.train(cfg.model_copy(update={"reward": reward}))
-    held = [json.loads((folder / "eval" / f"step_{step:06d}.json").read_text())["accuracy"] for step in (0, steps // 2, steps)]
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    held = [next(line["reward/accuracy"] for line in lines if "reward/accuracy" in line)]  # of the first rollouts
+    held += [line["val/accuracy"] for line in lines if "val/accuracy" in line]
     said = [json.loads(line) for line in (folder / "events.jsonl").read_text().splitlines()]
     answers = [json.loads(line)["response"] for line in (folder / "eval" / f"step_{steps:06d}.jsonl").read_text().splitlines()]
     common = [(text.strip(), count / len(answers)) for text, count in Counter(answers).most_common(SHOWN)]

@@ -130,11 +130,17 @@ def run_method(task: str, name: str, start: str, shape: tuple[int, int], steps: 
         "name": name, "seed": seed, "area": statistics.mean(line["reward/accuracy"] for line in found),
         "half": held[max(1, steps // 2)]["val/accuracy"], "end": held[steps]["val/accuracy"], "greedy": held[steps]["val/greedy"],
         "responses": steps * shape[0] * shape[1], "fitted": fitted, "last": found[-1]["reward/accuracy"],
-        "charged_auc": [line.get("flow/charged_auc_in_group") for line in (found[0], found[-1])],
-        "auc": [line.get("flow/auc_in_group") for line in (found[0], found[-1])],
+        "charged_auc": over_run([line.get("flow/charged_auc_in_group") for line in found]),
+        "auc": over_run([line.get("flow/auc_in_group") for line in found]),
     }  # fmt: skip
     shutil.rmtree(folder)
     return row
+
+
+def over_run(values: list[float | None]) -> list[float | None]:
+    """Mean of the first ten steps and of the last ten, over those that have a value."""
+    parts = ([v for v in part if v is not None] for part in (values[:10], values[-10:]))
+    return [statistics.mean(part) if part else None for part in parts]
 
 
 def interval(values: list[float]) -> str:
@@ -154,8 +160,9 @@ def table(rows: list[dict[str, Any]]) -> str:
         by_name.setdefault(row["name"], {})[row["seed"]] = row
     base = by_name.get(BASE, {})
     lines = [
-        "| method | seeds | area under the rollouts' accuracy | held-out sampled, half-way | at the end | greedy | responses, and to fit on |",
-        "|---|---|---|---|---|---|---|",
+        "| method | seeds | area under the rollouts' accuracy | held-out sampled, half-way | at the end | greedy "
+        "| AUC of the charge, first and last ten steps | responses, and to fit on |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     for name, found in by_name.items():
         seeds = sorted(found.keys() & base.keys()) if name != BASE else sorted(found)
@@ -166,7 +173,9 @@ def table(rows: list[dict[str, Any]]) -> str:
             else:
                 cells.append(interval([found[s][key] - base[s][key] for s in seeds]))
         one = found[seeds[0]] if seeds else next(iter(found.values()))
-        lines.append(f"| {name} | {len(seeds)} | " + " | ".join(cells) + f" | {one['responses']:,} + {one['fitted']:,} |")
+        known = [row["charged_auc"] for row in found.values() if None not in row["charged_auc"]]
+        cells.append(", ".join(f"{statistics.mean(part):.2f}" for part in zip(*known, strict=True)))
+        lines.append(f"| {name} | {len(seeds)} | {' | '.join(cells)} | {one['responses']:,} + {one['fitted']:,} |")
     return "\n".join(lines)
 
 

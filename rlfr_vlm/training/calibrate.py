@@ -102,7 +102,7 @@ def _step(cfg: Config, bench: Bench, vllm: bool) -> dict[str, float]:
     passes = {"forward": work * forward + tokens * logprobs, "both": work * both + tokens * logprobs_both}
     engines = cfg.ray.engines or ranks
     parts = {"rollout": rollout_seconds(cfg, bench, vllm, rollout.num_prompts * rollout.group_size / engines, forward)}
-    if scores_first(cfg.algorithm) or compares_siblings(cfg):
+    if scores_first(cfg) or compares_siblings(cfg):
         parts["score"] = passes["forward"]
     if cfg.algorithm.needs_reference:
         parts["reference"] = passes["forward"]

@@ -13,12 +13,14 @@ from torch import Tensor
 from rlfr_vlm.advantages import gae, group_advantages, leave_one_out, rewards_to_go, whiten
 from rlfr_vlm.config import AlgorithmConfig, Config, TokenRewardConfig
 from rlfr_vlm.faults import poison
-from rlfr_vlm.flow.reward import WITHIN_RESPONSE, Siblings, TokenTypes, book_later, centre_in_group, flow_reward
+from rlfr_vlm.flow.reward import WITHIN_RESPONSE, Siblings, TokenTypes, book_later, centre_by_type, centre_in_group, flow_reward
 from rlfr_vlm.losses import kl_estimate
 from rlfr_vlm.models.pack import micro_batches
 from rlfr_vlm.ranks import ALONE, Ranks
 from rlfr_vlm.shaping import likelihood_scores
 from rlfr_vlm.types import Outcome, Rollout, RolloutGroup, request_seed
+
+CENTRING = "centring token rewards"
 
 
 @dataclass(frozen=True)
@@ -116,7 +118,7 @@ def outcome_advantages(reward: Tensor, graded: Tensor, group: Tensor, algorithm:
 
 def needs_scoring(cfg: Config, samples: Sequence[Sample], ranks: Ranks = ALONE) -> bool:
     """Whether advantages or ratios need a pass over the whole batch before its first update."""
-    if scores_first(cfg.algorithm):
+    if scores_first(cfg):
         return True
     if not compares_siblings(cfg):
         return False
@@ -125,9 +127,14 @@ def needs_scoring(cfg: Config, samples: Sequence[Sample], ranks: Ranks = ALONE) 
     return any(ranks.gather(sum(map(len, groups)) > len(set().union(*groups)), "whether micro-batches split groups"))
 
 
-def scores_first(algorithm: AlgorithmConfig) -> bool:
-    """Whether the objective itself asks for that pass."""
-    return algorithm.updates_per_rollout > 1 or algorithm.advantage in ("whitened", "gae")
+def scores_first(cfg: Config) -> bool:
+    """Whether that pass is needed however responses fall into micro-batches."""
+    return cfg.algorithm.updates_per_rollout > 1 or cfg.algorithm.advantage in ("whitened", "gae") or _centres_types(cfg)
+
+
+def _centres_types(cfg: Config) -> bool:
+    how = cfg.flow.reward if cfg.flow is not None else cfg.shaping.likelihood
+    return how is not None and how.coef > 0 and how.centre == "type"
 
 
 def compares_siblings(cfg: Config) -> bool:
@@ -142,12 +149,12 @@ def assign_credit(cfg: Config, samples: Sequence[Sample], scores: Scores, ranks:
     With credit=token the token rewards are no rewards but advantages: added to their own token's, summed over nothing.
 
     For outcome advantages within a group `samples` may be any of its responses, for token rewards that compare siblings all of a group's;
-    whitened ones and GAE need the whole batch, or each rank's share of it: then all ranks must call this. types: of the field.
+    whitened ones, GAE and centre=type need the whole batch, or each rank's share of it: then all ranks must call this. types: of the field.
     """
     whole_batch = partial(whiten, total=partial(ranks.total, place="whitening advantages"))
     algorithm = cfg.algorithm
     lengths = torch.tensor([s.length for s in samples], device=scores.logprobs.device)
-    extra = token_rewards(cfg, samples, scores, lengths, types)
+    extra = token_rewards(cfg, samples, scores, lengths, types, ranks)
     rewards = torch.zeros_like(extra) if credits_tokens(cfg) else extra.clone()
     rewards[lengths.cumsum(0) - 1] += torch.tensor([s.advantage for s in samples], dtype=extra.dtype, device=extra.device)
     if algorithm.kl.coef > 0 and algorithm.kl.place == "reward":
@@ -167,6 +174,8 @@ def keep_step(cfg: Config, ranks: Ranks) -> None:
     """What a rank without a single sample does while the others assign credit."""
     if cfg.algorithm.advantage in ("whitened", "gae"):
         whiten(torch.zeros(0), total=partial(ranks.total, place="whitening advantages"))
+    if _centres_types(cfg):
+        ranks.sum({}, CENTRING)
 
 
 def credits_tokens(cfg: Config) -> bool:
@@ -175,14 +184,16 @@ def credits_tokens(cfg: Config) -> bool:
     return how is not None and how.credit == "token"
 
 
-def token_rewards(cfg: Config, samples: Sequence[Sample], scores: Scores, lengths: Tensor, types: TokenTypes | None = None) -> Tensor:
-    """Rewards of single tokens: of the flow, of likelihood shaping, or zeros. [N]."""
+def token_rewards(
+    cfg: Config, samples: Sequence[Sample], scores: Scores, lengths: Tensor, types: TokenTypes | None = None, ranks: Ranks = ALONE
+) -> Tensor:
+    """Rewards of single tokens: of the flow, of likelihood shaping, or zeros. [N]. With centre=type all ranks must call this."""
     if cfg.flow is not None and scores.straying is not None and scores.valid is not None:
         later = cfg.flow.sides[0][1] if cfg.flow.reward.at == "context" else 0
-        return _charged(scores.straying, scores.valid, lengths, cfg.flow.reward, samples, types, later)
+        return _charged(scores.straying, scores.valid, lengths, cfg.flow.reward, samples, ranks, types, later)
     if (likelihood := cfg.shaping.likelihood) is not None:
         signal = likelihood_scores(scores.logprobs, scores.entropy, likelihood.signal)
-        return -likelihood.sign * _charged(signal, torch.ones_like(signal, dtype=torch.bool), lengths, likelihood, samples)
+        return -likelihood.sign * _charged(signal, torch.ones_like(signal, dtype=torch.bool), lengths, likelihood, samples, ranks)
     return torch.zeros_like(scores.logprobs)
 
 
@@ -192,6 +203,7 @@ def _charged(
     lengths: Tensor,
     cfg: TokenRewardConfig,
     samples: Sequence[Sample],
+    ranks: Ranks,
     types: TokenTypes | None = None,
     later: int = 0,
 ) -> Tensor:
@@ -203,4 +215,8 @@ def _charged(
     rewards = flow_reward(scores, valid, lengths, cfg.coef, cfg.normalise, cfg.threshold, cfg.top_k, cfg.gamma, siblings)
     if later:
         rewards, valid = book_later(rewards, lengths, later), book_later(valid, lengths, later)
-    return centre_in_group(rewards, valid, siblings.group) if siblings is not None and cfg.credit == "token" else rewards
+    if siblings is None or cfg.credit != "token" or cfg.coef == 0:
+        return rewards
+    if cfg.centre == "type":
+        return centre_by_type(rewards, valid, siblings.token_ids, partial(ranks.sum, place=CENTRING))
+    return centre_in_group(rewards, valid, siblings.group)

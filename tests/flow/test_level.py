@@ -8,7 +8,7 @@ from rlfr_vlm.flow.field import FlowField, FlowSpec, Scale, check_spec
 from rlfr_vlm.flow.network import VelocityNet
 from rlfr_vlm.flow.official import export_field
 from rlfr_vlm.flow.reference import unfit_loss
-from rlfr_vlm.flow.reward import Siblings, TokenTypes, book_later, centre_in_group, flow_reward, normalise_group
+from rlfr_vlm.flow.reward import Siblings, TokenTypes, book_later, centre_by_type, centre_in_group, flow_reward, normalise_group
 from rlfr_vlm.flow.separation import separation, wins
 from rlfr_vlm.flow.yardstick import Linear, scale_of, velocities
 
@@ -48,6 +48,18 @@ def test_a_charge_moves_to_the_context_within_its_response():
 def test_centring_is_over_the_valid_tokens_of_a_group():
     found = centre_in_group(torch.tensor([1.0, 3.0, 9.0, 2.0, 5.0, 5.0]), torch.tensor([True, True, False, True, True, True]), GROUP)
     assert found.tolist() == [-1.0, 1.0, 0.0, 0.0, 0.0, 0.0]
+
+
+def test_centring_by_type_leaves_no_liking_for_a_token_and_knows_other_parts_of_the_step():
+    ids, valid = torch.tensor([5, 5, 7, 7, 9]), torch.tensor([True, True, True, False, True])
+    values = torch.tensor([1.0, 3.0, 4.0, 100.0, 2.0])
+    assert centre_by_type(values, valid, ids).tolist() == [-1.0, 1.0, 0.0, 0.0, 0.0]
+    elsewhere = {"sum 5": 8.0, "count 5": 1.0, "sum 11": 1.0, "count 11": 1.0}
+
+    def total(own):
+        return {name: own.get(name, 0.0) + elsewhere.get(name, 0.0) for name in own | elsewhere}
+
+    assert centre_by_type(values, valid, ids, total).tolist() == [-3.0, -1.0, 0.0, 0.0, 0.0]
 
 
 def test_pairs_of_siblings_are_counted_by_hand():

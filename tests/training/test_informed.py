@@ -121,6 +121,24 @@ def test_split_groups_are_scored_first_and_give_the_same(model_folder):
         assert torch.allclose(a, b, atol=1e-5)
 
 
+def test_centring_by_type_takes_the_whole_step_however_it_falls_into_micro_batches(model_folder):
+    flow = {"reward": {**TOKEN, "centre": "type"}}
+    found = []
+    for tokens in (16384, 60):
+        cfg = config(model_folder("qwen2"), flow=flow, train={"tokens_per_microbatch": tokens})
+        learner, samples = setup(cfg)
+        assert needs_scoring(cfg, samples)
+        scored = score_samples(cfg, learner, samples)
+        charged = torch.cat([s.credit.token_rewards for s in scored])
+        ids = torch.tensor([t for s in scored for t in s.rollout.token_ids])
+        for token in ids.unique():
+            assert charged[ids == token].sum().abs() < 1e-4
+        assert charged.abs().max() > 0.01
+        figures, _ = update(cfg, learner, scored)
+        found.append((charged, figures["actor/grad_norm"]))
+    assert torch.allclose(found[0][0], found[1][0], atol=1e-5) and found[0][1] == pytest.approx(found[1][1], rel=1e-3)
+
+
 def test_coefficient_zero_is_plain_grpo(model_folder):
     plain, samples = setup(config(model_folder("qwen2")))
     flow, _ = setup(cfg := config(model_folder("qwen2"), flow={"reward": {**TOKEN, "coef": 0.0}}))
@@ -171,6 +189,7 @@ def test_a_run_with_a_window_resumes_to_the_same_weights(model_folder, tmp_path)
         ({"flow": {"context": "token_post", "reward": {"at": "context"}}}, "needs context token_pre alone"),
         ({"flow": {"online": {"networks": "contrast"}}}, "needs flow.contrast"),
         ({"flow": {"reward": {"credit": "token"}}, "algorithm": {"method": "ppo"}}, "credit=token is centred in the group"),
+        ({"flow": {"reward": {"centre": "type"}}}, "centre=type is read with credit=token only"),
         ({"shaping": {"likelihood": {"normalise": "token_type"}}}, "needs the statistics of a flow field"),
         ({"flow": {"online": {"window": 2, "soft_weight": 0.5}}}, "window takes responses whole"),
         ({"flow": {"reward": {"normalise": "group", "threshold": 1.0}}}, "keeps nothing"),

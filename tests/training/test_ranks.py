@@ -78,7 +78,7 @@ CASES = {
 }
 WINDOW = [
     "flow.contrast=own", "flow.fit.batch_tokens=16", "flow.online={window: 2, updates: 3, batch_tokens: 16, lr: 1e-3}",
-    "flow.reward={coef: 0.3, normalise: group_z, threshold: 0, top_k: 0, credit: token}",
+    "flow.reward={coef: 0.3, normalise: group_z, threshold: 0, top_k: 0, credit: token, centre: type}",
 ]  # fmt: skip
 CASES["stage 2, a contrast in small steps"] = (False, 2, WINDOW)
 FAST = ("stage 2, a contrast in small steps", "stage 3, pictures on one rank")
