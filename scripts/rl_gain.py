@@ -34,21 +34,25 @@ from demo import ROOT, prepare
 FOLDER = Path("runs/rl_gain")
 BASE = "RLVR"
 INFORMED = ("flow.profile=informed", "flow.fit.probe_prompts=0")
-NO_CONTRAST = (*INFORMED, "flow.contrast=none")
-OWN_ONLINE = ("flow.online.enabled=true", "flow.online.networks=contrast", "flow.online.window=12", "flow.online.times=logit_normal")
-WRONG = (*INFORMED, "flow.reward.coef=0.3", "flow.fit.source=rollouts", "flow.contrast=wrong")
+LEARNING = ("flow.online.enabled=true", "flow.online.window=12", "flow.online.times=logit_normal")
+OWN = (*INFORMED, "flow.contrast=own", "flow.reward.centre=group")
+WRONG = (*INFORMED, "flow.contrast=wrong", "flow.fit.source=rollouts", "flow.reward.centre=group", "flow.reward.coef=0.3")
 METHODS: dict[str, tuple[str, ...]] = {
     BASE: ("flow=null",),
     "RLFR published": ("flow.fit={steps: 60, batch_size: 64, batch_mul: 2, lr: 1.0e-3}",),  # as the demo had it
-    "deviation, 0.1": (*NO_CONTRAST, "flow.reward.coef=0.1"),
-    "deviation, 0.3": (*NO_CONTRAST, "flow.reward.coef=0.3"),
-    "contrast own, 0.1": (*INFORMED, "flow.reward.coef=0.1"),
-    "contrast own, 0.3": (*INFORMED, "flow.reward.coef=0.3"),
-    "contrast own, 1": (*INFORMED, "flow.reward.coef=1"),
-    "contrast own, 0.3, by token type": (*INFORMED, "flow.reward.coef=0.3", "flow.reward.normalise=token_type"),
-    "contrast own, learning": (*INFORMED, "flow.reward.coef=0.3", *OWN_ONLINE),
+    "informed, 0.1": INFORMED,
+    "informed, 0.3": (*INFORMED, "flow.reward.coef=0.3"),
+    "informed, 1": (*INFORMED, "flow.reward.coef=1"),
+    "informed, learning": (*INFORMED, *LEARNING),
+    "deviation, centred in the group, 0.1": (*INFORMED, "flow.reward.centre=group"),
+    "deviation, centred in the group, 0.3": (*INFORMED, "flow.reward.centre=group", "flow.reward.coef=0.3"),
+    "contrast own, 0.1": (*OWN, "flow.reward.coef=0.1"),
+    "contrast own, 0.3": (*OWN, "flow.reward.coef=0.3"),
+    "contrast own, 1": (*OWN, "flow.reward.coef=1"),
+    "contrast own, 0.3, by token type": (*OWN, "flow.reward.coef=0.3", "flow.reward.normalise=token_type"),
+    "contrast own, learning": (*OWN, "flow.reward.coef=0.3", *LEARNING, "flow.online.networks=contrast"),
     "contrast wrong": WRONG,
-    "contrast wrong, learning": (*WRONG, *OWN_ONLINE, "flow.online.networks=all"),
+    "contrast wrong, learning": (*WRONG, *LEARNING),
     "likelihood, a reward": ("flow=null", "shaping.likelihood={}"),
     "likelihood, an advantage": (
         "flow=null",
@@ -120,7 +124,7 @@ def method_config(
 
 def run_method(task: str, name: str, start: str, shape: tuple[int, int], steps: int, seed: int, extra: tuple[str, ...]) -> dict[str, Any]:
     """Train one method with one seed. Returns its figures."""
-    folder = FOLDER / "runs" / f"{task}-{start}-{name.replace(', ', '_').replace(' ', '_')}-{seed}"
+    folder = FOLDER / "runs" / f"{task}-{shape[0] * shape[1]}-{steps}-{start}-{name.replace(', ', '_').replace(' ', '_')}-{seed}"
     cfg, fitted = method_config(task, name, start, shape, steps, seed, folder, extra)
     commands.train(cfg)
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]

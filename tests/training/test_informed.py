@@ -64,7 +64,7 @@ def test_a_stopped_fit_goes_on_to_the_same_field(model_folder, tmp_path, monkeyp
         assert (resumed / name).read_bytes() == (whole / name).read_bytes()
 
 
-@pytest.mark.parametrize("flow", [{"contrast": "none"}, {"context": "token_pre+token_post", "prompt_context": False}])
+@pytest.mark.parametrize("flow", [{"contrast": "own"}, {"context": "token_pre+token_post", "prompt_context": False}])
 def test_other_fields_fit_too(model_folder, tmp_path, flow):
     cfg, field = fitted(tmp_path, model_folder("qwen2"), **flow)
     lines = [json.loads(line) for line in (field / "flow_fit.jsonl").read_text().splitlines()]
@@ -79,7 +79,7 @@ def test_responses_that_are_never_right_are_told(model_folder, tmp_path):
 
 def test_too_few_rows_to_sample_from_are_told(model_folder, tmp_path):
     with pytest.raises(UserError, match=r"8 rows are too few for flow.fit.rollout_prompts=6 and flow.fit.probe_prompts=4"):
-        fitted(tmp_path, model_folder("qwen2"), fit={**SMALL, "probe_prompts": 4})
+        fitted(tmp_path, model_folder("qwen2"), fit={**SMALL, "probe_prompts": 4}, contrast="own")
 
 
 def test_only_the_guilty_token_is_charged(model_folder):
