@@ -146,8 +146,9 @@ def sampled_for_fit(bench: Workbench, prompts: Sequence[Prompt]) -> Sampled:
         sampled = bench.engine.sample(encoded, sampling_)
         outcomes = iter(grade(sampled, cfg.reward, bench.grader, cfg.rollout.max_new_tokens))
         groups += [GradedGroup(g, tuple(next(outcomes) for _ in g.rollouts), len(groups) + k) for k, g in enumerate(sampled)]
-    cut = round(len(groups) * wanted / max(1, wanted + fit.probe_prompts))
-    return Sampled(groups[:cut], groups[cut:])
+    probes = {prompt.id for prompt in chosen[wanted:]}  # by name: rows of either use may have fallen out as bad ones
+    is_probe = [g.group.rollouts[0].prompt.prompt.id in probes for g in groups]
+    return Sampled(*([g for g, probed in zip(groups, is_probe, strict=True) if probed is use] for use in (False, True)))
 
 
 def fit(cfg: Config, policy: Policy, rows: Sequence[Prompt], sampled: Sampled | None = None) -> Path:

@@ -59,7 +59,11 @@ PROFILES: dict[str, dict[str, Any]] = {
         "fit.steps": 1200,
         "fit.lr": None,
         "fit.probe_prompts": 256,
-        "online.enabled": False,
+        "online.window": 12,
+        "online.updates": 5,
+        "online.window_tokens": 2048,
+        "online.lr": 4e-4,
+        "online.times": "logit_normal",
     },
 }
 

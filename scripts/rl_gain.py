@@ -34,25 +34,30 @@ from demo import ROOT, prepare
 FOLDER = Path("runs/rl_gain")
 BASE = "RLVR"
 INFORMED = ("flow.profile=informed", "flow.fit.probe_prompts=0")
-LEARNING = ("flow.online.enabled=true", "flow.online.window=12", "flow.online.times=logit_normal")
-OWN = (*INFORMED, "flow.contrast=own", "flow.reward.centre=group")
-WRONG = (*INFORMED, "flow.contrast=wrong", "flow.fit.source=rollouts", "flow.reward.centre=group", "flow.reward.coef=0.3")
+FROZEN = (*INFORMED, "flow.online.enabled=false", "flow.online.window=0")
+SLOWER = ("flow.online.lr=1e-4", "flow.online.updates=20")
+LEARNS = ("flow.online.enabled=true", "flow.online.window=12", *SLOWER)
+OWN = (*FROZEN, "flow.contrast=own", "flow.reward.centre=group")
+WRONG = (*FROZEN, "flow.contrast=wrong", "flow.fit.source=rollouts", "flow.reward.centre=group", "flow.reward.coef=0.3")
 METHODS: dict[str, tuple[str, ...]] = {
     BASE: ("flow=null",),
     "RLFR published": ("flow.fit={steps: 60, batch_size: 64, batch_mul: 2, lr: 1.0e-3}",),  # as the demo had it
     "informed, 0.1": INFORMED,
     "informed, 0.3": (*INFORMED, "flow.reward.coef=0.3"),
     "informed, 1": (*INFORMED, "flow.reward.coef=1"),
-    "informed, learning": (*INFORMED, *LEARNING),
-    "deviation, centred in the group, 0.1": (*INFORMED, "flow.reward.centre=group"),
-    "deviation, centred in the group, 0.3": (*INFORMED, "flow.reward.centre=group", "flow.reward.coef=0.3"),
+    "informed, 0.1, 20 small steps": (*INFORMED, *SLOWER),
+    "informed, 0.1, frozen": FROZEN,
+    "informed, 0.3, frozen": (*FROZEN, "flow.reward.coef=0.3"),
+    "informed, 1, frozen": (*FROZEN, "flow.reward.coef=1"),
+    "deviation, centred in the group, 0.1": (*FROZEN, "flow.reward.centre=group"),
+    "deviation, centred in the group, 0.3": (*FROZEN, "flow.reward.centre=group", "flow.reward.coef=0.3"),
     "contrast own, 0.1": (*OWN, "flow.reward.coef=0.1"),
     "contrast own, 0.3": (*OWN, "flow.reward.coef=0.3"),
     "contrast own, 1": (*OWN, "flow.reward.coef=1"),
     "contrast own, 0.3, by token type": (*OWN, "flow.reward.coef=0.3", "flow.reward.normalise=token_type"),
-    "contrast own, learning": (*OWN, "flow.reward.coef=0.3", *LEARNING, "flow.online.networks=contrast"),
+    "contrast own, learning": (*OWN, "flow.reward.coef=0.3", *LEARNS, "flow.online.networks=contrast"),
     "contrast wrong": WRONG,
-    "contrast wrong, learning": (*WRONG, *LEARNING),
+    "contrast wrong, learning": (*WRONG, *LEARNS),
     "likelihood, a reward": ("flow=null", "shaping.likelihood={}"),
     "likelihood, an advantage": (
         "flow=null",
