@@ -112,13 +112,13 @@ def add_validate_options(verb: argparse.ArgumentParser) -> None:
 def add_eval_options(verb: argparse.ArgumentParser) -> None:
     """What `eval` can be told without a config; each stands for a setting that could be overridden as well."""
     verb.add_argument("--model", metavar="PATH", help="folder or hub name (model.path)")
-    verb.add_argument("--benchmarks", nargs="+", metavar="NAME", help="names under eval/benchmarks, or YAML files (eval.benchmarks)")
+    verb.add_argument("--benchmarks", nargs="+", metavar="NAME", help="names as math500, vlmeval/NAME, or YAML files (eval.benchmarks)")
     verb.add_argument("--data-dir", metavar="DIR", help="folder with the benchmarks' files; default: the hub (eval.data_dir)")
     verb.add_argument("--out", metavar="DIR", help="where results go; run again to go on (output_dir)")
     verb.add_argument("--limit", type=int, metavar="N", help="the first N problems of each (eval.limit)")
     verb.add_argument("--engine", choices=("hf", "vllm"), help="rollout.engine")
     verb.add_argument("--server", metavar="URL", help="evaluate this OpenAI-compatible server instead (eval.endpoint.api_base)")
-    verb.add_argument("--judge", metavar="NAME", help="local, api, or another of eval/judges, or a YAML file (eval.judge)")
+    verb.add_argument("--judge", metavar="NAME", help="local, api, or qwen2.5-7b-local, or a YAML file (eval.judge)")
     verb.add_argument(
         "--judge-model", metavar="PATH", help="model of the judge: a folder that `local` serves, or a name that the API knows"
     )
@@ -137,7 +137,7 @@ def eval_overrides(arguments: argparse.Namespace) -> tuple[str, ...]:
     if arguments.server is not None:
         given["eval.endpoint"] = {"api_base": arguments.server, "model": arguments.model}
     if arguments.judge is not None:
-        from rlfr_vlm.evaluation.judge import load_judge
+        from rlfr_vlm.evaluation.server.judge import load_judge
 
         judge = load_judge(arguments.judge).model_dump(mode="json")
         if arguments.judge_model is not None:
@@ -168,7 +168,7 @@ def run(arguments: argparse.Namespace) -> int:
         print(json.dumps(bench(arguments)))
         return 0
     if arguments.verb == "export":
-        from rlfr_vlm.training.export import export_checkpoint
+        from rlfr_vlm.storage.export import export_checkpoint
 
         checkpoint = export_checkpoint(Path(arguments.source), Path(arguments.out), arguments.best, arguments.model)
         print(f"{arguments.out} from {checkpoint}")
@@ -182,7 +182,7 @@ def run(arguments: argparse.Namespace) -> int:
     overrides = eval_overrides(arguments) if arguments.verb == "eval" else tuple(arguments.overrides)
     cfg: Config = load_config(arguments.config, overrides)
     if arguments.dry_run:
-        from rlfr_vlm.training.schedule import schedule
+        from rlfr_vlm.planning.schedule import schedule
 
         print(to_yaml(cfg) + schedule(arguments.verb, cfg), end="")
         return 0
@@ -241,7 +241,7 @@ def run_compare(arguments: argparse.Namespace) -> int:
 
 def run_plan(arguments: argparse.Namespace) -> int:
     """Carry out plan. Returns 0 where the run fits, 2 where it does not."""
-    from rlfr_vlm.training.plan import as_json, as_text, plan
+    from rlfr_vlm.planning.plan import as_json, as_text, plan
 
     given = tuple(arguments.overrides)
     found = plan(
@@ -267,7 +267,7 @@ def run_validate(arguments: argparse.Namespace) -> int:
         given |= {"output_dir": ".", "rollout.num_prompts": "1", "model.path": arguments.model or "none"}
     settings = tuple(f"{key}={value}" for key, value in given.items() if value is not None)
     cfg = load_config(arguments.config, (*settings, *(text for text in arguments.data if text not in files)))
-    from rlfr_vlm.data.preflight.verb import Options, validate
+    from rlfr_vlm.preflight.verb import Options, validate
 
     return validate(
         cfg,

@@ -16,6 +16,7 @@ from huggingface_hub.errors import StrictDataclassError
 from rich.console import Console
 from transformers import AutoConfig
 
+from rlfr_vlm.batch import GradedGroup
 from rlfr_vlm.config import Config, FlowConfig
 from rlfr_vlm.data.digests import RowDigests
 from rlfr_vlm.data.prompts import BadRows, PromptStream, RowError, load_prompts
@@ -35,8 +36,12 @@ from rlfr_vlm.evaluation.suite import (
     run_planned,
 )
 from rlfr_vlm.faults import faultpoint
+from rlfr_vlm.fitting.budget import check_field, new_field_folder
+from rlfr_vlm.fitting.fit_flow import YARDSTICK_FILE, FitData, fit_flow, yardstick_lines
+from rlfr_vlm.fitting.probe import probe
 from rlfr_vlm.flow.field import SPEC_FILE, FlowField, FlowSpec, read_spec
 from rlfr_vlm.flow.official import export_field, import_field
+from rlfr_vlm.learner.learner import Learner, make_learner
 from rlfr_vlm.models.families import find_family
 from rlfr_vlm.models.policy import Policy, resolve_path
 from rlfr_vlm.ranks import Ranks, join
@@ -45,19 +50,14 @@ from rlfr_vlm.rewards.grader import Grader
 from rlfr_vlm.rewards.outcome import grade, load_reward_function
 from rlfr_vlm.rollout import make_engine
 from rlfr_vlm.rollout.engine import RolloutEngine
-from rlfr_vlm.training.collect import GradedGroup, sampling
-from rlfr_vlm.training.export import export_policy
-from rlfr_vlm.training.fit_flow import YARDSTICK_FILE, FitData, fit_flow, yardstick_lines
-from rlfr_vlm.training.hold import held
-from rlfr_vlm.training.learner import make_learner
+from rlfr_vlm.run.run import Run
+from rlfr_vlm.run.trackers import check_recording
+from rlfr_vlm.run.watch import with_roll_backs
+from rlfr_vlm.storage.export import export_policy
+from rlfr_vlm.storage.resume import check_resumable
+from rlfr_vlm.storage.run_lock import held
+from rlfr_vlm.training.collect import sampling
 from rlfr_vlm.training.loop import train as train_loop
-from rlfr_vlm.training.probe import probe
-from rlfr_vlm.training.resume import check_resumable
-from rlfr_vlm.training.run import Run
-from rlfr_vlm.training.schedule import check_field, new_field_folder
-from rlfr_vlm.training.trackers import check_recording
-from rlfr_vlm.training.update import Learner
-from rlfr_vlm.training.watch import with_roll_backs
 from rlfr_vlm.types import EncodedPrompt, Prompt
 
 console = Console(stderr=True)
@@ -235,7 +235,7 @@ def _writing(out: str) -> Iterator[None]:
 def train(cfg: Config) -> Path:
     """RL, in this process, as one of the ranks that torchrun or deepspeed started, or by Ray; returns the run's folder."""
     if cfg.launcher == "ray":
-        from rlfr_vlm.training.ray_launch import launch
+        from rlfr_vlm.launch.ray_launch import launch
 
         if Path(cfg.output_dir).exists():
             with held(Path(cfg.output_dir)):

@@ -546,7 +546,7 @@ class JudgeConfig(EndpointConfig):
 class EvalConfig(Section):
     """Evaluation: on `data.eval`, and on benchmarks."""
 
-    benchmarks: tuple[str, ...] = Field((), description="names under eval/benchmarks or paths of YAML files; none: data.eval")
+    benchmarks: tuple[str, ...] = Field((), description="names as math500, or paths of YAML files; none: data.eval")
     data_dir: str | None = Field(None, description="folder with the benchmarks' files; default: the hub")
     every: int = Field(0, ge=0, description="steps between evaluations during training; 0: none")
     num_samples: int | None = Field(None, ge=1, description="sampled responses per problem; default: 8, or the benchmark's")
@@ -560,7 +560,7 @@ class EvalConfig(Section):
     grading: Literal["rule", "judge", "rule_then_judge", "both"] = Field(
         "rule", description="rules alone, the judge alone, the judge where rules find nothing right, or both and how often they agree"
     )
-    judge: JudgeConfig | None = Field(None, description="see eval/judges")
+    judge: JudgeConfig | None = Field(None, description="a model that decides whether an answer is right")
     endpoint: EndpointConfig | None = Field(None, description="evaluate this server instead of loading model.path")
     max_failed_frac: float = Field(0.01, ge=0, le=1, description="above this share of answers without a verdict no score is given")
 

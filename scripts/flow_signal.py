@@ -23,13 +23,13 @@ import numpy as np
 import torch
 
 from rlfr_vlm import commands
+from rlfr_vlm.algorithm.credit import make_samples, token_rewards
+from rlfr_vlm.batch import GradedGroup, Sample, Scores
 from rlfr_vlm.config import Config, load_config, parse_config
+from rlfr_vlm.fitting.probe import per_response, score_responses
 from rlfr_vlm.flow.field import FlowField, FlowSpec
 from rlfr_vlm.flow.separation import separation
 from rlfr_vlm.models.pack import micro_batches, pack
-from rlfr_vlm.training.collect import GradedGroup
-from rlfr_vlm.training.credit import Sample, Scores, make_samples, token_rewards
-from rlfr_vlm.training.probe import per_response, score_responses
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 from demo import ROOT, prepare

@@ -12,21 +12,27 @@ ROOT = Path(rlfr_vlm.__file__).parent
 LEVELS = [
     {"errors", "faults", "finite", "methods"},
     {"config", "sections", "types"},
-    {"ranks"},
-    {"losses", "advantages", "shaping", "flow"},
+    {"ranks", "batch"},
+    {"flow"},
     {"models", "rewards"},
     {"data"},
+    {"algorithm"},
     {"rollout"},
-    {"training", "evaluation"},
+    {"learner"},
+    {"storage", "evaluation"},
+    {"run"},
+    {"training"},
+    {"fitting"},
+    {"launch", "planning", "preflight"},
     {"report"},
     {"commands", "bench", "doctor", "cli"},
 ]
 LEVEL = {name: level for level, names in enumerate(LEVELS) for name in names}
 ONE_IMPORTER = {
     "vllm": "rollout/vllm_engine.py",
-    "deepspeed": "training/deepspeed_backend.py",
-    "ray": "training/ray_launch.py",
-    "vlmeval": "evaluation/vlm_process.py",
+    "deepspeed": "learner/deepspeed_backend.py",
+    "ray": "launch/ray_launch.py",
+    "vlmeval": "evaluation/vlm/process.py",
 }
 
 
@@ -64,7 +70,7 @@ def test_heavy_libraries_have_one_importer():
 
 def test_light_modules_load_nothing_heavy():
     code = (
-        "import sys, rlfr_vlm, rlfr_vlm.config, rlfr_vlm.types, rlfr_vlm.losses, rlfr_vlm.advantages\n"
+        "import sys, rlfr_vlm, rlfr_vlm.config, rlfr_vlm.types, rlfr_vlm.algorithm.losses, rlfr_vlm.algorithm.advantages\n"
         "import rlfr_vlm.flow.field, rlfr_vlm.flow.reward, rlfr_vlm.cli\n"
         "heavy = {'vllm', 'deepspeed', 'ray', 'vlmeval', 'transformers'} & set(sys.modules)\n"
         "assert not heavy, heavy"

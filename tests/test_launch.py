@@ -11,8 +11,8 @@ import pytest
 
 from rlfr_vlm.config import parse_config
 from rlfr_vlm.errors import UserError
+from rlfr_vlm.launch.processes import started
 from rlfr_vlm.ranks import ALONE, Launch, Ranks, check_launch, join, launched
-from rlfr_vlm.training.processes import started
 from tests.runs import ROOT, cli
 
 VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "TORCHELASTIC_USE_AGENT_STORE")

@@ -13,10 +13,10 @@ import numpy as np
 import pytest
 import torch
 
-from rlfr_vlm import advantages as adv
-from rlfr_vlm import losses
+from rlfr_vlm.algorithm import advantages as adv
+from rlfr_vlm.algorithm import losses
+from rlfr_vlm.algorithm.shaping import likelihood_scores, shape_by_entropy
 from rlfr_vlm.flow.reward import flow_reward
-from rlfr_vlm.shaping import likelihood_scores, shape_by_entropy
 
 SEEDS = range(50)
 STEP, GAP = 1e-6, 1e-4

@@ -11,7 +11,10 @@ import pytest
 import torch
 from torch import nn
 
-from rlfr_vlm.advantages import rewards_to_go
+from rlfr_vlm.algorithm.advantages import rewards_to_go
+from rlfr_vlm.algorithm.objective import objective
+from rlfr_vlm.algorithm.selection import flow_weights
+from rlfr_vlm.batch import Credit, Scores, UpdateSize
 from rlfr_vlm.config import FlowOnlineConfig, ModelConfig, parse_config
 from rlfr_vlm.errors import UserError
 from rlfr_vlm.flow.field import WEIGHTS_FILE, FlowField, FlowSpec
@@ -21,9 +24,7 @@ from rlfr_vlm.methods import METHODS
 from rlfr_vlm.models.heads import LogPartitionHead
 from rlfr_vlm.models.pack import pack
 from rlfr_vlm.models.policy import Policy
-from rlfr_vlm.training.credit import Credit, Scores
-from rlfr_vlm.training.objective import UpdateSize, objective
-from rlfr_vlm.training.update import flow_weights, update
+from rlfr_vlm.training.update import update
 from rlfr_vlm.types import Outcome, PolicyOutput
 from tests.models.test_policy import rollouts_of
 from tests.training.test_update import config, setup
@@ -43,7 +44,7 @@ ELSEWHERE = [  # (fault, file, test)
     ("10 power of a negative score", "flow/test_reward.py", "test_gamma_keeps_signs_and_is_never_nan"),
     ("10 crash without top-k", "flow/test_reward.py", "test_filters_switch_off"),
     ("12 noise without a seed", "training/test_update.py", "test_flow_noise_depends_on_the_request_alone"),
-    ("12 a single draw of noise", "training/test_credit.py", "test_draws_average_over_noise"),
+    ("12 a single draw of noise", "algorithm/test_credit.py", "test_draws_average_over_noise"),
     ("13 packing drops the flow's reward", "flow/test_reward.py", "test_responses_do_not_see_each_other"),
     ("14 train and reward sides differ", "test_cli.py", "test_a_flow_of_another_backbone_or_config_is_refused"),
     ("17 entropy of the next token", "models/test_policy.py", "test_entropy_of_the_response_distribution"),
@@ -54,7 +55,7 @@ ELSEWHERE = [  # (fault, file, test)
     ("20 unreadable gold answer rewarded", "rewards/test_grader.py", "test_unusable_gold_is_an_error_and_never_a_reward"),
     ("20 gold answer looked up by text", "rewards/test_outcome.py", "test_accuracy_in_group_and_sample_order"),
     ("25 clipped weight not used", "golden/test_method_h.py", "test_h8_flowrl"),
-    ("26 micro-batches scaled by a dict's length", "training/test_credit.py", "test_micro_batches_do_not_change_any_objective"),
+    ("26 micro-batches scaled by a dict's length", "algorithm/test_credit.py", "test_micro_batches_do_not_change_any_objective"),
 ]  # fmt: skip
 
 
@@ -138,7 +139,7 @@ def test_fault_11_the_rewards_in_the_log_are_those_of_the_update(model_folder):
         lengths = torch.tensor([sample.length])
         rewards = flow_reward(torch.tensor(record.deviations), valid, lengths, normalise="minmax", **settings)
         assert record.flow_rewards == pytest.approx(rewards.tolist(), abs=1e-6)
-        assert record.advantages == pytest.approx((sample.advantage + rewards_to_go(rewards, lengths)).tolist(), abs=1e-6)
+        assert record.advantages == pytest.approx((sample.outcome_credit + rewards_to_go(rewards, lengths)).tolist(), abs=1e-6)
     assert metrics["flow/reward_mean"] == pytest.approx(sum(sum(r.flow_rewards) for r in records) / len(records), abs=1e-6)
 
 
@@ -148,7 +149,7 @@ def test_fault_11_no_rewarded_token_is_no_division_by_zero(model_folder):
     metrics, records = update(cfg, learner, samples)
     assert metrics["flow/num_reward_tokens"] == metrics["flow/reward_mean"] == metrics["flow/advantage_share"] == 0
     assert all(
-        record.advantages == pytest.approx([sample.advantage] * sample.length) for sample, record in zip(samples, records, strict=True)
+        record.advantages == pytest.approx([sample.outcome_credit] * sample.length) for sample, record in zip(samples, records, strict=True)
     )
 
 

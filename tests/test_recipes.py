@@ -18,7 +18,7 @@ from rlfr_vlm.config import config_hash, load_config, parse_config
 from rlfr_vlm.errors import UserError
 from rlfr_vlm.flow.field import SPEC_FILE
 from rlfr_vlm.flow.network import VelocityNet
-from rlfr_vlm.training import schedule, shapes
+from rlfr_vlm.planning import schedule, shapes
 from tests.runs import ROOT
 
 RECIPES = sorted((ROOT / "scripts").glob("*/*.yaml"))

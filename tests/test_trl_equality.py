@@ -11,9 +11,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from rlfr_vlm.advantages import group_advantages
+from rlfr_vlm.algorithm.advantages import group_advantages
+from rlfr_vlm.algorithm.losses import kl_estimate, policy_loss, sequence_log_ratio, token_weights
 from rlfr_vlm.config import ModelConfig
-from rlfr_vlm.losses import kl_estimate, policy_loss, sequence_log_ratio, token_weights
 from rlfr_vlm.models.pack import pack
 from rlfr_vlm.models.policy import Policy
 from rlfr_vlm.types import EncodedPrompt, Prompt, Rollout

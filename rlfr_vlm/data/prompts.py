@@ -38,7 +38,7 @@ def printable(text: str) -> str:
 
 
 class RowError(Exception):
-    """A row that cannot be used. `kind` is a short class for counting, `fault` names the defect (rlfr_vlm.data.preflight.kinds lists them);
+    """A row that cannot be used. `kind` is a short class for counting, `fault` names the defect (rlfr_vlm.preflight.kinds lists them);
     the message says what is wrong and where."""
 
     def __init__(self, kind: str, message: str, fault: str = "") -> None:

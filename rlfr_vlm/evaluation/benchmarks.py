@@ -18,7 +18,7 @@ from rlfr_vlm.data.prompts import BadRows, RowError, load_prompts, parse_row
 from rlfr_vlm.errors import UserError
 from rlfr_vlm.types import Prompt
 
-EVAL_FOLDER = Path(__file__).resolve().parents[2] / "eval"
+DEFINITIONS = Path(__file__).resolve().parent / "definitions" / "benchmarks"
 
 
 class Benchmark(Section):
@@ -56,15 +56,15 @@ class Problem:
 
 
 def find_benchmark(name: str) -> tuple[Benchmark, Path]:
-    """The definition by name under eval/benchmarks, or by path of a YAML. Raises UserError naming the known ones, or the field."""
+    """The definition of the package by its name, or by path of a YAML. Raises UserError naming the known ones, or the field."""
     if name.startswith("vlmeval/"):
         kit_name = name.removeprefix("vlmeval/")
         if not re.fullmatch(r"[\w-][\w.+-]*", kit_name):
             raise UserError(f"eval.benchmarks: `{name}`: expected vlmeval/NAME with the name of a data set of VLMEvalKit")
-        return Benchmark(name=kit_name, vlmeval=kit_name), EVAL_FOLDER / "benchmarks"
-    path = Path(name) if name.endswith((".yaml", ".yml")) else EVAL_FOLDER / "benchmarks" / f"{name}.yaml"
+        return Benchmark(name=kit_name, vlmeval=kit_name), DEFINITIONS
+    path = Path(name) if name.endswith((".yaml", ".yml")) else DEFINITIONS / f"{name}.yaml"
     if not path.is_file():
-        known = sorted(p.stem for p in (EVAL_FOLDER / "benchmarks").glob("*.yaml"))
+        known = sorted(p.stem for p in DEFINITIONS.glob("*.yaml"))
         raise UserError(f"eval.benchmarks: there is no `{name}`; known: {', '.join(known)}; vlmeval/NAME; or the path of a YAML")
     try:
         return Benchmark.model_validate(yaml.safe_load(path.read_text())), path.parent

@@ -15,8 +15,8 @@ from rlfr_vlm.data.prompts import RowError
 from rlfr_vlm.data.render import Renderer
 from rlfr_vlm.errors import UserError
 from rlfr_vlm.evaluation.benchmarks import Benchmark, Problem
-from rlfr_vlm.evaluation.endpoint import ChatRequest, Endpoint, Failure, data_url
 from rlfr_vlm.evaluation.ledger import Answer, Sample
+from rlfr_vlm.evaluation.server.endpoint import ChatRequest, Endpoint, Failure, data_url
 from rlfr_vlm.rollout.engine import Sampler, SamplingConfig
 from rlfr_vlm.types import EncodedPrompt, FinishReason, request_seed
 

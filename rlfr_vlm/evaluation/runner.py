@@ -15,9 +15,9 @@ from rlfr_vlm.config import Config
 from rlfr_vlm.data.images import ImageError, open_image
 from rlfr_vlm.errors import StoppedError, UserError
 from rlfr_vlm.evaluation.benchmarks import Benchmark, Problem
-from rlfr_vlm.evaluation.judge import Judge, JudgeItem, JudgeVerdict
 from rlfr_vlm.evaluation.ledger import COUNTED, Answer, FinalVerdict, Ledger, Sample, Verdict
 from rlfr_vlm.evaluation.responders import Responder, Unanswered
+from rlfr_vlm.evaluation.server.judge import Judge, JudgeItem, JudgeVerdict
 from rlfr_vlm.evaluation.statistics import Scored, shares, summarize
 from rlfr_vlm.rewards.grader import Graded, Grader
 
@@ -267,6 +267,6 @@ def _by_source(run: BenchmarkRun, ledger: Ledger) -> dict[str, dict[str, float]]
 def check_grading(cfg: Config) -> None:
     """Raises UserError for a grading that nobody could carry out."""
     if cfg.eval.grading != "rule" and cfg.eval.judge is None:
-        raise UserError(f"eval.grading={cfg.eval.grading} needs a judge: set eval.judge, or --judge NAME (see eval/judges)")
+        raise UserError(f"eval.grading={cfg.eval.grading} needs a judge: set eval.judge, or --judge NAME (local, api, or a YAML file)")
     if cfg.eval.grading == "rule" and cfg.eval.judge is not None:
         raise UserError("eval.judge is set, but eval.grading=rule asks nobody: use rule_then_judge, judge or both")

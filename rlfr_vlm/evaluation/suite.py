@@ -13,13 +13,13 @@ from typing import Any
 from rlfr_vlm.config import Config, EndpointConfig
 from rlfr_vlm.data.render import Renderer
 from rlfr_vlm.errors import UserError
-from rlfr_vlm.evaluation import vlm
 from rlfr_vlm.evaluation.benchmarks import Benchmark, Problem, chosen, find_benchmark, find_source, load_problems, resolve
-from rlfr_vlm.evaluation.endpoint import Endpoint
-from rlfr_vlm.evaluation.judge import Judge
 from rlfr_vlm.evaluation.responders import EndpointResponder, EngineResponder, Responder
 from rlfr_vlm.evaluation.runner import BenchmarkRun, check_grading, run_benchmark
-from rlfr_vlm.evaluation.serve import serve
+from rlfr_vlm.evaluation.server.endpoint import Endpoint
+from rlfr_vlm.evaluation.server.judge import Judge
+from rlfr_vlm.evaluation.server.serve import serve
+from rlfr_vlm.evaluation.vlm import adapter as vlm
 from rlfr_vlm.models.policy import Policy
 from rlfr_vlm.rewards.grader import Grader
 from rlfr_vlm.rollout.engine import Sampler

@@ -72,7 +72,7 @@ def shown(name: str) -> str:
 
 def asset(name: str) -> str:
     """A file of this package."""
-    return (files("rlfr_vlm.report") / name).read_text(encoding="utf-8")
+    return (files("rlfr_vlm.report") / "web" / name).read_text(encoding="utf-8")
 
 
 def plotly_script() -> str:

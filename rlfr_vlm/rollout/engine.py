@@ -66,7 +66,7 @@ class RolloutEngine(Sampler, Protocol):
         """
         ...
 
-    def rest(self) -> None:
+    def sleep(self) -> None:
         """Give back what memory it can until the next load; nothing is sampled meanwhile."""
         ...
 

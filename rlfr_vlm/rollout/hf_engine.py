@@ -158,7 +158,7 @@ class HFEngine:
     def load_bucket(self, bucket: Mapping[str, Tensor]) -> None:
         """See RolloutEngine. Raises ValueError for an engine without a copy."""
         self._own().check(bucket)
-        self.sampler.model.to(self.sampler.device)  # back from `rest`
+        self.sampler.model.to(self.sampler.device)  # back from `sleep`
         tensors = self.sampler.model.state_dict(keep_vars=True)
         for name, tensor in bucket.items():
             tensors[name].copy_(tensor)
@@ -171,7 +171,7 @@ class HFEngine:
         self._own().finish()
         self._version = version
 
-    def rest(self) -> None:
+    def sleep(self) -> None:
         """A copy on a GPU waits in host memory."""
         if self._arrivals is not None and self.sampler.device.type == "cuda":
             self.sampler.model.to("cpu")

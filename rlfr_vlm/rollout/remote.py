@@ -303,7 +303,7 @@ class RemoteEngine:
         """See `load_bucket`."""
         raise NotImplementedError("load_weights sends the buckets")
 
-    def rest(self) -> None:
+    def sleep(self) -> None:
         """Workers have devices of their own: nothing to give back."""
 
     def close(self) -> None:

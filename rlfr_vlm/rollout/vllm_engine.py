@@ -88,7 +88,7 @@ class VllmEngine:
         self._sync.finish()
         self.version = version
 
-    def rest(self) -> None:
+    def sleep(self) -> None:
         """On a GPU that the trainer uses as well, drop weights and KV cache; on CPU nothing."""
         if sleeps(self.cfg, self.policy):
             self.llm.sleep(level=2)

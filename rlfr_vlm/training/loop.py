@@ -5,19 +5,22 @@ from __future__ import annotations
 from contextlib import closing
 from itertools import pairwise
 
+from rlfr_vlm.algorithm.credit import make_samples, needs_scoring
+from rlfr_vlm.batch import Sample
 from rlfr_vlm.config import Config
 from rlfr_vlm.data.render import PromptSource
 from rlfr_vlm.faults import faultpoint
+from rlfr_vlm.learner.learner import Learner
 from rlfr_vlm.ranks import ALONE, Ranks
 from rlfr_vlm.rewards.grader import Grader
 from rlfr_vlm.rollout.engine import RolloutEngine
-from rlfr_vlm.training.credit import Sample, make_samples, needs_scoring
-from rlfr_vlm.training.looks import look
+from rlfr_vlm.run.run import Run
+from rlfr_vlm.storage.state import generators_kept
+from rlfr_vlm.training.attention_record import record_attention
 from rlfr_vlm.training.rollouts import Rollouts
-from rlfr_vlm.training.run import Run
-from rlfr_vlm.training.state import generators_kept
+from rlfr_vlm.training.scoring import score_samples
 from rlfr_vlm.training.timing import timed
-from rlfr_vlm.training.update import Learner, score_samples, update
+from rlfr_vlm.training.update import update
 
 
 def train(cfg: Config, learner: Learner, engine: RolloutEngine, prompts: PromptSource, grader: Grader, run: Run) -> None:
@@ -43,7 +46,7 @@ def train(cfg: Config, learner: Learner, engine: RolloutEngine, prompts: PromptS
                     with timed("score", clock):
                         samples = score_samples(cfg, learner, samples, clock)
 
-                looks = look(cfg, learner, batch.kept, clock)  # for the record: where in the pictures each token looked
+                looks = record_attention(cfg, learner, batch.kept, clock)  # for the record: where in the pictures each token looked
 
                 # 4. Policy updates; the flow follows the latents of selected responses, by default the correct ones.
                 with timed("update", clock):
@@ -66,7 +69,7 @@ def evaluate(learner: Learner, engine: RolloutEngine, prompts: PromptSource, run
     with generators_kept():
         score = run.evaluate(step, engine)
     run.keep_if_best(step, score, learner, prompts)
-    engine.rest()
+    engine.sleep()
 
 
 def trains_policy(cfg: Config, step: int) -> bool:

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 from concurrent.futures import Future, ThreadPoolExecutor
 
+from rlfr_vlm.batch import Collected
 from rlfr_vlm.config import Config
 from rlfr_vlm.data.render import PromptSource
 from rlfr_vlm.errors import NonFiniteError
 from rlfr_vlm.faults import faultpoint
+from rlfr_vlm.learner.learner import Learner
 from rlfr_vlm.ranks import Ranks
 from rlfr_vlm.rewards.grader import Grader
 from rlfr_vlm.rollout.engine import RolloutEngine
-from rlfr_vlm.training.collect import Collected, collect
+from rlfr_vlm.training.collect import collect
 from rlfr_vlm.training.timing import timed
-from rlfr_vlm.training.update import Learner
 
 
 class Rollouts:
@@ -63,7 +64,7 @@ class Rollouts:
 
     def _collect(self, step: int, clock: dict[str, float]) -> Collected:
         batch = collect(self.cfg, self.engine, self.prompts, self.grader, step, clock, self.ranks)
-        self.engine.rest()
+        self.engine.sleep()
         return batch
 
     def _timed(self, step: int) -> tuple[Collected, dict[str, float]]:

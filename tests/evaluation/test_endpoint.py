@@ -14,9 +14,9 @@ from PIL import Image
 
 from rlfr_vlm.config import EndpointConfig, JudgeConfig
 from rlfr_vlm.errors import UserError
-from rlfr_vlm.evaluation import endpoint as module
-from rlfr_vlm.evaluation.endpoint import ChatReply, ChatRequest, Endpoint, Failure, data_url, wait_seconds
-from rlfr_vlm.evaluation.wire import Secret, retry_after
+from rlfr_vlm.evaluation.server import endpoint as module
+from rlfr_vlm.evaluation.server.endpoint import ChatReply, ChatRequest, Endpoint, Failure, data_url, wait_seconds
+from rlfr_vlm.evaluation.server.wire import Secret, retry_after
 from tests.evaluation.scripted_server import TRANSIENT, ScriptedServer
 
 KEY = "sk-SENTINEL-0123456789abcdef"

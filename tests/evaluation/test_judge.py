@@ -9,9 +9,9 @@ import pytest
 
 from rlfr_vlm.config import JudgeConfig
 from rlfr_vlm.errors import UserError
-from rlfr_vlm.evaluation import endpoint as endpoint_module
-from rlfr_vlm.evaluation.endpoint import Endpoint
-from rlfr_vlm.evaluation.judge import JUDGES, Judge, JudgeItem, code_of, load_judge, read_verdict
+from rlfr_vlm.evaluation.server import endpoint as endpoint_module
+from rlfr_vlm.evaluation.server.endpoint import Endpoint
+from rlfr_vlm.evaluation.server.judge import JUDGES, Judge, JudgeItem, code_of, load_judge, read_verdict
 from tests.evaluation.scripted_server import TRANSIENT, ScriptedServer, judged, right_verdict
 
 KEY = "sk-SENTINEL-0123456789abcdef"

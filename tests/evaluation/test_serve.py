@@ -13,10 +13,10 @@ import pytest
 import rlfr_vlm
 from rlfr_vlm.config import EndpointConfig, JudgeConfig
 from rlfr_vlm.errors import UserError
-from rlfr_vlm.evaluation import keeper
-from rlfr_vlm.evaluation.endpoint import ChatReply, ChatRequest, Endpoint
-from rlfr_vlm.evaluation.judge import Judge, JudgeItem
-from rlfr_vlm.evaluation.serve import environment, serve
+from rlfr_vlm.evaluation.server import keeper
+from rlfr_vlm.evaluation.server.endpoint import ChatReply, ChatRequest, Endpoint
+from rlfr_vlm.evaluation.server.judge import Judge, JudgeItem
+from rlfr_vlm.evaluation.server.serve import environment, serve
 
 KEY = "sk-SENTINEL-0123456789abcdef"
 ROOT = Path(rlfr_vlm.__file__).parent.parent
@@ -207,7 +207,7 @@ def test_the_keeper_outlives_its_starter_by_a_moment_even_where_a_fork_holds_the
 def test_no_orphan_when_the_parent_is_killed(model_folder, compiled_once):
     code = (
         "import sys, time\n"
-        "from rlfr_vlm.evaluation.serve import serve\n"
+        "from rlfr_vlm.evaluation.server.serve import serve\n"
         f"with serve({model_folder('qwen2')!r}, 'tiny', **{LIMITS!r}) as api_base:\n"
         "    print(api_base, flush=True)\n"
         "    time.sleep(300)\n"

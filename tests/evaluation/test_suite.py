@@ -9,13 +9,13 @@ from PIL import Image
 from rlfr_vlm.cli import build_parser, eval_overrides
 from rlfr_vlm.config import load_config, parse_config, to_yaml
 from rlfr_vlm.errors import UserError
-from rlfr_vlm.evaluation.benchmarks import EVAL_FOLDER, find_benchmark
+from rlfr_vlm.evaluation.benchmarks import DEFINITIONS, find_benchmark
 from rlfr_vlm.evaluation.parity import parity
 from rlfr_vlm.evaluation.suite import in_training, plan
 
 
 def test_every_definition_reads_and_is_named_after_its_file():
-    for path in (EVAL_FOLDER / "benchmarks").glob("*.yaml"):
+    for path in DEFINITIONS.glob("*.yaml"):
         assert find_benchmark(path.stem)[0].name == path.stem
 
 

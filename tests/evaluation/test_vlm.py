@@ -15,10 +15,11 @@ from PIL import Image, ImageDraw
 from rlfr_vlm.cli import main
 from rlfr_vlm.config import parse_config
 from rlfr_vlm.errors import StoppedError, UserError
-from rlfr_vlm.evaluation import suite, vlm
-from rlfr_vlm.evaluation.benchmarks import find_benchmark, find_source, load_problems
+from rlfr_vlm.evaluation import suite
+from rlfr_vlm.evaluation.benchmarks import DEFINITIONS, find_benchmark, find_source, load_problems
 from rlfr_vlm.evaluation.ledger import Answer, read_ledger
-from rlfr_vlm.evaluation.vlm_guards import UNREADABLE, Judging, arithmetic, bounded_equal, guarded, refuse
+from rlfr_vlm.evaluation.vlm import adapter as vlm
+from rlfr_vlm.evaluation.vlm.guards import UNREADABLE, Judging, arithmetic, bounded_equal, guarded, refuse
 from tests.evaluation.scripted_server import ScriptedServer
 
 ROOT = Path(__file__).parents[2]
@@ -199,7 +200,7 @@ def test_missing_file_and_column_are_named(tmp_path):
 
 
 def test_every_definition_is_read():
-    names = [p.stem for p in (ROOT / "eval/benchmarks").glob("*.yaml")]
+    names = [p.stem for p in DEFINITIONS.glob("*.yaml")]
     kit = {find_benchmark(name)[0].vlmeval for name in names} - {None}
     assert {"MathVista_MINI", "MathVerse_MINI", "MathVision", "MathVision_MINI", "WeMath", "LogicVista", "DynaMath", "MMMU_DEV_VAL"} <= kit
 

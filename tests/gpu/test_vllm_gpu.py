@@ -41,7 +41,7 @@ def test_an_engine_at_rest_gives_its_memory_back_and_wakes_with_new_weights(mode
     try:
         for seed in range(2):
             before = free_gib()
-            engine.rest()
+            engine.sleep()
             assert free_gib() > before + 1  # the KV cache alone is more
             disturb(engine.policy, seed)
             engine.load_weights(engine.policy)
@@ -54,7 +54,7 @@ def test_an_engine_at_rest_gives_its_memory_back_and_wakes_with_new_weights(mode
 def test_an_engine_that_may_not_sleep_keeps_sampling(model_folder):
     engine = make_engine(model_folder("llama", dtype="bfloat16"), sleep=False)
     try:
-        engine.rest()
+        engine.sleep()
         assert engine.probe() <= 0.1
     finally:
         engine.close()

@@ -10,12 +10,12 @@ import torch
 from transformers import AutoModelForImageTextToText
 
 from rlfr_vlm.config import ModelConfig
+from rlfr_vlm.learner.microbatches import blank_prompt
 from rlfr_vlm.models import attention
 from rlfr_vlm.models.attention import PackedLayout, Segment, Watch, WatchedLayout, weights_on
 from rlfr_vlm.models.attribution import Attribution, attribute, picture_grids, pooled
 from rlfr_vlm.models.pack import pack
 from rlfr_vlm.models.policy import Policy
-from rlfr_vlm.training.microbatches import blank_prompt
 from tests.models.test_policy import VISION, rollouts_of
 
 LAYERS = (1, 2, 3)

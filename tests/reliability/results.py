@@ -35,7 +35,7 @@ def page(lines: list[dict], machine: str) -> str:
 
 def main() -> None:
     """Command line."""
-    from rlfr_vlm.training.state import environment
+    from rlfr_vlm.storage.state import environment
 
     found = environment()
     versions = ", ".join(f"{name} {version}" for name, version in found["versions"].items())

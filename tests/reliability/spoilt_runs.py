@@ -18,8 +18,8 @@ from rlfr_vlm.config import load_config
 from rlfr_vlm.errors import StoppedError
 from rlfr_vlm.ranks import end_rank, join
 from rlfr_vlm.rollout.hf_engine import HFEngine
-from rlfr_vlm.training.shards import ShardReader
-from rlfr_vlm.training.watch import read_lines
+from rlfr_vlm.run.watch import read_lines
+from rlfr_vlm.storage.shards import ShardReader
 
 PLACES = ("logits", "old_logprob", "outcome", "advantage", "flow_score", "flow_loss", "gradient", "parameter")
 ONE_RESPONSE = ("logits", "old_logprob", "outcome", "advantage", "flow_score")  # the places where one response is to blame

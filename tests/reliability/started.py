@@ -13,8 +13,8 @@ import time
 from contextlib import suppress
 from pathlib import Path
 
-from rlfr_vlm.training.checkpoint import PREFIX, list_checkpoints
-from rlfr_vlm.training.processes import processes_with
+from rlfr_vlm.launch.processes import processes_with
+from rlfr_vlm.storage.checkpoint import PREFIX, list_checkpoints
 from tests.runs import ROOT, make_config, make_data, make_text_data
 
 STEPS, SAVE_STEPS = 12, 3

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from tests.data.planted import clean, picture
+from tests.preflight.planted import clean, picture
 
 LIMIT = 700  # data.max_prompt_tokens of the runs that read them
 

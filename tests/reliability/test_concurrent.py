@@ -10,9 +10,9 @@ import time
 
 import pytest
 
+from tests.launch.test_ray import Launched, weights
 from tests.reliability.started import Started
 from tests.runs import ROOT, cli, make_config, make_text_data
-from tests.training.test_ray import Launched, weights
 
 RACES = 20
 LIMIT = 2.0  # seconds from the end of the imports to the end of whoever comes second

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from rlfr_vlm.errors import CheckpointError
-from rlfr_vlm.training import checkpoint
-from rlfr_vlm.training.checkpoint import MANIFEST, commit_checkpoint, newest_good
+from rlfr_vlm.storage import checkpoint
+from rlfr_vlm.storage.checkpoint import MANIFEST, commit_checkpoint, newest_good
 from tests.runs import cli, digest, make_config, make_data, torchrun
 
 OLD, NEW = "global_step_2", "global_step_4"

@@ -15,9 +15,10 @@ from rlfr_vlm import bench, faults
 from rlfr_vlm.models import policy
 from rlfr_vlm.rollout import weights
 from rlfr_vlm.rollout.vllm_engine import VllmEngine
-from rlfr_vlm.training import checkpoint, collect, shards, update
-from rlfr_vlm.training.figures import Figures
-from rlfr_vlm.training.watch import Watch
+from rlfr_vlm.run.watch import Watch
+from rlfr_vlm.storage import checkpoint, shards
+from rlfr_vlm.training import collect, update
+from rlfr_vlm.training.metrics import UpdateMetrics
 from tests.runs import ROOT
 
 EVERY_STEP = [
@@ -25,8 +26,8 @@ EVERY_STEP = [
     (update, "not_finite_here", "finite checks"),
     (collect, "check_finite", "finite checks"),
     (policy, "check_finite", "finite checks"),
-    (Figures, "add_tokens", "figures"),
-    (Figures, "result", "figures"),
+    (UpdateMetrics, "add_tokens", "figures"),
+    (UpdateMetrics, "result", "figures"),
     (update, "moved", "figures"),
     (Watch, "look", "monitors"),
     (weights.Arrivals, "check", "sync proof"),

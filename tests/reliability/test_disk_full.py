@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 
 from rlfr_vlm.errors import DiskFullError
-from rlfr_vlm.training.checkpoint import commit_checkpoint, list_checkpoints, newest_good, verify
-from rlfr_vlm.training.disk import written
+from rlfr_vlm.storage.checkpoint import commit_checkpoint, list_checkpoints, newest_good, verify
+from rlfr_vlm.storage.disk import written
 from tests.runs import ROOT, cli, make_config, make_text_data, torchrun
 
 REWARD = """

@@ -11,8 +11,8 @@ import pytest
 from hypothesis import strategies as st
 
 from rlfr_vlm.config import GraderConfig
-from rlfr_vlm.evaluation.judge import MAX_TAIL, USER, JudgeItem, _shown, code_of, read_verdict
-from rlfr_vlm.evaluation.wire import ChatReply, Fault, read_models, read_reply, retry_after, server_words
+from rlfr_vlm.evaluation.server.judge import MAX_TAIL, USER, JudgeItem, _shown, code_of, read_verdict
+from rlfr_vlm.evaluation.server.wire import ChatReply, Fault, read_models, read_reply, retry_after, server_words
 from rlfr_vlm.rewards.answers import MAX_TEXT, extract_answer, gold_problem, unwrap_gold
 from rlfr_vlm.rewards.grader import Grader
 from tests.evaluation.scripted_server import judged

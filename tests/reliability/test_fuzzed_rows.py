@@ -14,13 +14,13 @@ from PIL import Image
 
 from rlfr_vlm.config import DataConfig, load_config
 from rlfr_vlm.data.images import ImageError, open_header, open_image
-from rlfr_vlm.data.preflight.examine import Examiner
-from rlfr_vlm.data.preflight.facts import Task
-from rlfr_vlm.data.preflight.kinds import KINDS
 from rlfr_vlm.data.prompts import COLUMNS, LONE_SURROGATE, UNPRINTABLE, UNSUPPORTED, BadRows, RowError, load_prompts, read_prompt, read_rows
 from rlfr_vlm.data.render import Renderer, special_tokens
 from rlfr_vlm.errors import UserError
 from rlfr_vlm.models.policy import Policy
+from rlfr_vlm.preflight.examine import Examiner
+from rlfr_vlm.preflight.facts import Task
+from rlfr_vlm.preflight.kinds import KINDS
 from tests.reliability.fuzzing import CORPUS, SCALARS, TEXTS, TREES, run
 from tests.runs import ROOT
 

@@ -150,7 +150,7 @@ IN_AN_ACTOR = """
 import json, sys
 from rlfr_vlm.config import GraderConfig, load_config
 from rlfr_vlm.rewards.grader import Grader
-from rlfr_vlm.training.ray_launch import cluster
+from rlfr_vlm.launch.ray_launch import cluster
 
 class Actor:
     def grade(self, items):

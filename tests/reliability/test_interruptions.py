@@ -10,7 +10,7 @@ import time
 
 import pytest
 
-from rlfr_vlm.training.checkpoint import PREFIX, list_checkpoints, verify
+from rlfr_vlm.storage.checkpoint import PREFIX, list_checkpoints, verify
 from tests.reliability.started import SAVE_STEPS, STEPS, Started, finished, ledger, newest_step, prepared, steps_done, sums
 from tests.runs import make_config
 

@@ -9,9 +9,9 @@ import pytest
 from rlfr_vlm.commands import train
 from rlfr_vlm.config import load_config
 from rlfr_vlm.rollout import hf_engine
-from rlfr_vlm.training import run as run_module
-from rlfr_vlm.training import state as state_module
-from rlfr_vlm.training.checkpoint import list_checkpoints
+from rlfr_vlm.run import run as run_module
+from rlfr_vlm.storage import state as state_module
+from rlfr_vlm.storage.checkpoint import list_checkpoints
 from tests.reliability.started import NOISY_REWARD
 from tests.runs import digest, make_config, make_data
 

@@ -11,10 +11,10 @@ from contextlib import ExitStack
 
 import pytest
 
+from tests.launch.test_ray import Launched, intrude, listening, on_loopback
 from tests.report.test_report import make_run
 from tests.runs import ROOT, make_config, make_text_data
 from tests.test_launch import free_port
-from tests.training.test_ray import Launched, intrude, listening, on_loopback
 
 PERIOD = 0.2  # seconds between two looks
 REWARD = """

@@ -16,8 +16,9 @@ from rlfr_vlm.flow.field import FlowField
 from rlfr_vlm.models.policy import Policy
 from rlfr_vlm.ranks import ALONE
 from rlfr_vlm.rollout.hf_engine import HFEngine
-from rlfr_vlm.training import collect, shards, update
-from rlfr_vlm.training.watch import read_lines
+from rlfr_vlm.run.watch import read_lines
+from rlfr_vlm.storage import shards
+from rlfr_vlm.training import collect, update
 from rlfr_vlm.types import RolloutGroup
 from tests.reliability.spoilt_runs import ACTIONS, PLACES, SETTINGS, VALUES, check, spoil
 from tests.runs import cli, make_config, make_data, torchrun

@@ -12,10 +12,10 @@ from rlfr_vlm.config import config_hash, parse_config
 from rlfr_vlm.data.digests import RowDigests
 from rlfr_vlm.errors import UserError
 from rlfr_vlm.rewards.outcome import reward_digest
-from rlfr_vlm.training import checkpoint as protocol
-from rlfr_vlm.training import resume
-from rlfr_vlm.training.resume import check_resumable, find_checkpoint
-from rlfr_vlm.training.state import FORMAT, ROWS_FILE, STATE_FILE, environment
+from rlfr_vlm.storage import checkpoint as protocol
+from rlfr_vlm.storage import resume
+from rlfr_vlm.storage.resume import check_resumable, find_checkpoint
+from rlfr_vlm.storage.state import FORMAT, ROWS_FILE, STATE_FILE, environment
 from rlfr_vlm.types import Prompt
 from tests.runs import cli, make_config, make_text_data
 

@@ -15,10 +15,10 @@ import pytest
 import torch
 
 from rlfr_vlm.cli import main
-from rlfr_vlm.training import checkpoint
-from rlfr_vlm.training.processes import processes_with
+from rlfr_vlm.launch.processes import processes_with
+from rlfr_vlm.storage import checkpoint
+from tests.launch.test_ray import Launched
 from tests.runs import cli, make_config, make_data, make_text_data
-from tests.training.test_ray import Launched
 
 KEYS = {
     "WANDB_API_KEY": "5e171e1c0ffee0ddba11cafef00d5e17deadbeef",  # of the form that W&B accepts

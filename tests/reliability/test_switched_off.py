@@ -16,13 +16,13 @@ import sys
 import pytest
 
 from rlfr_vlm.errors import DiskFullError
-from rlfr_vlm.training import checkpoint
+from rlfr_vlm.storage import checkpoint
 from tests.evaluation.scripted_server import TRANSIENT, ScriptedServer, right_verdict
+from tests.launch.test_soak import MOST_GROWTH, soaked
 from tests.reliability.test_disk_full import litter, small_disk
 from tests.reliability.test_judged_runs import KEY, Run, model
 from tests.runs import ROOT, make_config, make_text_data
 from tests.test_launch import peers
-from tests.training.test_soak import MOST_GROWTH, soaked
 
 DEAF = """
 import signal

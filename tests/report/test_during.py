@@ -13,7 +13,7 @@ from rlfr_vlm.ranks import Ranks
 from rlfr_vlm.report import during
 from rlfr_vlm.report.during import REST, ReportKeeper
 from rlfr_vlm.rewards.grader import Grader
-from rlfr_vlm.training.run import Run
+from rlfr_vlm.run.run import Run
 from tests.report.test_report import make_run, page_data
 from tests.runs import cli, make_config, make_data
 from tests.tiny_models import tiny_qwen2_5_vl

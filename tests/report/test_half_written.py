@@ -20,7 +20,7 @@ from rlfr_vlm.report.comparison_page import write_comparison
 from rlfr_vlm.report.findings import examine
 from rlfr_vlm.report.html import write_report
 from rlfr_vlm.report.run_files import read_run
-from rlfr_vlm.training.rollout_files import write_rollouts
+from rlfr_vlm.run.rollout_files import write_rollouts
 from tests.report.browser import needs_browser
 from tests.report.test_report import make_run, page_data, write_jsonl
 

@@ -6,7 +6,7 @@ import random
 import pytest
 
 from rlfr_vlm.report.run_files import RolloutFile, read_rollouts, read_run
-from rlfr_vlm.training.rollout_files import write_rollouts
+from rlfr_vlm.run.rollout_files import write_rollouts
 
 pa = pytest.importorskip("pyarrow")
 ROW = {

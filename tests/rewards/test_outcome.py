@@ -5,11 +5,11 @@ from dataclasses import replace
 
 import pytest
 
+from rlfr_vlm.algorithm.credit import make_samples
 from rlfr_vlm.config import GraderConfig, RewardConfig, parse_config
 from rlfr_vlm.errors import StoppedError, UserError
 from rlfr_vlm.rewards.grader import Grader
 from rlfr_vlm.rewards.outcome import boxed_reward, grade, load_reward_function, overlong_penalty, tags_reward
-from rlfr_vlm.training.credit import make_samples
 from rlfr_vlm.types import EncodedPrompt, Prompt, Rollout, RolloutGroup
 
 
@@ -72,7 +72,7 @@ def test_dapo_still_prefers_a_right_answer_of_full_length_to_a_wrong_one(grader,
     one = replace(one, rollouts=(*one.rollouts[:3], full, *one.rollouts[4:]))
     outcomes = grade([one], cfg.reward, grader, cfg.rollout.max_new_tokens)
     assert [o.reward for o in outcomes] == [1, 1, 1, 0, *[cfg.reward.wrong] * 4]
-    found = [s.advantage for s in make_samples([one], outcomes, 0, 1, cfg.algorithm)]
+    found = [s.outcome_credit for s in make_samples([one], outcomes, 0, 1, cfg.algorithm)]
     assert found[3] == pytest.approx(advantage, abs=5e-4)
     assert (found[3] > found[4]) is (advantage > 0)
 

@@ -134,7 +134,7 @@ def test_a_copy_in_a_process_of_its_own_samples_what_the_policy_would(model_fold
         for bucket in trainer.weight_buckets(max_bytes):
             engine.load_bucket({name: tensor.clone() for name, tensor in bucket.items()})
         engine.finish_load(trainer.version)
-        engine.rest()
+        engine.sleep()
         groups = engine.sample(prompts, SAMPLING)
         assert tokens(groups) == tokens(own.sample(prompts, SAMPLING)) != before
         assert {r.policy_version for group in groups for r in group.rollouts} == {trainer.version}

@@ -271,5 +271,5 @@ def test_tensor_parallelism_on_cpu_is_refused(path, policy):
 
 def test_nothing_is_given_back_on_cpu(engine, prompts):
     before = tokens(engine.sample(prompts, SAMPLING))
-    engine.rest()
+    engine.sleep()
     assert tokens(engine.sample(prompts, SAMPLING)) == before

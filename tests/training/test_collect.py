@@ -2,13 +2,14 @@
 
 import pytest
 
+from rlfr_vlm.batch import GradedGroup
 from rlfr_vlm.config import DataConfig, parse_config
 from rlfr_vlm.data.prompts import BadRows, PromptStream, parse_row
 from rlfr_vlm.data.render import PromptSource, Renderer
 from rlfr_vlm.models.policy import Policy
 from rlfr_vlm.rewards.grader import Grader
 from rlfr_vlm.rollout.hf_engine import HFEngine
-from rlfr_vlm.training.collect import GradedGroup, collect
+from rlfr_vlm.training.collect import collect
 from rlfr_vlm.types import Outcome, Rollout, RolloutGroup
 from tests.training.test_update import config
 

@@ -7,11 +7,13 @@ import pytest
 import torch
 
 from rlfr_vlm import commands
+from rlfr_vlm.algorithm.credit import assign_credit, needs_scoring
+from rlfr_vlm.batch import Scores
 from rlfr_vlm.config import load_config, parse_config
 from rlfr_vlm.errors import UserError
-from rlfr_vlm.training.credit import Scores, assign_credit, needs_scoring
-from rlfr_vlm.training.fit_work import Work
-from rlfr_vlm.training.update import score_samples, update
+from rlfr_vlm.fitting.progress import Work
+from rlfr_vlm.training.scoring import score_samples
+from rlfr_vlm.training.update import update
 from tests.runs import make_config, make_data, make_text_data
 from tests.training.test_update import config, same, setup, weights
 

@@ -5,16 +5,17 @@ import dataclasses
 import pytest
 import torch
 
+from rlfr_vlm.algorithm.credit import make_samples
 from rlfr_vlm.config import DataConfig, parse_config
 from rlfr_vlm.data.prompts import parse_row
 from rlfr_vlm.data.render import Renderer
 from rlfr_vlm.errors import StoppedError
+from rlfr_vlm.learner.learner import make_learner
 from rlfr_vlm.models.policy import Policy
 from rlfr_vlm.rollout.engine import SamplingConfig
 from rlfr_vlm.rollout.hf_engine import HFEngine
-from rlfr_vlm.training.credit import make_samples
-from rlfr_vlm.training.learner import make_learner
-from rlfr_vlm.training.update import score_samples, update
+from rlfr_vlm.training.scoring import score_samples
+from rlfr_vlm.training.update import update
 from rlfr_vlm.types import Outcome
 
 VERDICTS = ["correct", "wrong", "wrong", "correct"]
@@ -145,7 +146,7 @@ def test_ungraded_responses_leave_the_batch(model_folder):
     cfg = config(model_folder("qwen2"))
     _, samples = setup(cfg, ["correct", "error", "wrong", "wrong"])
     assert len(samples) == 9
-    assert [round(s.advantage, 4) for s in samples[:3]] == [1.1547, -0.5774, -0.5774]
+    assert [round(s.outcome_credit, 4) for s in samples[:3]] == [1.1547, -0.5774, -0.5774]
 
 
 def test_a_non_finite_gradient_stops_before_the_weights(model_folder):

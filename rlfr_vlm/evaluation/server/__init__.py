@@ -1,0 +1,1 @@
+"""Chat servers: asking one, judging through one, and starting one."""

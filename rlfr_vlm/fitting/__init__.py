@@ -1,0 +1,1 @@
+"""Fitting the flow field before RL, and asking what it is worth."""

@@ -1,0 +1,1 @@
+"""The processes of a run: ranks and engines placed, started, watched and started again."""
