@@ -63,9 +63,9 @@ def test_on_two_ranks_it_is_caught_on_both(model_folder, tmp_path, figure):
 @pytest.mark.parametrize(
     ("place", "value", "module", "protection"),
     [
-        ("old_logprob", "inf", update, "not_finite_here"),
+        ("old_logprob", "inf", update, "in_microbatch"),
         ("parameter", "nan", shards, "check_finite"),
-        ("outcome", "nan", collect, "check_finite"),
+        ("outcome", "nan", collect, "check_rollouts"),
     ],
 )
 @pytest.mark.reliability
