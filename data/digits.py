@@ -2,9 +2,10 @@
 
     python data/digits.py build OUT_DIR [--train N --test N --expert N --seed S]
 
-writes train.jsonl (prompts for RL), test.jsonl (held out: its pictures are made of digit images that no other file uses), expert.jsonl
-(solutions, which the flow field is fitted on) and images/. The digits are scikit-learn's `load_digits` (1,797 images of 8 x 8 by 13
-writers), read from the installed package.
+writes train.jsonl (prompts for RL), test.jsonl (held out: its pictures are made of digit images
+that no other file uses), expert.jsonl (solutions, which the flow field is fitted on) and images/.
+The digits are scikit-learn's `load_digits` (1,797 images of 8 x 8 by 13 writers), read from the
+installed package.
 """
 
 from __future__ import annotations
@@ -22,7 +23,9 @@ from PIL import Image, ImageDraw
 
 Split = Literal["train", "test", "expert"]
 
-SLOT = 56  # pixels, side of the square one digit or sign is drawn in: 2 x 2 image tokens of Qwen2.5-VL (patch 14, merged 2 x 2)
+# pixels, side of the square one digit or sign is drawn in: 2 x 2 image tokens of Qwen2.5-VL (patch
+# 14, merged 2 x 2)
+SLOT = 56
 HELD_OUT = 360  # digit images kept for the test set
 QUESTIONS = {
     "sum": "What is the sum of the digits?",
@@ -52,7 +55,9 @@ def answer(problem: Problem) -> int:
 
 
 def solution(problem: Problem, boxed: int | None = None) -> str:
-    """A worked solution: first what is read, then the conclusion `boxed` (default: the right one)."""
+    """A worked solution: first what is read, then the conclusion `boxed` (default: the right
+    one).
+    """
     boxed = answer(problem) if boxed is None else boxed
     if problem.kind in ("sum", "result"):
         return f"{problem.digits[0]} {problem.sign or '+'} {problem.digits[1]} = \\boxed{{{boxed}}}"
@@ -60,7 +65,9 @@ def solution(problem: Problem, boxed: int | None = None) -> str:
 
 
 def draw_problem(rng: np.random.Generator, kind: str | None = None) -> Problem:
-    """A random problem. For `larger` and `even` every answer is equally frequent, so that guessing pays little."""
+    """A random problem. For `larger` and `even` every answer is equally frequent, so that guessing
+    pays little.
+    """
     kind = kind or str(rng.choice(list(QUESTIONS)))
     if kind == "larger":
         top = int(rng.integers(1, 10))
@@ -70,7 +77,10 @@ def draw_problem(rng: np.random.Generator, kind: str | None = None) -> Problem:
     if kind == "even":
         even = np.arange(3) < rng.integers(4)
         rng.shuffle(even)
-        return Problem(kind, tuple(int(2 * d + 1 - e) for d, e in zip(rng.integers(5, size=3), even, strict=True)))
+        return Problem(
+            kind,
+            tuple(int(2 * d + 1 - e) for d, e in zip(rng.integers(5, size=3), even, strict=True)),
+        )
     first, second = (int(d) for d in rng.integers(10, size=2))
     if kind == "sum":
         return Problem(kind, (first, second))
@@ -84,7 +94,8 @@ def draw_problem(rng: np.random.Generator, kind: str | None = None) -> Problem:
 def digit_images(held_out: bool) -> tuple[np.ndarray, ...]:
     """The digit images of one side of the split: ten arrays [n, 8, 8] with values 0 to 1.
 
-    The split is the same for every seed: a model trained on any draw of the training side has never seen the other one.
+    The split is the same for every seed: a model trained on any draw of the training side has never
+        seen the other one.
     """
     from sklearn.datasets import load_digits
 
@@ -95,7 +106,9 @@ def digit_images(held_out: bool) -> tuple[np.ndarray, ...]:
 
 
 def draw_picture(problem: Problem, rng: np.random.Generator, held_out: bool) -> Image.Image:
-    """The problem as a picture, 112 x 56 for two slots and 168 x 56 for three: sides that Qwen's processor keeps."""
+    """The problem as a picture, 112 x 56 for two slots and 168 x 56 for three: sides that Qwen's
+    processor keeps.
+    """
     digits = [str(d) for d in problem.digits]
     symbols = [digits[0], problem.sign, digits[1]] if problem.sign else digits
     ink, paper = rng.uniform(0.55, 1.0), rng.uniform(0.0, 0.25)
@@ -107,7 +120,9 @@ def draw_picture(problem: Problem, rng: np.random.Generator, held_out: bool) -> 
             cells = Image.fromarray(np.uint8(255 * images[rng.integers(len(images))]))
         else:
             cells = _sign(symbol)
-        glyph = cells.resize((side, side), Image.Resampling.BICUBIC).rotate(rng.uniform(-12, 12), Image.Resampling.BILINEAR)
+        glyph = cells.resize((side, side), Image.Resampling.BICUBIC).rotate(
+            rng.uniform(-12, 12), Image.Resampling.BILINEAR
+        )
         x, y = rng.integers(0, SLOT - side + 1, size=2)
         strokes[y : y + side, place * SLOT + x : place * SLOT + x + side] = np.asarray(glyph) / 255
     grey = np.uint8(255 * (paper + (ink - paper) * strokes))
@@ -125,7 +140,9 @@ def _sign(sign: str) -> Image.Image:
 
 
 def draw_examples(split: Split, count: int, seed: int) -> Iterator[tuple[Problem, Image.Image]]:
-    """The first `count` problems of a split, with their pictures; example i is the same whatever the count."""
+    """The first `count` problems of a split, with their pictures; example i is the same whatever
+    the count.
+    """
     for i in range(count):
         rng = np.random.default_rng([seed, ("train", "test", "expert").index(split), i])
         problem = draw_problem(rng)
@@ -155,7 +172,9 @@ def build(out_dir: str | Path, counts: dict[Split, int], seed: int = 0) -> None:
 
 def main() -> None:
     """Command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     commands = parser.add_subparsers(dest="command", required=True)
     command = commands.add_parser("build", help="draw the data set into a folder")
     command.add_argument("out_dir", type=Path)

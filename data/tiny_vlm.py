@@ -1,10 +1,12 @@
-"""Builds the demo's model: a Qwen2.5-VL of 0.9M parameters (the real architecture and processor), pre-trained from random weights.
+"""Builds the demo's model: a Qwen2.5-VL of 0.9M parameters (the real architecture and processor),
+pre-trained from random weights.
 
     python data/tiny_vlm.py OUT_MODEL_DIR [--steps N --batch-size N --seed S]
 
-It learns to read from a careful teacher, for too few steps to read as well as it could, and then imitates a sloppy one that keeps the
-answer format, misreads some digits and has bad habits when it concludes (`sloppy_solution`). So the model is partly right, unsure where it
-should be sure, and has things to unlearn and to learn: room for RL. data/tiny_vlm/ holds the weights of the default call.
+It learns to read from a careful teacher, for too few steps to read as well as it could, and then
+imitates a sloppy one that keeps the answer format, misreads some digits and has bad habits when it
+concludes (`sloppy_solution`). So the model is partly right, unsure where it should be sure, and has
+things to unlearn and to learn: room for RL. data/tiny_vlm/ holds the weights of the default call.
 """
 
 from __future__ import annotations
@@ -35,7 +37,15 @@ sys.path.insert(0, str(Path(__file__).parent))
 from digits import QUESTIONS, Problem, answer, draw_examples, draw_picture, draw_problem, solution
 
 VOCAB_SIZE = 400
-SPECIAL_TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>"]
+SPECIAL_TOKENS = [
+    "<|endoftext|>",
+    "<|im_start|>",
+    "<|im_end|>",
+    "<|vision_start|>",
+    "<|vision_end|>",
+    "<|image_pad|>",
+    "<|video_pad|>",
+]
 MAX_NEW_TOKENS = 24  # the longest solution has 16
 
 # Qwen's layout without its default system message.
@@ -59,15 +69,28 @@ CHAT_TEMPLATE = """\
 {{ '<|im_start|>assistant\n' }}
 {%- endif -%}"""
 
-INIT_RANGE = 0.06  # at hidden size 128, Qwen's 0.02 takes more than three times the steps to learn to read
-CAREFUL = 0.8  # share of the training steps before the teacher turns sloppy: with noise from the start nothing is learnt for long
+INIT_RANGE = (
+    0.06  # at hidden size 128, Qwen's 0.02 takes more than three times the steps to learn to read
+)
+# share of the training steps before the teacher turns sloppy: with noise from the start nothing is
+# learnt for long
+CAREFUL = 0.8
 MISREAD = 0.06  # share of digits the teacher reads as any other
-HABIT = {"carry": 0.55, "sign": 0.45, "larger": 0.5, "even": 0.5}  # shares of conclusions that follow a bad habit
+HABIT = {
+    "carry": 0.55,
+    "sign": 0.45,
+    "larger": 0.5,
+    "even": 0.5,
+}  # shares of conclusions that follow a bad habit
 
 
 def sloppy_solution(problem: Problem, rng: np.random.Generator) -> str:
-    """What the teacher says: the right format, some digits misread, some conclusions after a bad habit."""
-    digits = tuple(int((d + rng.integers(1, 10)) % 10) if rng.random() < MISREAD else d for d in problem.digits)
+    """What the teacher says: the right format, some digits misread, some conclusions after a bad
+    habit.
+    """
+    digits = tuple(
+        int((d + rng.integers(1, 10)) % 10) if rng.random() < MISREAD else d for d in problem.digits
+    )
     sign = problem.sign
     if sign and rng.random() < HABIT["sign"]:
         sign = "-" if sign == "+" and digits[0] >= digits[1] else "+"
@@ -83,11 +106,21 @@ def sloppy_solution(problem: Problem, rng: np.random.Generator) -> str:
 
 
 def build_tokenizer() -> Qwen2Tokenizer:
-    """A byte-level BPE with Qwen's splitting rule (every digit is its own token), trained on the data set's own text."""
+    """A byte-level BPE with Qwen's splitting rule (every digit is its own token), trained on the
+    data set's own text.
+    """
     rng = np.random.default_rng(0)
-    texts = ["system user assistant", *QUESTIONS.values(), *(solution(draw_problem(rng)) for _ in range(200))]
+    texts = [
+        "system user assistant",
+        *QUESTIONS.values(),
+        *(solution(draw_problem(rng)) for _ in range(200)),
+    ]
     tokenizer = Qwen2Tokenizer().train_new_from_iterator(
-        8 * texts, VOCAB_SIZE, new_special_tokens=SPECIAL_TOKENS[1:], initial_alphabet=sorted(ByteLevel.alphabet()), show_progress=False
+        8 * texts,
+        VOCAB_SIZE,
+        new_special_tokens=SPECIAL_TOKENS[1:],
+        initial_alphabet=sorted(ByteLevel.alphabet()),
+        show_progress=False,
     )
     tokenizer.eos_token = "<|im_end|>"
     return tokenizer
@@ -95,7 +128,12 @@ def build_tokenizer() -> Qwen2Tokenizer:
 
 def build_processor() -> Qwen2_5_VLProcessor:
     """Qwen2.5-VL's processor around that tokenizer."""
-    return Qwen2_5_VLProcessor(Qwen2VLImageProcessor(), build_tokenizer(), Qwen2VLVideoProcessor(), chat_template=CHAT_TEMPLATE)
+    return Qwen2_5_VLProcessor(
+        Qwen2VLImageProcessor(),
+        build_tokenizer(),
+        Qwen2VLVideoProcessor(),
+        chat_template=CHAT_TEMPLATE,
+    )
 
 
 def build_model(tokenizer: Qwen2Tokenizer, seed: int) -> Qwen2_5_VLForConditionalGeneration:
@@ -111,7 +149,11 @@ def build_model(tokenizer: Qwen2Tokenizer, seed: int) -> Qwen2_5_VLForConditiona
             "num_attention_heads": 4,
             "num_key_value_heads": 2,
             "max_position_embeddings": 2048,
-            "rope_parameters": {"rope_type": "default", "mrope_section": [4, 6, 6], "rope_theta": 1e6},
+            "rope_parameters": {
+                "rope_type": "default",
+                "mrope_section": [4, 6, 6],
+                "rope_theta": 1e6,
+            },
             "bos_token_id": token("<|endoftext|>"),
             "eos_token_id": token("<|im_end|>"),
             "pad_token_id": token("<|endoftext|>"),
@@ -138,23 +180,39 @@ def build_model(tokenizer: Qwen2Tokenizer, seed: int) -> Qwen2_5_VLForConditiona
     torch.manual_seed(seed)
     model = Qwen2_5_VLForConditionalGeneration(config).float()
     ends = [token("<|im_end|>"), token("<|endoftext|>")]
-    model.generation_config = GenerationConfig(eos_token_id=ends, pad_token_id=ends[1], bos_token_id=ends[1], do_sample=False)
+    model.generation_config = GenerationConfig(
+        eos_token_id=ends, pad_token_id=ends[1], bos_token_id=ends[1], do_sample=False
+    )
     return model
 
 
 def prompt_text(processor: Qwen2_5_VLProcessor, problem: Problem) -> str:
     """The rendered chat up to where the assistant speaks."""
     content = [{"type": "image"}, {"type": "text", "text": QUESTIONS[problem.kind]}]
-    return processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
+    return processor.apply_chat_template(
+        [{"role": "user", "content": content}], add_generation_prompt=True
+    )
 
 
-def teacher_batch(processor: Qwen2_5_VLProcessor, size: int, rng: np.random.Generator, sloppy: bool) -> dict[str, torch.Tensor]:
+def teacher_batch(
+    processor: Qwen2_5_VLProcessor, size: int, rng: np.random.Generator, sloppy: bool
+) -> dict[str, torch.Tensor]:
     """New pictures of training digits with the teacher's answers; labels only on the answers."""
     problems = [draw_problem(rng) for _ in range(size)]
     pictures = [draw_picture(problem, rng, held_out=False) for problem in problems]
-    answers = [(sloppy_solution(problem, rng) if sloppy else solution(problem)) + "<|im_end|>" for problem in problems]
-    texts = [prompt_text(processor, problem) + text for problem, text in zip(problems, answers, strict=True)]
-    batch = dict(processor(text=texts, images=pictures, padding=True, padding_side="right", return_tensors="pt"))
+    answers = [
+        (sloppy_solution(problem, rng) if sloppy else solution(problem)) + "<|im_end|>"
+        for problem in problems
+    ]
+    texts = [
+        prompt_text(processor, problem) + text
+        for problem, text in zip(problems, answers, strict=True)
+    ]
+    batch = dict(
+        processor(
+            text=texts, images=pictures, padding=True, padding_side="right", return_tensors="pt"
+        )
+    )
     ends = batch["attention_mask"].sum(1, keepdim=True)
     lengths = torch.tensor([[len(ids)] for ids in processor.tokenizer(answers).input_ids])
     place = torch.arange(batch["input_ids"].shape[1])
@@ -163,12 +221,21 @@ def teacher_batch(processor: Qwen2_5_VLProcessor, size: int, rng: np.random.Gene
 
 
 def pretrain(
-    model: Qwen2_5_VLForConditionalGeneration, processor: Qwen2_5_VLProcessor, steps: int, batch_size: int, lr: float, seed: int
+    model: Qwen2_5_VLForConditionalGeneration,
+    processor: Qwen2_5_VLProcessor,
+    steps: int,
+    batch_size: int,
+    lr: float,
+    seed: int,
 ) -> None:
-    """Supervised training on a careful, then a sloppy teacher's answers: AdamW, 5 % warm-up, cosine to a tenth."""
+    """Supervised training on a careful, then a sloppy teacher's answers: AdamW, 5 % warm-up, cosine
+    to a tenth.
+    """
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.95), weight_decay=0.01)
     warmup = max(1, steps // 20)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda i: min((i + 1) / warmup, 0.55 + 0.45 * math.cos(math.pi * i / steps)))
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda i: min((i + 1) / warmup, 0.55 + 0.45 * math.cos(math.pi * i / steps))
+    )
     rng = np.random.default_rng([seed, 1])
     start = time.monotonic()
     model.train()
@@ -181,7 +248,9 @@ def pretrain(
         schedule.step()
         optimizer.zero_grad()
         if step % 50 == 0 or step == steps - 1:
-            print(f"step {step} loss {loss.item():.3f} {time.monotonic() - start:.0f} s", flush=True)
+            print(
+                f"step {step} loss {loss.item():.3f} {time.monotonic() - start:.0f} s", flush=True
+            )
     model.eval()
 
 
@@ -194,17 +263,32 @@ def respond(
     batch_size: int = 128,
 ) -> list[list[str]]:
     """Responses to each problem: the greedy one, or `num_samples` at temperature 1."""
-    banned = [model.config.image_token_id, model.config.video_token_id]  # without a picture behind them they break the model
+    banned = [
+        model.config.image_token_id,
+        model.config.video_token_id,
+    ]  # without a picture behind them they break the model
     sampling = (
-        {"do_sample": True, "temperature": 1.0, "top_k": 0, "num_return_sequences": num_samples} if num_samples else {"do_sample": False}
+        {"do_sample": True, "temperature": 1.0, "top_k": 0, "num_return_sequences": num_samples}
+        if num_samples
+        else {"do_sample": False}
     )
     responses = []
     for at in range(0, len(examples), batch_size):
         problems, pictures = zip(*examples[at : at + batch_size], strict=True)
         texts = [prompt_text(processor, problem) for problem in problems]
-        batch = processor(text=texts, images=list(pictures), padding=True, padding_side="left", return_tensors="pt")
-        out = model.generate(**batch, max_new_tokens=MAX_NEW_TOKENS, suppress_tokens=banned, **sampling)
-        decoded = processor.batch_decode(out[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
+        batch = processor(
+            text=texts,
+            images=list(pictures),
+            padding=True,
+            padding_side="left",
+            return_tensors="pt",
+        )
+        out = model.generate(
+            **batch, max_new_tokens=MAX_NEW_TOKENS, suppress_tokens=banned, **sampling
+        )
+        decoded = processor.batch_decode(
+            out[:, batch["input_ids"].shape[1] :], skip_special_tokens=True
+        )
         group = max(1, num_samples)
         responses += [decoded[i : i + group] for i in range(0, len(decoded), group)]
     return responses
@@ -216,8 +300,12 @@ def boxed(response: str) -> str | None:
     return found[1] if found else None
 
 
-def accuracy(examples: list[tuple[Problem, Image.Image]], responses: list[list[str]]) -> dict[str, float]:
-    """Share of right answers by question type and overall, and the share of responses that keep the format."""
+def accuracy(
+    examples: list[tuple[Problem, Image.Image]], responses: list[list[str]]
+) -> dict[str, float]:
+    """Share of right answers by question type and overall, and the share of responses that keep the
+    format.
+    """
     right = Counter()
     total = Counter()
     kept = 0
@@ -234,16 +322,23 @@ def build(out_dir: str | Path, steps: int, batch_size: int, lr: float, seed: int
     """Pre-train a model and write it, with its processor, in bfloat16."""
     processor = build_processor()
     model = build_model(processor.tokenizer, seed)
-    print(f"{sum(p.numel() for p in model.parameters()):,} parameters, {len(processor.tokenizer)} tokens")
+    print(
+        f"{sum(p.numel() for p in model.parameters()):,} parameters, {len(processor.tokenizer)} "
+        "tokens"
+    )
     pretrain(model, processor, steps, batch_size, lr, seed)
     model.to(torch.bfloat16).save_pretrained(out_dir)
     processor.save_pretrained(out_dir)
 
 
 def report(model_dir: str | Path, rows: int) -> None:
-    """Print the accuracy of a saved model on held-out pictures: greedy, and 8 samples at temperature 1."""
+    """Print the accuracy of a saved model on held-out pictures: greedy, and 8 samples at
+    temperature 1.
+    """
     processor = Qwen2_5_VLProcessor.from_pretrained(model_dir)
-    model = Qwen2_5_VLForConditionalGeneration.from_pretrained(model_dir, dtype=torch.float32).eval()
+    model = Qwen2_5_VLForConditionalGeneration.from_pretrained(
+        model_dir, dtype=torch.float32
+    ).eval()
     examples = list(draw_examples("test", rows, seed=0))
     torch.manual_seed(0)
     for name, num_samples in (("greedy", 0), ("sampled", 8)):
@@ -253,13 +348,20 @@ def report(model_dir: str | Path, rows: int) -> None:
 
 def main() -> None:
     """Command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("out_dir", type=Path)
     parser.add_argument("--steps", type=int, default=900)
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--lr", type=float, default=2e-3)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--report-rows", type=int, default=256, help="held-out problems of the final report; 0: none")
+    parser.add_argument(
+        "--report-rows",
+        type=int,
+        default=256,
+        help="held-out problems of the final report; 0: none",
+    )
     args = parser.parse_args()
     build(args.out_dir, args.steps, args.batch_size, args.lr, args.seed)
     if args.report_rows:

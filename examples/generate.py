@@ -21,11 +21,15 @@ def main(model_folder: str, rows: str, count: int = 10) -> None:
         row = json.loads(line)
         question = row["prompt"].replace("<image>", "")
         content = [*({"type": "image"} for _ in row["images"]), {"type": "text", "text": question}]
-        prompt = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
+        prompt = processor.apply_chat_template(
+            [{"role": "user", "content": content}], add_generation_prompt=True
+        )
         images = [Image.open(Path(rows).parent / name) for name in row["images"]]
         inputs = processor(text=[prompt], images=images, return_tensors="pt")
         output = model.generate(**inputs, max_new_tokens=24, do_sample=False)
-        response = processor.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+        response = processor.decode(
+            output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True
+        )
         print(f"{question}  {response}  (gold: {row['answer']})")
 
 

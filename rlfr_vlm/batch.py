@@ -1,4 +1,6 @@
-"""What flows between the stages of a step after the rollout: graded groups, samples, their scores and credit, and what is put on record."""
+"""What flows between the stages of a step after the rollout: graded groups, samples, their scores
+and credit, and what is put on record.
+"""
 
 from __future__ import annotations
 
@@ -34,11 +36,15 @@ class GradedGroup:
 
     @property
     def mixed(self) -> bool:
-        """Whether some of its graded answers are right and some wrong, 0 < right < G (DAPO, arXiv:2503.14476, eq. 11).
+        """Whether some of its graded answers are right and some wrong, 0 < right < G (DAPO,
+        arXiv:2503.14476, eq. 11).
 
-        With `reward.function`, which may know more than right and wrong, whether its scores differ. Format and length do not count.
+        With `reward.function`, which may know more than right and wrong, whether its scores differ.
+        Format and length do not count.
         """
-        return _differ([o.parts.get("function", float(o.correct)) for o in self.outcomes if o.graded])
+        return _differ(
+            [o.parts.get("function", float(o.correct)) for o in self.outcomes if o.graded]
+        )
 
 
 def _differ(values: Sequence[float]) -> bool:
@@ -71,7 +77,9 @@ class Collected:
 
 @dataclass(frozen=True)
 class Scores:
-    """What tokens were worth to the policy that sampled them, to the reference, and to the field and value head as they were then. [N] each."""
+    """What tokens were worth to the policy that sampled them, to the reference, and to the field
+    and value head as they were then. [N] each.
+    """
 
     logprobs: Tensor
     entropy: Tensor
@@ -83,8 +91,14 @@ class Scores:
 
     @property
     def straying(self) -> Tensor | None:
-        """What the flow charges for: the deviation, less that from the contrast where there is one."""
-        return self.deviations if self.deviations is None or self.contrast is None else self.deviations - self.contrast
+        """What the flow charges for: the deviation, less that from the contrast where there is
+        one.
+        """
+        return (
+            self.deviations
+            if self.deviations is None or self.contrast is None
+            else self.deviations - self.contrast
+        )
 
 
 @dataclass(frozen=True)
@@ -92,7 +106,9 @@ class Credit:
     """What tokens get. [N] each."""
 
     advantages: Tensor
-    token_rewards: Tensor  # of the flow, or of likelihood shaping; where they are advantages of their own token, centred in the group
+    # of the flow, or of likelihood shaping; where they are advantages of their own token, centred
+    # in the group
+    token_rewards: Tensor
     returns: Tensor | None = None  # what the value head should have said
 
 
@@ -102,14 +118,23 @@ Columns = TypeVar("Columns", Scores, Credit)
 def join(parts: Sequence[Columns]) -> Columns:
     """Responses end to end."""
     columns = {f.name: [getattr(part, f.name) for part in parts] for f in fields(parts[0])}
-    joined: dict[str, Any] = {name: None if values[0] is None else torch.cat(values) for name, values in columns.items()}
+    joined: dict[str, Any] = {
+        name: None if values[0] is None else torch.cat(values) for name, values in columns.items()
+    }
     return type(parts[0])(**joined)
 
 
 def split(whole: Columns, lengths: Sequence[int]) -> list[Columns]:
     """One part per response."""
-    present = {f.name: getattr(whole, f.name).split(list(lengths)) for f in fields(whole) if getattr(whole, f.name) is not None}
-    return [type(whole)(**{name: parts[i] for name, parts in present.items()}) for i in range(len(lengths))]
+    present = {
+        f.name: getattr(whole, f.name).split(list(lengths))
+        for f in fields(whole)
+        if getattr(whole, f.name) is not None
+    }
+    return [
+        type(whole)(**{name: parts[i] for name, parts in present.items()})
+        for i in range(len(lengths))
+    ]
 
 
 @dataclass(frozen=True)
@@ -118,10 +143,14 @@ class Sample:
 
     rollout: Rollout
     outcome: Outcome
-    outcome_credit: float  # at the last token: relative to its group, or the reward itself where advantages are taken over the batch
+    # at the last token: relative to its group, or the reward itself where advantages are taken over
+    # the batch
+    outcome_credit: float
     seed: int  # of its flow noise
     position: int = 0  # of its group among all groups of the step, whichever rank has them
-    scores: Scores | None = None  # None: taken from the update's own forward, which for one on-policy step is the same
+    scores: Scores | None = (
+        None  # None: taken from the update's own forward, which for one on-policy step is the same
+    )
     credit: Credit | None = None
 
     @property

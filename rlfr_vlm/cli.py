@@ -18,58 +18,156 @@ from rlfr_vlm.errors import DiskFullError, Preempted, UserError
 CONFIG_VERBS = {
     "flow": "fit the flow field on expert solutions (data.expert)",
     "train": "RL with verifiable rewards and, where the config has a flow section, flow rewards",
-    "eval": "accuracy of a model, a checkpoint or a server on benchmarks, or of model.path on data.eval",
+    "eval": "accuracy of a model, a checkpoint or a server on benchmarks, or of model.path on "
+    "data.eval",
 }
 
 
 def build_parser() -> argparse.ArgumentParser:
     """The command line."""
     parser = argparse.ArgumentParser(
-        prog="rlfr-vlm", description="Post-train language and vision-language models with GRPO and flow rewards."
+        prog="rlfr-vlm",
+        description="Post-train language and vision-language models with GRPO and flow rewards.",
     )
-    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # deepspeed's launcher passes it; the environment says it too
+    parser.add_argument(
+        "--local_rank", type=int, help=argparse.SUPPRESS
+    )  # deepspeed's launcher passes it; the environment says it too
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
     for name, text in CONFIG_VERBS.items():
         verb = verbs.add_parser(name, help=text, description=text)
         verb.add_argument("--config", required=name != "eval", metavar="FILE", help="YAML file")
         if name == "eval":
             add_eval_options(verb)
-        verb.add_argument("--dry-run", action="store_true", help="print the resolved config, and what would be run and written, and stop")
-        verb.add_argument("overrides", nargs="*", metavar="a.b=c", help="settings that override the file's")
-    theirs = verbs.add_parser("import-flow", help="read a published flow checkpoint (flow_model.bin) as a field for a model")
-    theirs.add_argument("source", help="flow_model.bin, pytorch_model.bin of an offline fit (also sharded), or a folder that holds one")
-    theirs.add_argument("--model", required=True, metavar="PATH", help="folder or hub name of the backbone; only its config is read")
-    theirs.add_argument("--out", required=True, metavar="DIR", help="folder to write the field to, for flow.checkpoint")
-    theirs.add_argument("--context", metavar="A+B", help="token_pre, token_post or identity; needed where no config beside it says so")
-    theirs.add_argument("--shift", metavar="N+N", help="tokens between target and context; default: the config's, else 1")
-    theirs.add_argument("--layers", metavar="P+P", help="hooked layers as fractions of depth; default: the config's, else 0.25+0.5+0.75")
-    theirs.add_argument("--times", metavar="T+T", help="flow times of the reward; default: the config's, else 0.8")
-    ours = verbs.add_parser("export-flow", help="write a field as the published code's flow_model.bin")
+        verb.add_argument(
+            "--dry-run",
+            action="store_true",
+            help="print the resolved config, and what would be run and written, and stop",
+        )
+        verb.add_argument(
+            "overrides", nargs="*", metavar="a.b=c", help="settings that override the file's"
+        )
+    theirs = verbs.add_parser(
+        "import-flow",
+        help="read a published flow checkpoint (flow_model.bin) as a field for a model",
+    )
+    theirs.add_argument(
+        "source",
+        help="flow_model.bin, pytorch_model.bin of an offline fit (also sharded), or a folder that "
+        "holds one",
+    )
+    theirs.add_argument(
+        "--model",
+        required=True,
+        metavar="PATH",
+        help="folder or hub name of the backbone; only its config is read",
+    )
+    theirs.add_argument(
+        "--out",
+        required=True,
+        metavar="DIR",
+        help="folder to write the field to, for flow.checkpoint",
+    )
+    theirs.add_argument(
+        "--context",
+        metavar="A+B",
+        help="token_pre, token_post or identity; needed where no config beside it says so",
+    )
+    theirs.add_argument(
+        "--shift",
+        metavar="N+N",
+        help="tokens between target and context; default: the config's, else 1",
+    )
+    theirs.add_argument(
+        "--layers",
+        metavar="P+P",
+        help="hooked layers as fractions of depth; default: the config's, else 0.25+0.5+0.75",
+    )
+    theirs.add_argument(
+        "--times", metavar="T+T", help="flow times of the reward; default: the config's, else 0.8"
+    )
+    ours = verbs.add_parser(
+        "export-flow", help="write a field as the published code's flow_model.bin"
+    )
     ours.add_argument("folder", help="the field's folder")
-    ours.add_argument("--out", required=True, metavar="PATH", help="a .bin file, or the folder to put flow_model.bin in")
-    ours.add_argument("--dtype", choices=("keep", "bfloat16"), default="keep", help="of the weights; keep: as stored")
-    plan = verbs.add_parser("plan", help="predict memory, disk and time of `train` before anything starts, and what would make it fit")
+    ours.add_argument(
+        "--out",
+        required=True,
+        metavar="PATH",
+        help="a .bin file, or the folder to put flow_model.bin in",
+    )
+    ours.add_argument(
+        "--dtype",
+        choices=("keep", "bfloat16"),
+        default="keep",
+        help="of the weights; keep: as stored",
+    )
+    plan = verbs.add_parser(
+        "plan",
+        help="predict memory, disk and time of `train` before anything starts, and what would make "
+        "it fit",
+    )
     plan.add_argument("--config", required=True, metavar="FILE", help="YAML file")
     plan.add_argument("--format", choices=("text", "json"), default="text")
-    plan.add_argument("--device-memory", type=float, metavar="GIB", help="default: that of the GPU found, or main memory on CPU")
-    plan.add_argument("--model-config", metavar="FILE", help="config.json of a model that is not at hand")
-    plan.add_argument("--no-calibrate", action="store_true", help="time and measure nothing on this machine: loads no torch")
-    plan.add_argument("overrides", nargs="*", metavar="a.b=c", help="settings that override the file's")
+    plan.add_argument(
+        "--device-memory",
+        type=float,
+        metavar="GIB",
+        help="default: that of the GPU found, or main memory on CPU",
+    )
+    plan.add_argument(
+        "--model-config", metavar="FILE", help="config.json of a model that is not at hand"
+    )
+    plan.add_argument(
+        "--no-calibrate",
+        action="store_true",
+        help="time and measure nothing on this machine: loads no torch",
+    )
+    plan.add_argument(
+        "overrides", nargs="*", metavar="a.b=c", help="settings that override the file's"
+    )
     add_validate_options(
         verbs.add_parser(
-            "validate", help="look at every row of the data before a run depends on it: what training would refuse, and what is odd"
+            "validate",
+            help="look at every row of the data before a run depends on it: what training would "
+            "refuse, and what is odd",
         )
     )
-    export = verbs.add_parser("export", help="write a checkpoint's model as a plain Hugging Face folder, checked by one forward")
-    export.add_argument("source", help="a run's folder (its newest checkpoint), or checkpoints/global_step_N in it")
+    export = verbs.add_parser(
+        "export",
+        help="write a checkpoint's model as a plain Hugging Face folder, checked by one forward",
+    )
+    export.add_argument(
+        "source", help="a run's folder (its newest checkpoint), or checkpoints/global_step_N in it"
+    )
     export.add_argument("--out", required=True, metavar="DIR", help="folder to write")
-    export.add_argument("--best", action="store_true", help="of a run: the checkpoint with the best evaluation instead of the newest")
-    export.add_argument("--model", metavar="PATH", help="where the model that training started from lies now; default: as in the run")
-    report = verbs.add_parser("report", help="write report.html of a run or an evaluation, or compare runs")
-    report.add_argument("runs", nargs="+", metavar="RUN", help="its folder; several: they are compared with the first")
-    report.add_argument("--out", metavar="FILE", help="default: report.html in the run's folder; of a comparison ./comparison.html")
+    export.add_argument(
+        "--best",
+        action="store_true",
+        help="of a run: the checkpoint with the best evaluation instead of the newest",
+    )
+    export.add_argument(
+        "--model",
+        metavar="PATH",
+        help="where the model that training started from lies now; default: as in the run",
+    )
+    report = verbs.add_parser(
+        "report", help="write report.html of a run or an evaluation, or compare runs"
+    )
     report.add_argument(
-        "--serve", action="store_true", help="serve the page on 127.0.0.1 instead, and keep it up to date while the run writes"
+        "runs",
+        nargs="+",
+        metavar="RUN",
+        help="its folder; several: they are compared with the first",
+    )
+    report.add_argument(
+        "--out",
+        metavar="FILE",
+        help="default: report.html in the run's folder; of a comparison ./comparison.html",
+    )
+    report.add_argument(
+        "--serve",
+        action="store_true",
+        help="serve the page on 127.0.0.1 instead, and keep it up to date while the run writes",
     )
     report.add_argument("--port", type=int, metavar="N", help="of --serve; default: a free one")
     bench = verbs.add_parser("bench", help="time the GRPO step on a fixed workload; one JSON line")
@@ -81,46 +179,116 @@ def build_parser() -> argparse.ArgumentParser:
     bench.add_argument("--warmup", type=int, default=1, help="steps before")
     bench.add_argument("--prompts-per-step", type=int, default=8)
     bench.add_argument("--group-size", type=int, default=8)
-    bench.add_argument("--max-new-tokens", type=int, default=64, help="forced length of every response")
-    bench.add_argument("--tokens-per-microbatch", type=int, help="default: 2048 for text, 16384 for vision")
+    bench.add_argument(
+        "--max-new-tokens", type=int, default=64, help="forced length of every response"
+    )
+    bench.add_argument(
+        "--tokens-per-microbatch", type=int, help="default: 2048 for text, 16384 for vision"
+    )
     bench.add_argument("--threads", type=int, default=2)
     bench.add_argument("--no-flow", action="store_true", help="plain GRPO: what the flow costs")
-    compare = verbs.add_parser("compare", help="two evaluations on the same problems: difference, interval, p value, flips")
-    compare.add_argument("a", metavar="A", help="output folder of eval, or a benchmark's folder in it")
+    compare = verbs.add_parser(
+        "compare", help="two evaluations on the same problems: difference, interval, p value, flips"
+    )
+    compare.add_argument(
+        "a", metavar="A", help="output folder of eval, or a benchmark's folder in it"
+    )
     compare.add_argument("b", metavar="B", help="the one to compare with it")
     compare.add_argument("--format", choices=("md", "csv", "latex"), default="md")
     compare.add_argument("--out", metavar="FILE", help="default: standard output")
-    verbs.add_parser("doctor", help="versions, devices, which engines work, what is missing and how to install it")
+    verbs.add_parser(
+        "doctor",
+        help="versions, devices, which engines work, what is missing and how to install it",
+    )
     return parser
 
 
 def add_validate_options(verb: argparse.ArgumentParser) -> None:
     """What `validate` can be told."""
-    verb.add_argument("--config", metavar="FILE", help="YAML file of a run: data.train, data.eval and data.expert are looked at")
-    verb.add_argument("--test", metavar="DATA", help="held-out rows, which the others must not overlap with (data.eval)")
+    verb.add_argument(
+        "--config",
+        metavar="FILE",
+        help="YAML file of a run: data.train, data.eval and data.expert are looked at",
+    )
+    verb.add_argument(
+        "--test",
+        metavar="DATA",
+        help="held-out rows, which the others must not overlap with (data.eval)",
+    )
     verb.add_argument("--expert", metavar="DATA", help="rows with a response (data.expert)")
-    verb.add_argument("--model", metavar="PATH", help="folder or hub name; only its tokenizer and processor are read (model.path)")
-    verb.add_argument("--no-model", action="store_true", help="count no tokens; without a config that is so unless --model is given")
-    verb.add_argument("--out", metavar="DIR", help="where results go; default: output_dir/validate, or ./validate without a config")
+    verb.add_argument(
+        "--model",
+        metavar="PATH",
+        help="folder or hub name; only its tokenizer and processor are read (model.path)",
+    )
+    verb.add_argument(
+        "--no-model",
+        action="store_true",
+        help="count no tokens; without a config that is so unless --model is given",
+    )
+    verb.add_argument(
+        "--out",
+        metavar="DIR",
+        help="where results go; default: output_dir/validate, or ./validate without a config",
+    )
     verb.add_argument("--workers", type=int, default=2, metavar="N", help="processes; default 2")
     verb.add_argument("--format", choices=("text", "json"), default="text")
-    verb.add_argument("--clean", action="store_true", help="write a copy of each data file without the quarantined rows")
-    verb.add_argument("--quarantine", default="", metavar="KIND,KIND", help="warnings that count as errors, such as overlap_problem")
-    verb.add_argument("data", nargs="*", metavar="DATA | a.b=c", help="a data file or hub name (data.train), and settings")
+    verb.add_argument(
+        "--clean",
+        action="store_true",
+        help="write a copy of each data file without the quarantined rows",
+    )
+    verb.add_argument(
+        "--quarantine",
+        default="",
+        metavar="KIND,KIND",
+        help="warnings that count as errors, such as overlap_problem",
+    )
+    verb.add_argument(
+        "data",
+        nargs="*",
+        metavar="DATA | a.b=c",
+        help="a data file or hub name (data.train), and settings",
+    )
 
 
 def add_eval_options(verb: argparse.ArgumentParser) -> None:
-    """What `eval` can be told without a config; each stands for a setting that could be overridden as well."""
+    """What `eval` can be told without a config; each stands for a setting that could be overridden
+    as well.
+    """
     verb.add_argument("--model", metavar="PATH", help="folder or hub name (model.path)")
-    verb.add_argument("--benchmarks", nargs="+", metavar="NAME", help="names as math500, vlmeval/NAME, or YAML files (eval.benchmarks)")
-    verb.add_argument("--data-dir", metavar="DIR", help="folder with the benchmarks' files; default: the hub (eval.data_dir)")
-    verb.add_argument("--out", metavar="DIR", help="where results go; run again to go on (output_dir)")
-    verb.add_argument("--limit", type=int, metavar="N", help="the first N problems of each (eval.limit)")
-    verb.add_argument("--engine", choices=("hf", "vllm"), help="rollout.engine")
-    verb.add_argument("--server", metavar="URL", help="evaluate this OpenAI-compatible server instead (eval.endpoint.api_base)")
-    verb.add_argument("--judge", metavar="NAME", help="local, api, or qwen2.5-7b-local, or a YAML file (eval.judge)")
     verb.add_argument(
-        "--judge-model", metavar="PATH", help="model of the judge: a folder that `local` serves, or a name that the API knows"
+        "--benchmarks",
+        nargs="+",
+        metavar="NAME",
+        help="names as math500, vlmeval/NAME, or YAML files (eval.benchmarks)",
+    )
+    verb.add_argument(
+        "--data-dir",
+        metavar="DIR",
+        help="folder with the benchmarks' files; default: the hub (eval.data_dir)",
+    )
+    verb.add_argument(
+        "--out", metavar="DIR", help="where results go; run again to go on (output_dir)"
+    )
+    verb.add_argument(
+        "--limit", type=int, metavar="N", help="the first N problems of each (eval.limit)"
+    )
+    verb.add_argument("--engine", choices=("hf", "vllm"), help="rollout.engine")
+    verb.add_argument(
+        "--server",
+        metavar="URL",
+        help="evaluate this OpenAI-compatible server instead (eval.endpoint.api_base)",
+    )
+    verb.add_argument(
+        "--judge",
+        metavar="NAME",
+        help="local, api, or qwen2.5-7b-local, or a YAML file (eval.judge)",
+    )
+    verb.add_argument(
+        "--judge-model",
+        metavar="PATH",
+        help="model of the judge: a folder that `local` serves, or a name that the API knows",
     )
 
 
@@ -141,7 +309,9 @@ def eval_overrides(arguments: argparse.Namespace) -> tuple[str, ...]:
 
         judge = load_judge(arguments.judge).model_dump(mode="json")
         if arguments.judge_model is not None:
-            judge["serve" if judge["serve"] is not None or arguments.judge == "local" else "model"] = arguments.judge_model
+            judge[
+                "serve" if judge["serve"] is not None or arguments.judge == "local" else "model"
+            ] = arguments.judge_model
         given |= {"eval.judge": judge, "eval.grading": "rule_then_judge"}
     elif arguments.judge_model is not None:
         raise UserError("--judge-model needs --judge: local serves it, api asks for it by name")
@@ -149,7 +319,10 @@ def eval_overrides(arguments: argparse.Namespace) -> tuple[str, ...]:
         from rlfr_vlm.evaluation.parity import training_settings
 
         given = {**training_settings(arguments.model), **given}
-    return (*(f"{key}={json.dumps(value)}" for key, value in given.items() if value is not None), *arguments.overrides)
+    return (
+        *(f"{key}={json.dumps(value)}" for key, value in given.items() if value is not None),
+        *arguments.overrides,
+    )
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -170,7 +343,9 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.verb == "export":
         from rlfr_vlm.storage.export import export_checkpoint
 
-        checkpoint = export_checkpoint(Path(arguments.source), Path(arguments.out), arguments.best, arguments.model)
+        checkpoint = export_checkpoint(
+            Path(arguments.source), Path(arguments.out), arguments.best, arguments.model
+        )
         print(f"{arguments.out} from {checkpoint}")
         return 0
     if arguments.verb in ("import-flow", "export-flow"):
@@ -179,7 +354,9 @@ def run(arguments: argparse.Namespace) -> int:
         return run_plan(arguments)
     if arguments.verb == "validate":
         return run_validate(arguments)
-    overrides = eval_overrides(arguments) if arguments.verb == "eval" else tuple(arguments.overrides)
+    overrides = (
+        eval_overrides(arguments) if arguments.verb == "eval" else tuple(arguments.overrides)
+    )
     cfg: Config = load_config(arguments.config, overrides)
     if arguments.dry_run:
         from rlfr_vlm.planning.schedule import schedule
@@ -258,15 +435,28 @@ def run_validate(arguments: argparse.Namespace) -> int:
     """Carry out validate. Returns 0, or 2 where there are bad rows."""
     files = [text for text in arguments.data if "=" not in text or Path(text).exists()]
     if len(files) > 1:
-        raise UserError(f"one data file at a time, not {' and '.join(files)}; the held-out rows go with --test, an expert's with --expert")
+        raise UserError(
+            f"one data file at a time, not {' and '.join(files)}; the held-out rows go with "
+            "--test, an expert's with --expert"
+        )
     if arguments.workers < 1:
         raise UserError(f"--workers={arguments.workers} must be at least 1")
-    given = {"data.train": files[0] if files else None, "data.eval": arguments.test, "data.expert": arguments.expert}
+    given = {
+        "data.train": files[0] if files else None,
+        "data.eval": arguments.test,
+        "data.expert": arguments.expert,
+    }
     given["model.path"] = arguments.model
     if arguments.config is None:  # a quick look: nothing depends on the size of a step
-        given |= {"output_dir": ".", "rollout.num_prompts": "1", "model.path": arguments.model or "none"}
+        given |= {
+            "output_dir": ".",
+            "rollout.num_prompts": "1",
+            "model.path": arguments.model or "none",
+        }
     settings = tuple(f"{key}={value}" for key, value in given.items() if value is not None)
-    cfg = load_config(arguments.config, (*settings, *(text for text in arguments.data if text not in files)))
+    cfg = load_config(
+        arguments.config, (*settings, *(text for text in arguments.data if text not in files))
+    )
     from rlfr_vlm.preflight.verb import Options, validate
 
     return validate(
@@ -274,7 +464,8 @@ def run_validate(arguments: argparse.Namespace) -> int:
         Options(
             folder=Path(arguments.out or Path(cfg.output_dir) / "validate"),
             workers=arguments.workers,
-            count_tokens=not arguments.no_model and (arguments.config is not None or arguments.model is not None),
+            count_tokens=not arguments.no_model
+            and (arguments.config is not None or arguments.model is not None),
             clean=arguments.clean,
             quarantine=tuple(filter(None, arguments.quarantine.split(","))),
             as_json=arguments.format == "json",
@@ -292,12 +483,19 @@ def run_flow_files(arguments: argparse.Namespace) -> int:
         given = {name: getattr(arguments, name) for name in ("context", "shift", "layers", "times")}
         print(commands.import_flow(arguments.source, arguments.model, arguments.out, given))
     else:
-        print(commands.export_flow(arguments.folder, arguments.out, torch.bfloat16 if arguments.dtype == "bfloat16" else None))
+        print(
+            commands.export_flow(
+                arguments.folder,
+                arguments.out,
+                torch.bfloat16 if arguments.dtype == "bfloat16" else None,
+            )
+        )
     return 0
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Entry point: 0 done, 2 bad config or data, 3 stopped by a check, 4 no good checkpoint, 5 disk full, 75 saved on SIGTERM.
+    """Entry point: 0 done, 2 bad config or data, 3 stopped by a check, 4 no good checkpoint, 5 disk
+    full, 75 saved on SIGTERM.
 
     argv: None for this process's own arguments, whose signals and end are then its business too.
     """
@@ -327,7 +525,10 @@ def exit_code(arguments: argparse.Namespace) -> int:
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
-        print(f"rlfr-vlm {arguments.verb}: no space left on the disk: {error.filename}", file=sys.stderr)
+        print(
+            f"rlfr-vlm {arguments.verb}: no space left on the disk: {error.filename}",
+            file=sys.stderr,
+        )
         return DiskFullError.exit_code
     except KeyboardInterrupt:
         return 130

@@ -1,4 +1,6 @@
-"""What each verb of the command line does, as functions of a config: build the parts, run, take them down."""
+"""What each verb of the command line does, as functions of a config: build the parts, run, take
+them down.
+"""
 
 from __future__ import annotations
 
@@ -92,21 +94,27 @@ def workbench(cfg: Config) -> Iterator[Workbench]:
 
 
 def flow(cfg: Config) -> Path:
-    """Fit the flow field offline, on `data.expert` or as `flow.fit.source` says; returns its folder, `output_dir/flow`."""
+    """Fit the flow field offline, on `data.expert` or as `flow.fit.source` says; returns its
+    folder, `output_dir/flow`.
+    """
     new_field_folder(cfg)
     with held(Path(cfg.output_dir)):
         _forget_bad_rows(cfg)
         rows = expert_prompts(cfg)
         if not needs_responses(cfg):
             return fit(cfg, Policy(cfg.model), rows)
-        rl_rows = load_prompts(_required(cfg.data.train, "data.train"), cfg.data, _bad_rows(cfg), cfg.data.limit)
+        rl_rows = load_prompts(
+            _required(cfg.data.train, "data.train"), cfg.data, _bad_rows(cfg), cfg.data.limit
+        )
         with workbench(cfg) as bench:
             return fit(cfg, bench.policy, rows, sampled_for_fit(bench, rl_rows))
 
 
 def needs_responses(cfg: Config) -> bool:
     """Whether a fit looks at responses of the policy itself."""
-    return bool(cfg.flow is not None and (_learns_from_responses(cfg.flow) or cfg.flow.fit.probe_prompts))
+    return bool(
+        cfg.flow is not None and (_learns_from_responses(cfg.flow) or cfg.flow.fit.probe_prompts)
+    )
 
 
 def _learns_from_responses(cfg: FlowConfig) -> bool:
@@ -122,7 +130,9 @@ class Sampled:
 
 
 def sampled_for_fit(bench: Workbench, prompts: Sequence[Prompt]) -> Sampled:
-    """Responses to as many rows of data.train as the fit asks for, none of them for both uses. Raises UserError where there are too few."""
+    """Responses to as many rows of data.train as the fit asks for, none of them for both uses.
+    Raises UserError where there are too few.
+    """
     cfg = bench.cfg
     assert cfg.flow is not None and cfg.data.train is not None
     fit = cfg.flow.fit
@@ -133,31 +143,54 @@ def sampled_for_fit(bench: Workbench, prompts: Sequence[Prompt]) -> Sampled:
     rows = checked(cfg, chosen, bench.grader, bad)
     if len(rows) < 2 or len(prompts) < wanted + fit.probe_prompts:
         raise UserError(
-            f"data.train: {len(prompts)} rows are too few for flow.fit.rollout_prompts={wanted} and flow.fit.probe_prompts={fit.probe_prompts}, "
-            "which take different ones: lower them"
+            f"data.train: {len(prompts)} rows are too few for flow.fit.rollout_prompts={wanted} "
+            f"and flow.fit.probe_prompts={fit.probe_prompts}, which take different ones: lower them"
         )
     source = Renderer(bench.policy, cfg.data, cfg.data.train)
     bench.engine.load_weights(bench.policy)
     say(f"sampling {len(rows)} x {cfg.rollout.group_size} responses for the field")
     groups: list[GradedGroup] = []
     for start in range(0, len(rows), cfg.rollout.num_prompts):
-        encoded = encode_all(rows[start : start + cfg.rollout.num_prompts], source, bad, num_rows=len(prompts))
+        encoded = encode_all(
+            rows[start : start + cfg.rollout.num_prompts], source, bad, num_rows=len(prompts)
+        )
         sampling_ = replace(sampling(cfg, 0), seed_key=(cfg.seed, "flow fit"))
         sampled = bench.engine.sample(encoded, sampling_)
         outcomes = iter(grade(sampled, cfg.reward, bench.grader, cfg.rollout.max_new_tokens))
-        groups += [GradedGroup(g, tuple(next(outcomes) for _ in g.rollouts), len(groups) + k) for k, g in enumerate(sampled)]
-    probes = {prompt.id for prompt in chosen[wanted:]}  # by name: rows of either use may have fallen out as bad ones
+        groups += [
+            GradedGroup(g, tuple(next(outcomes) for _ in g.rollouts), len(groups) + k)
+            for k, g in enumerate(sampled)
+        ]
+    probes = {
+        prompt.id for prompt in chosen[wanted:]
+    }  # by name: rows of either use may have fallen out as bad ones
     is_probe = [g.group.rollouts[0].prompt.prompt.id in probes for g in groups]
-    return Sampled(*([g for g, probed in zip(groups, is_probe, strict=True) if probed is use] for use in (False, True)))
+    return Sampled(
+        *(
+            [g for g, probed in zip(groups, is_probe, strict=True) if probed is use]
+            for use in (False, True)
+        )
+    )
 
 
-def fit(cfg: Config, policy: Policy, rows: Sequence[Prompt], sampled: Sampled | None = None) -> Path:
-    """Fit a new field for this policy, and say what it is worth. Raises UserError where one was fitted before."""
+def fit(
+    cfg: Config, policy: Policy, rows: Sequence[Prompt], sampled: Sampled | None = None
+) -> Path:
+    """Fit a new field for this policy, and say what it is worth. Raises UserError where one was
+    fitted before.
+    """
     if cfg.flow is None:
         raise UserError("the config has no `flow` section: nothing to fit")
     folder, sampled = new_field_folder(cfg), sampled or Sampled()
-    field = FlowField(FlowSpec.of(cfg.flow, policy.identity), seed=cfg.seed, device=policy.device, compute_dtype=policy.dtype)
-    data = FitData(rows, Renderer(policy, cfg.data, str(cfg.data.expert)), _bad_rows(cfg), sampled.fitted)
+    field = FlowField(
+        FlowSpec.of(cfg.flow, policy.identity),
+        seed=cfg.seed,
+        device=policy.device,
+        compute_dtype=policy.dtype,
+    )
+    data = FitData(
+        rows, Renderer(policy, cfg.data, str(cfg.data.expert)), _bad_rows(cfg), sampled.fitted
+    )
     _, measured = fit_flow(cfg, policy, field, data, folder, say)
     for line in yardstick_lines(measured):
         say(line)
@@ -171,7 +204,9 @@ def fit(cfg: Config, policy: Policy, rows: Sequence[Prompt], sampled: Sampled | 
 
 
 def import_flow(source: str, model: str, out: str, given: dict[str, str | None]) -> Path:
-    """Write a published flow checkpoint as a field for this model; returns its folder. `given`: context, shift, layers, times as `a+b`."""
+    """Write a published flow checkpoint as a field for this model; returns its folder. `given`:
+    context, shift, layers, times as `a+b`.
+    """
     with _writing(out):
         if (Path(out) / SPEC_FILE).exists():
             raise UserError(f"--out: {out} holds a field already: remove it, or name another place")
@@ -179,11 +214,24 @@ def import_flow(source: str, model: str, out: str, given: dict[str, str | None])
     with _writing(out):
         field.save(out)
     spec = field.spec
-    texts = {"context": spec.context, "shift": spec.shift, "layers": spec.layers, "times": spec.times}
-    said = "; ".join(f"{name} {'+'.join(map(str, value))} ({origins[name]})" for name, value in texts.items())
-    say(f"a field of depth {spec.depth} on latents of size {field.network.size}, layers of {spec.num_layers}: {said}")
+    texts = {
+        "context": spec.context,
+        "shift": spec.shift,
+        "layers": spec.layers,
+        "times": spec.times,
+    }
+    said = "; ".join(
+        f"{name} {'+'.join(map(str, value))} ({origins[name]})" for name, value in texts.items()
+    )
+    say(
+        f"a field of depth {spec.depth} on latents of size {field.network.size}, layers of "
+        f"{spec.num_layers}: {said}"
+    )
     if "token_post" in spec.context and origins["context"].endswith(".json"):
-        say("the released RL configs say token_post of fields that were fitted at token_pre; --context token_pre reads it as fitted")
+        say(
+            "the released RL configs say token_post of fields that were fitted at token_pre; "
+            "--context token_pre reads it as fitted"
+        )
     return Path(out)
 
 
@@ -205,13 +253,17 @@ def export_flow(folder: str, out: str, dtype: torch.dtype | None) -> Path:
 
 
 def identity_from_config(path: str) -> dict[str, str | int | float]:
-    """What `Policy.identity` says of a model, from its config alone: weights are not read, so its fingerprint is "", unknown."""
+    """What `Policy.identity` says of a model, from its config alone: weights are not read, so its
+    fingerprint is "", unknown.
+    """
     try:
         config = AutoConfig.from_pretrained(resolve_path(path), trust_remote_code=False)
         find_family(config.model_type)
         text = config.get_text_config()
     except (OSError, ValueError, StrictDataclassError) as error:
-        raise UserError(f"--model: the config of `{path}` does not load: {' '.join(str(error).split())[:300]}") from None
+        raise UserError(
+            f"--model: the config of `{path}` does not load: {' '.join(str(error).split())[:300]}"
+        ) from None
     return {
         "model_type": config.model_type,
         "hidden_size": text.hidden_size,
@@ -233,7 +285,9 @@ def _writing(out: str) -> Iterator[None]:
 
 
 def train(cfg: Config) -> Path:
-    """RL, in this process, as one of the ranks that torchrun or deepspeed started, or by Ray; returns the run's folder."""
+    """RL, in this process, as one of the ranks that torchrun or deepspeed started, or by Ray;
+    returns the run's folder.
+    """
     if cfg.launcher == "ray":
         from rlfr_vlm.launch.ray_launch import launch
 
@@ -248,17 +302,25 @@ def train(cfg: Config) -> Path:
         ranks.leave()
 
 
-def train_rank(cfg: Config, ranks: Ranks, make: Callable[[Policy, Ranks], RolloutEngine] | None = None) -> Path:
-    """What each training process does. make: the rollout engine; default: one of its own, as the config says.
+def train_rank(
+    cfg: Config, ranks: Ranks, make: Callable[[Policy, Ranks], RolloutEngine] | None = None
+) -> Path:
+    """What each training process does. make: the rollout engine; default: one of its own, as the
+    config says.
 
-    Where a monitor rolls the run back everything is made anew: nothing of the steps that went wrong is left in optimisers or engines.
+    Where a monitor rolls the run back everything is made anew: nothing of the steps that went wrong
+    is left in optimisers or engines.
     """
     with _folder_of(cfg, ranks):
         while True:
             try:
                 return _train_once(with_roll_backs(cfg, ranks), ranks, make)
-            except RolledBack:  # said already; leaving this block lets go of what the traceback holds
-                cfg = cfg.model_copy(update={"resume": True})  # what is gone on from was made by this command
+            except (
+                RolledBack
+            ):  # said already; leaving this block lets go of what the traceback holds
+                cfg = cfg.model_copy(
+                    update={"resume": True}
+                )  # what is gone on from was made by this command
                 if ranks.first:
                     _forget_bad_rows(cfg)  # they are met again
             gc.collect()
@@ -266,7 +328,9 @@ def train_rank(cfg: Config, ranks: Ranks, make: Callable[[Policy, Ranks], Rollou
 
 @contextmanager
 def _folder_of(cfg: Config, ranks: Ranks) -> Iterator[None]:
-    """The first rank holds the run's folder, before anything is read or written there. Raises UserError on all ranks where it cannot."""
+    """The first rank holds the run's folder, before anything is read or written there. Raises
+    UserError on all ranks where it cannot.
+    """
     with ExitStack() as stack:
         problem = None
         try:
@@ -279,7 +343,9 @@ def _folder_of(cfg: Config, ranks: Ranks) -> Iterator[None]:
         yield
 
 
-def _train_once(cfg: Config, ranks: Ranks, make: Callable[[Policy, Ranks], RolloutEngine] | None) -> Path:
+def _train_once(
+    cfg: Config, ranks: Ranks, make: Callable[[Policy, Ranks], RolloutEngine] | None
+) -> Path:
     prompts, heldout, bad = rl_prompts(cfg)
     if not ranks.first:
         bad.record = None  # written once
@@ -302,7 +368,9 @@ def _train_once(cfg: Config, ranks: Ranks, make: Callable[[Policy, Ranks], Rollo
 
 
 def _rows_to_go_on_with(cfg: Config, prompts: Sequence[Prompt], ranks: Ranks) -> RowDigests:
-    """Digests of the rows, on the first rank. Raises UserError on all ranks where the folder holds a run that this one cannot go on with."""
+    """Digests of the rows, on the first rank. Raises UserError on all ranks where the folder holds
+    a run that this one cannot go on with.
+    """
     rows, problem = RowDigests(), None
     try:
         if ranks.first:
@@ -323,14 +391,19 @@ def run_training(
     planned: Sequence[Planned] = (),
     rows: RowDigests | None = None,
 ) -> Path:
-    """RL with parts that are already up; `planned` benchmarks are run every `eval.every` steps. rows: digests of the prompts."""
+    """RL with parts that are already up; `planned` benchmarks are run every `eval.every` steps.
+    rows: digests of the prompts.
+    """
     cfg, policy = bench.cfg, bench.policy
     learner = bench.learner or make_learner(cfg, policy)
     ranks = learner.ranks
     assert cfg.data.train is not None
     kept = checked(cfg, prompts, bench.grader, bad)
     if len(kept) < cfg.rollout.num_prompts:
-        raise UserError(f"rollout.num_prompts={cfg.rollout.num_prompts} exceeds the {len(kept)} usable rows of {cfg.data.train}")
+        raise UserError(
+            f"rollout.num_prompts={cfg.rollout.num_prompts} exceeds the {len(kept)} usable rows of "
+            f"{cfg.data.train}"
+        )
     source = PromptSource(
         kept,
         Renderer(policy, cfg.data, cfg.data.train),
@@ -346,7 +419,12 @@ def run_training(
     if planned:
         during = in_training(cfg)
         run.benchmarks = lambda engine, folder: run_planned(
-            during, planned, lambda each: engine_responder(during, policy, engine, each), None, folder, run.say
+            during,
+            planned,
+            lambda each: engine_responder(during, policy, engine, each),
+            None,
+            folder,
+            run.say,
         )
     try:
         train_loop(cfg, learner, bench.engine, source, bench.grader, run)
@@ -368,7 +446,8 @@ def evaluate(cfg: Config) -> HeldoutResult:
 
 
 def evaluate_benchmarks(cfg: Config) -> dict[str, dict[str, Any]]:
-    """Every benchmark of `eval.benchmarks`, on `model.path` or the server of `eval.endpoint`; results in `output_dir/BENCHMARK`.
+    """Every benchmark of `eval.benchmarks`, on `model.path` or the server of `eval.endpoint`;
+    results in `output_dir/BENCHMARK`.
 
     Returns their summaries. Raises UserError before the first request for whatever does not fit.
     """
@@ -377,7 +456,9 @@ def evaluate_benchmarks(cfg: Config) -> dict[str, dict[str, Any]]:
     with judge_of(cfg) as judge:
         if cfg.eval.endpoint is not None:
             with endpoint(cfg.eval.endpoint) as (found, own):
-                return run_planned(cfg, planned, endpoint_responder(cfg, found, own), judge, folder, say)
+                return run_planned(
+                    cfg, planned, endpoint_responder(cfg, found, own), judge, folder, say
+                )
         roomy = for_engine(cfg, planned)
         policy = Policy(cfg.model)
         for difference in parity(cfg, planned):
@@ -385,19 +466,30 @@ def evaluate_benchmarks(cfg: Config) -> dict[str, dict[str, Any]]:
         engine = make_engine(roomy, policy)
         try:
             engine.load_weights(policy)
-            return run_planned(cfg, planned, lambda each: engine_responder(roomy, policy, engine, each), judge, folder, say)
+            return run_planned(
+                cfg,
+                planned,
+                lambda each: engine_responder(roomy, policy, engine, each),
+                judge,
+                folder,
+                say,
+            )
         finally:
             engine.close()
 
 
-def run_evaluation(bench: Workbench, prompts: Sequence[EncodedPrompt], step: int = 0) -> HeldoutResult:
+def run_evaluation(
+    bench: Workbench, prompts: Sequence[EncodedPrompt], step: int = 0
+) -> HeldoutResult:
     """Held-out accuracy with parts that are already up."""
     cfg = bench.cfg
     bench.engine.load_weights(bench.policy)
-    return evaluate_heldout(cfg, bench.engine, prompts, bench.grader, step, Path(cfg.output_dir) / "eval")
+    return evaluate_heldout(
+        cfg, bench.engine, prompts, bench.grader, step, Path(cfg.output_dir) / "eval"
+    )
 
 
-# -- data ------------------------------------------------------------------------------------------------------------
+# -- data ------------------------------------------------------------------------------------------
 
 
 def _bad_rows(cfg: Config) -> BadRows:
@@ -405,7 +497,9 @@ def _bad_rows(cfg: Config) -> BadRows:
 
 
 def _forget_bad_rows(cfg: Config) -> None:
-    """The record is of one command: its data files share it, and the next command starts it anew."""
+    """The record is of one command: its data files share it, and the next command starts it
+    anew.
+    """
     with suppress(FileNotFoundError, NotADirectoryError):
         (Path(cfg.output_dir) / "bad_rows.jsonl").unlink()
 
@@ -424,14 +518,25 @@ def rl_prompts(cfg: Config) -> tuple[list[Prompt], list[Prompt], BadRows]:
         load_reward_function(cfg.reward.function)
     if cfg.flow is not None and cfg.flow.checkpoint is None and not cfg.flow.online.enabled:
         raise UserError(
-            "flow.online.enabled=false freezes a field that was never fitted: set flow.checkpoint, or leave the flow section out"
+            "flow.online.enabled=false freezes a field that was never fitted: set flow.checkpoint, "
+            "or leave the flow section out"
         )
-    if cfg.flow is not None and cfg.flow.checkpoint is None and (cfg.flow.standardise or cfg.flow.reward.normalise == "token_type"):
+    if (
+        cfg.flow is not None
+        and cfg.flow.checkpoint is None
+        and (cfg.flow.standardise or cfg.flow.reward.normalise == "token_type")
+    ):
         name = "standardise" if cfg.flow.standardise else "reward.normalise=token_type"
-        raise UserError(f"flow.{name} takes its statistics from a fit: run `rlfr-vlm flow` first and set flow.checkpoint")
+        raise UserError(
+            f"flow.{name} takes its statistics from a fit: run `rlfr-vlm flow` first and set "
+            "flow.checkpoint"
+        )
     if cfg.flow is not None and cfg.flow.checkpoint is not None:
         if not Path(cfg.flow.checkpoint).is_dir():
-            raise UserError(f"flow.checkpoint: {cfg.flow.checkpoint} is not a folder; fit a field first with `rlfr-vlm flow`")
+            raise UserError(
+                f"flow.checkpoint: {cfg.flow.checkpoint} is not a folder; fit a field first with "
+                "`rlfr-vlm flow`"
+            )
         check_field(cfg.flow)
     prompts = load_prompts(_required(cfg.data.train, "data.train"), cfg.data, bad, cfg.data.limit)
     needed = cfg.eval.every and not (cfg.eval.benchmarks and cfg.data.eval is None)
@@ -440,26 +545,40 @@ def rl_prompts(cfg: Config) -> tuple[list[Prompt], list[Prompt], BadRows]:
 
 def heldout_prompts(cfg: Config) -> list[Prompt]:
     """Held-out rows."""
-    return load_prompts(_required(cfg.data.eval, "data.eval"), cfg.data, _bad_rows(cfg), cfg.eval.limit)
+    return load_prompts(
+        _required(cfg.data.eval, "data.eval"), cfg.data, _bad_rows(cfg), cfg.eval.limit
+    )
 
 
 def expert_prompts(cfg: Config) -> list[Prompt]:
-    """Rows with an expert response; none where the field is fitted on the policy's own responses alone."""
+    """Rows with an expert response; none where the field is fitted on the policy's own responses
+    alone.
+    """
     if cfg.flow is not None and cfg.flow.fit.source == "rollouts":
         return []
-    return load_prompts(_required(cfg.data.expert, "data.expert"), cfg.data, _bad_rows(cfg), need="response")
+    return load_prompts(
+        _required(cfg.data.expert, "data.expert"), cfg.data, _bad_rows(cfg), need="response"
+    )
 
 
 def checked(cfg: Config, prompts: Sequence[Prompt], grader: Grader, bad: BadRows) -> list[Prompt]:
-    """Rows whose gold answer the grader can read; the others are bad rows. A custom reward function reads its answers itself."""
+    """Rows whose gold answer the grader can read; the others are bad rows. A custom reward function
+    reads its answers itself.
+    """
     if cfg.reward.function is not None:
         return list(prompts)
     kept = []
-    for prompt, reason in zip(prompts, grader.check_golds([p.answer for p in prompts]), strict=True):
+    for prompt, reason in zip(
+        prompts, grader.check_golds([p.answer for p in prompts]), strict=True
+    ):
         if reason is None:
             kept.append(prompt)
         else:
-            bad.add(prompt.id, RowError("answer", f"{prompt.origin}: answer {prompt.answer[:80]!r}: {reason}"), len(prompts))
+            bad.add(
+                prompt.id,
+                RowError("answer", f"{prompt.origin}: answer {prompt.answer[:80]!r}: {reason}"),
+                len(prompts),
+            )
     return kept
 
 

@@ -1,4 +1,6 @@
-"""The configuration of every command: one tree of sections, read from YAML plus `a.b=c` overrides, and what must hold across sections."""
+"""The configuration of every command: one tree of sections, read from YAML plus `a.b=c` overrides,
+and what must hold across sections.
+"""
 
 from __future__ import annotations
 
@@ -91,7 +93,11 @@ class Config(Section):
 
     seed: int = Field(0, ge=0, lt=2**31, description="every random choice derives from it")
     output_dir: str = Field(description="folder of the run")
-    resume: bool = Field(True, description="go on from the newest good checkpoint in output_dir; false refuses a folder that has one")
+    resume: bool = Field(
+        True,
+        description="go on from the newest good checkpoint in output_dir; false refuses a folder "
+        "that has one",
+    )
     model: ModelConfig
     data: DataConfig = DataConfig()
     rollout: RolloutConfig = RolloutConfig()
@@ -102,8 +108,12 @@ class Config(Section):
     optim: OptimConfig = OptimConfig()
     train: TrainConfig = TrainConfig()
     monitors: MonitorsConfig = MonitorsConfig()
-    deepspeed: DeepSpeedConfig | None = Field(None, description="shard training over ranks; none: one process")
-    launcher: Literal["process", "ray"] = Field("process", description="process: this one, or the ranks of torchrun or deepspeed; or Ray")
+    deepspeed: DeepSpeedConfig | None = Field(
+        None, description="shard training over ranks; none: one process"
+    )
+    launcher: Literal["process", "ray"] = Field(
+        "process", description="process: this one, or the ranks of torchrun or deepspeed; or Ray"
+    )
     ray: RayConfig = RayConfig()
     eval: EvalConfig = EvalConfig()
 
@@ -117,39 +127,70 @@ class Config(Section):
         batch = self.rollout.num_prompts * self.rollout.group_size
         if batch % self.algorithm.updates_per_rollout:
             raise ValueError(
-                f"algorithm.updates_per_rollout={self.algorithm.updates_per_rollout} does not divide the batch: "
-                f"rollout.num_prompts x rollout.group_size = {batch}"
+                f"algorithm.updates_per_rollout={self.algorithm.updates_per_rollout} does not "
+                f"divide the batch: rollout.num_prompts x rollout.group_size = {batch}"
             )
         if self.rollout.group_size < 2 and self.algorithm.advantage not in ("whitened", "gae"):
-            raise ValueError(f"rollout.group_size=1: algorithm.advantage={self.algorithm.advantage} needs at least 2 responses per prompt")
+            raise ValueError(
+                f"rollout.group_size=1: algorithm.advantage={self.algorithm.advantage} needs at "
+                "least 2 responses per prompt"
+            )
         if self.rollout.max_rounds > 1 and self.algorithm.advantage in ("whitened", "gae"):
             raise ValueError(
-                f"rollout.max_rounds={self.rollout.max_rounds} leaves out groups that are all right or all wrong, which algorithm.advantage="
+                f"rollout.max_rounds={self.rollout.max_rounds} leaves out groups that are all "
+                "right or all wrong, which algorithm.advantage="
                 f"{self.algorithm.advantage} does learn from"
             )
-        if self.algorithm.loss == "flowrl" and (self.flow or self.shaping.entropy or self.shaping.likelihood):
-            extra = "flow" if self.flow else "shaping.entropy" if self.shaping.entropy else "shaping.likelihood"
+        if self.algorithm.loss == "flowrl" and (
+            self.flow or self.shaping.entropy or self.shaping.likelihood
+        ):
+            extra = (
+                "flow"
+                if self.flow
+                else "shaping.entropy"
+                if self.shaping.entropy
+                else "shaping.likelihood"
+            )
             raise ValueError(f"algorithm.loss=flowrl has no token advantages: leave `{extra}` out")
         if self.flow and self.shaping.likelihood:
-            raise ValueError("flow and shaping.likelihood are two scores for one pipeline, to be compared: leave one of them out")
-        rewards = {"flow.reward": self.flow.reward if self.flow else None, "shaping.likelihood": self.shaping.likelihood}
+            raise ValueError(
+                "flow and shaping.likelihood are two scores for one pipeline, to be compared: "
+                "leave one of them out"
+            )
+        rewards = {
+            "flow.reward": self.flow.reward if self.flow else None,
+            "shaping.likelihood": self.shaping.likelihood,
+        }
         for name, how in rewards.items():
-            if how is not None and how.credit == "token" and self.algorithm.advantage in ("whitened", "gae"):
+            if (
+                how is not None
+                and how.credit == "token"
+                and self.algorithm.advantage in ("whitened", "gae")
+            ):
                 raise ValueError(
-                    f"{name}.credit=token is centred in the group, which algorithm.advantage={self.algorithm.advantage} does not look at: use to_go"
+                    f"{name}.credit=token is centred in the group, which "
+                    f"algorithm.advantage={self.algorithm.advantage} does not look at: use to_go"
                 )
         if self.shaping.likelihood and self.shaping.likelihood.normalise == "token_type":
-            raise ValueError("shaping.likelihood.normalise=token_type needs the statistics of a flow field's fit: use group or group_z")
+            raise ValueError(
+                "shaping.likelihood.normalise=token_type needs the statistics of a flow field's "
+                "fit: use group or group_z"
+            )
         if self.flow and self.flow.online.warmup_steps >= self.train.steps:
             raise ValueError(
-                f"flow.online.warmup_steps={self.flow.online.warmup_steps} leaves the policy none of train.steps={self.train.steps}"
+                f"flow.online.warmup_steps={self.flow.online.warmup_steps} leaves the policy none "
+                f"of train.steps={self.train.steps}"
             )
         if self.reward.overlong_buffer >= self.rollout.max_new_tokens:
             raise ValueError(
-                f"reward.overlong_buffer={self.reward.overlong_buffer} must be below rollout.max_new_tokens={self.rollout.max_new_tokens}"
+                f"reward.overlong_buffer={self.reward.overlong_buffer} must be below "
+                f"rollout.max_new_tokens={self.rollout.max_new_tokens}"
             )
         if not 0 < self.data.min_pixels <= self.data.max_pixels:
-            raise ValueError(f"data.min_pixels={self.data.min_pixels} must be above 0 and at most data.max_pixels={self.data.max_pixels}")
+            raise ValueError(
+                f"data.min_pixels={self.data.min_pixels} must be above 0 and at most "
+                f"data.max_pixels={self.data.max_pixels}"
+            )
         if not all(0 <= beta < 1 for beta in self.optim.betas):
             raise ValueError(f"optim.betas={list(self.optim.betas)} must be in [0, 1)")
         if self.deepspeed is not None:
@@ -158,13 +199,22 @@ class Config(Section):
             raise ValueError(f"ray.engines={self.ray.engines} needs launcher=ray")
         if self.rollout.vllm.tensor_parallel > 1 and not self.ray.engines:
             raise ValueError(
-                f"rollout.vllm.tensor_parallel={self.rollout.vllm.tensor_parallel} needs engines of their own: set ray.engines"
+                f"rollout.vllm.tensor_parallel={self.rollout.vllm.tensor_parallel} needs engines "
+                "of their own: set ray.engines"
             )
         if self.rollout.staleness and not self.ray.engines:
-            raise ValueError(f"rollout.staleness={self.rollout.staleness} needs engines of their own: set ray.engines")
-        if self.rollout.staleness and self.algorithm.importance_cap is None and self.algorithm.loss != "flowrl":
             raise ValueError(
-                f"rollout.staleness={self.rollout.staleness} samples from older weights: set algorithm.importance_cap to correct for it"
+                f"rollout.staleness={self.rollout.staleness} needs engines of their own: set "
+                "ray.engines"
+            )
+        if (
+            self.rollout.staleness
+            and self.algorithm.importance_cap is None
+            and self.algorithm.loss != "flowrl"
+        ):
+            raise ValueError(
+                f"rollout.staleness={self.rollout.staleness} samples from older weights: set "
+                "algorithm.importance_cap to correct for it"
             )
         if "" in self.rollout.stop:
             raise ValueError("rollout.stop: an empty string would end every response at once")
@@ -172,19 +222,35 @@ class Config(Section):
 
     @property
     def run_seed(self) -> int:
-        """What samples, noise and the order of prompts derive from: the seed, and another one after each roll-back."""
-        return self.seed if not self.monitors.roll_backs else request_seed("roll back", self.seed, self.monitors.roll_backs) % 2**31
+        """What samples, noise and the order of prompts derive from: the seed, and another one after
+        each roll-back.
+        """
+        return (
+            self.seed
+            if not self.monitors.roll_backs
+            else request_seed("roll back", self.seed, self.monitors.roll_backs) % 2**31
+        )
 
     def _check_deepspeed(self, settings: DeepSpeedConfig) -> None:
         if settings.offload == "all" and settings.zero_stage != 3:
-            raise ValueError(f"deepspeed.offload=all needs deepspeed.zero_stage=3, not {settings.zero_stage}: others keep whole weights")
+            raise ValueError(
+                f"deepspeed.offload=all needs deepspeed.zero_stage=3, not {settings.zero_stage}: "
+                "others keep whole weights"
+            )
         if settings.offload == "optimizer" and settings.zero_stage == 0:
-            raise ValueError("deepspeed.offload=optimizer needs deepspeed.zero_stage of at least 1: stage 0 shards no optimiser")
+            raise ValueError(
+                "deepspeed.offload=optimizer needs deepspeed.zero_stage of at least 1: stage 0 "
+                "shards no optimiser"
+            )
         if settings.offload != "none" and self.optim.name != "adamw":
-            raise ValueError(f"deepspeed.offload={settings.offload} steps with DeepSpeed's Adam: optim.name must be adamw")
+            raise ValueError(
+                f"deepspeed.offload={settings.offload} steps with DeepSpeed's Adam: optim.name "
+                "must be adamw"
+            )
         if self.model.dtype == "bfloat16" and not self.model.master_weights:
             raise ValueError(
-                "model.master_weights=false: DeepSpeed keeps float32 master weights; leave deepspeed out, or master_weights on"
+                "model.master_weights=false: DeepSpeed keeps float32 master weights; leave "
+                "deepspeed out, or master_weights on"
             )
 
 
@@ -203,7 +269,9 @@ def _nearest(key: str) -> str:
     keys = _known_keys(Config)
     found = difflib.get_close_matches(key, keys, n=1, cutoff=0.5)
     if not found:  # the right leaf in the wrong section
-        leaf = difflib.get_close_matches(key.rsplit(".", 1)[-1], [k.rsplit(".", 1)[-1] for k in keys], n=1, cutoff=0.7)
+        leaf = difflib.get_close_matches(
+            key.rsplit(".", 1)[-1], [k.rsplit(".", 1)[-1] for k in keys], n=1, cutoff=0.7
+        )
         found = [k for k in keys if leaf and k.rsplit(".", 1)[-1] == leaf[0]][:1]
     return f"; did you mean `{found[0]}`?" if found else ""
 
@@ -225,7 +293,9 @@ def _override(tree: dict[str, Any], assignment: str) -> None:
         value = yaml.safe_load(text)
     except yaml.YAMLError as error:
         raise UserError(f"override `{assignment}`: the value is not YAML") from error
-    if isinstance(value, str) and value == text:  # YAML 1.1 reads 1e-4 as text; what is quoted is meant as text
+    if (
+        isinstance(value, str) and value == text
+    ):  # YAML 1.1 reads 1e-4 as text; what is quoted is meant as text
         with contextlib.suppress(ValueError):
             value = float(value)
     node[leaf] = value
@@ -246,7 +316,9 @@ def _floats(node: Any) -> Any:
 
 
 def parse_config(tree: dict[str, Any], source: str = "config") -> Config:
-    """Validate a tree. Raises UserError naming the field, and for an unknown key the nearest known one."""
+    """Validate a tree. Raises UserError naming the field, and for an unknown key the nearest known
+    one.
+    """
     try:
         return Config.model_validate(_floats(tree))
     except ValidationError as error:
@@ -258,13 +330,17 @@ def parse_config(tree: dict[str, Any], source: str = "config") -> Config:
             elif problem["type"] == "missing":
                 lines.append(f"`{key}` is required")
             else:
-                given = "" if isinstance(problem["input"], dict) else f" (given: {problem['input']!r})"
-                lines.append(f"{'`' + key + '`: ' if key else ''}{problem['msg'].removeprefix('Value error, ')}{given}")
+                given = (
+                    "" if isinstance(problem["input"], dict) else f" (given: {problem['input']!r})"
+                )
+                where = f"`{key}`: " if key else ""
+                lines.append(f"{where}{problem['msg'].removeprefix('Value error, ')}{given}")
         raise UserError(f"{source}: " + "; ".join(lines)) from None
 
 
 def load_config(path: str | Path | None, overrides: tuple[str, ...] = ()) -> Config:
-    """Read a YAML file (none: start from nothing), apply `a.b=c` overrides; another `algorithm.method` than the file's brings its settings along.
+    """Read a YAML file (none: start from nothing), apply `a.b=c` overrides; another
+    `algorithm.method` than the file's brings its settings along.
 
     Raises UserError for whatever does not fit.
     """
@@ -278,7 +354,11 @@ def load_config(path: str | Path | None, overrides: tuple[str, ...] = ()) -> Con
         raise UserError(f"config {path}: not YAML: {' '.join(str(error).split())}") from None
     if not isinstance(tree, dict):
         raise UserError(f"config {path}: expected a mapping of sections at the top")
-    named = (tree.get("algorithm") or {}).get("method", "grpo") if isinstance(tree.get("algorithm") or {}, dict) else None
+    named = (
+        (tree.get("algorithm") or {}).get("method", "grpo")
+        if isinstance(tree.get("algorithm") or {}, dict)
+        else None
+    )
     if any(a.startswith("algorithm.method=") and a.partition("=")[2] != named for a in overrides):
         tree = forget_method(tree)  # the file's settings are those of its own method
     for assignment in overrides:
@@ -299,7 +379,14 @@ RESOURCES: dict[str, Any] = {
     "rollout": {
         "hf_batch_size": True,
         "sync_bucket_mib": True,
-        "vllm": {"gpu_memory_utilization", "kv_cache_gib", "max_num_seqs", "enforce_eager", "tensor_parallel", "sleep"},
+        "vllm": {
+            "gpu_memory_utilization",
+            "kv_cache_gib",
+            "max_num_seqs",
+            "enforce_eager",
+            "tensor_parallel",
+            "sleep",
+        },
     },
     "reward": {"grader": {"workers"}},
     "train": {
@@ -321,9 +408,11 @@ RESOURCES: dict[str, Any] = {
 
 
 def config_hash(cfg: Config) -> str:
-    """Digest of what decides a run's numbers: everything but where it is written, what it is given to run on, and what is measured of it.
+    """Digest of what decides a run's numbers: everything but where it is written, what it is given
+    to run on, and what is measured of it.
 
-    A run may go on with other resources; the sums are then rounded differently, so its weights are equal no longer to the bit.
+    A run may go on with other resources; the sums are then rounded differently, so its weights are
+    equal no longer to the bit.
     """
     tree = cfg.model_dump(mode="json", exclude=RESOURCES)
     return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()[:16]
@@ -335,9 +424,17 @@ def differences(before: Mapping[str, Any], now: Mapping[str, Any], limit: int = 
     def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
         flat: dict[str, Any] = {}
         for key, value in tree.items():
-            flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
+            flat |= (
+                flatten(value, f"{prefix}{key}.")
+                if isinstance(value, Mapping)
+                else {f"{prefix}{key}": value}
+            )
         return flat
 
     a, b = flatten(before), flatten(now)
-    changed = [f"{k}: {a.get(k)} -> {b.get(k)}" for k in sorted(a.keys() | b.keys()) if a.get(k) != b.get(k)]
+    changed = [
+        f"{k}: {a.get(k)} -> {b.get(k)}"
+        for k in sorted(a.keys() | b.keys())
+        if a.get(k) != b.get(k)
+    ]
     return ", ".join(changed[:limit])

@@ -1,4 +1,6 @@
-"""`rlfr-vlm doctor`: what this machine has, which engines work, and the line that installs what is missing."""
+"""`rlfr-vlm doctor`: what this machine has, which engines work, and the line that installs what is
+missing.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +15,16 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-CORE = ("torch", "torchvision", "transformers", "safetensors", "math-verify", "pydantic", "pillow", "numpy")
+CORE = (
+    "torch",
+    "torchvision",
+    "transformers",
+    "safetensors",
+    "math-verify",
+    "pydantic",
+    "pillow",
+    "numpy",
+)
 PARTS = (
     ("HF engine", "transformers", "pip install -e ."),
     ("vLLM engine", "vllm", "pip install -e '.[vllm]' (GPU) or '.[cpu]' (CPU)"),
@@ -31,7 +42,9 @@ PARTS = (
 
 def imports(module: str) -> str:
     """Empty when a fresh interpreter imports the module, else the last line of its error."""
-    done = subprocess.run([sys.executable, "-c", f"import {module}"], capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", f"import {module}"], capture_output=True, text=True
+    )
     return "" if done.returncode == 0 else (done.stderr.strip().splitlines() or ["failed"])[-1]
 
 
@@ -49,7 +62,8 @@ def devices() -> str:
 
     if torch.cuda.is_available():
         names = [
-            f"{torch.cuda.get_device_name(i)} ({torch.cuda.get_device_properties(i).total_memory / 2**30:.0f} GiB)"
+            f"{torch.cuda.get_device_name(i)} "
+            f"({torch.cuda.get_device_properties(i).total_memory / 2**30:.0f} GiB)"
             for i in range(torch.cuda.device_count())
         ]
         return ", ".join(names)
@@ -61,7 +75,8 @@ def doctor() -> int:
     """Print the tables. Returns 0 when the core works, else 1."""
     console = Console()
     console.print(
-        f"python {sys.version.split()[0]}   devices: {devices()}   disk free: {shutil.disk_usage('.').free / 2**30:.0f} GiB",
+        f"python {sys.version.split()[0]}   devices: {devices()}   disk free: "
+        f"{shutil.disk_usage('.').free / 2**30:.0f} GiB",
         highlight=False,
     )
     console.print("   ".join(f"{name} {version(name)}" for name in CORE), highlight=False)
@@ -75,7 +90,9 @@ def doctor() -> int:
         broken = broken or (problem if module == "transformers" else "")
     vision = imports("torchvision")
     table.add_row(
-        "torchvision matches torch", vision or "works", "pip install a torchvision built for this torch, or run make" if vision else ""
+        "torchvision matches torch",
+        vision or "works",
+        "pip install a torchvision built for this torch, or run make" if vision else "",
     )
     console.print(table)
     return 1 if broken or vision else 0

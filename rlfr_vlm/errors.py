@@ -1,8 +1,12 @@
-"""Errors whose message is meant for the user; the command line turns each into one line and an exit code."""
+"""Errors whose message is meant for the user; the command line turns each into one line and an exit
+code.
+"""
 
 
 class UserError(Exception):
-    """Bad configuration, data, model or lock: names the field, row or file and what to do. Exit code 2."""
+    """Bad configuration, data, model or lock: names the field, row or file and what to do. Exit
+    code 2.
+    """
 
     exit_code = 2
 
@@ -20,21 +24,29 @@ class DiskFullError(UserError):
 
 
 class StoppedError(UserError):
-    """A check stopped the run (weight sync, monitor): says what, where and what to do. Exit code 3."""
+    """A check stopped the run (weight sync, monitor): says what, where and what to do. Exit code
+    3.
+    """
 
     exit_code = 3
 
 
 class NonFiniteError(StoppedError):
-    """A log-prob, reward, advantage, deviation, loss or gradient is not a finite number, and no weight has seen it. Exit code 3."""
+    """A log-prob, reward, advantage, deviation, loss or gradient is not a finite number, and no
+    weight has seen it. Exit code 3.
+    """
 
 
 class NonFiniteWeightError(NonFiniteError):
-    """A weight, or a moment of an optimiser, is not a finite number, and no engine and no checkpoint has seen it. Exit code 3."""
+    """A weight, or a moment of an optimiser, is not a finite number, and no engine and no
+    checkpoint has seen it. Exit code 3.
+    """
 
 
 class RolledBack(StoppedError):
-    """A monitor took the run back to an older checkpoint: the same command goes on from there. Exit code 3."""
+    """A monitor took the run back to an older checkpoint: the same command goes on from there. Exit
+    code 3.
+    """
 
 
 class Preempted(Exception):

@@ -1,4 +1,6 @@
-"""Fault points for the reliability tests: nothing happens unless RLFR_FAULT=name:nth:action is set."""
+"""Fault points for the reliability tests: nothing happens unless RLFR_FAULT=name:nth:action is
+set.
+"""
 
 from __future__ import annotations
 
@@ -14,8 +16,10 @@ T = TypeVar("T")
 
 
 def faultpoint(name: str, file: Path | None = None) -> None:
-    """Pass a named point. With RLFR_FAULT=name:nth:action, its nth passing sends the process SIGKILL (`kill`), SIGSTOP
-    (`stop`) or SIGTERM (`term`), or raises (`raise`). file: what was written last; `tear` cuts it in half and then kills."""
+    """Pass a named point. With RLFR_FAULT=name:nth:action, its nth passing sends the process
+    SIGKILL (`kill`), SIGSTOP (`stop`) or SIGTERM (`term`), or raises (`raise`). file: what was
+    written last; `tear` cuts it in half and then kills.
+    """
     action = _due(name)
     if action is None:
         return
@@ -32,8 +36,10 @@ def faultpoint(name: str, file: Path | None = None) -> None:
 
 
 def poison(name: str, value: T) -> T:
-    """A float or a tensor as it is; at its nth passing with RLFR_FAULT=name:nth:nan (`inf`, `-inf`) a tensor's first element, in a copy,
-    is that. Passings are counted by name: no fault point may share it."""
+    """A float or a tensor as it is; at its nth passing with RLFR_FAULT=name:nth:nan (`inf`, `-inf`)
+    a tensor's first element, in a copy,
+    is that. Passings are counted by name: no fault point may share it.
+    """
     action = _due(name)
     if action is None:
         return value
@@ -46,8 +52,10 @@ def poison(name: str, value: T) -> T:
 
 
 def _due(name: str) -> str | None:
-    """What is to happen at this passing. RLFR_FAULT may name several faults, with commas in between; one with a file at its end,
-    name:nth:action:file, happens once for all processes that know this file, whichever comes first."""
+    """What is to happen at this passing. RLFR_FAULT may name several faults, with commas in
+    between; one with a file at its end, name:nth:action:file, happens once for all processes that
+    know this file, whichever comes first.
+    """
     armed = os.environ.get("RLFR_FAULT")
     if not armed:
         return None

@@ -1,5 +1,6 @@
-"""What each published method sets, where a config that names it is silent; named on the command line over a file with another method, it
-drops from that file whatever methods set."""
+"""What each published method sets, where a config that names it is silent; named on the command
+line over a file with another method, it drops from that file whatever methods set.
+"""
 
 from __future__ import annotations
 
@@ -10,8 +11,8 @@ METHODS: dict[str, dict[str, Any]] = {
     "grpo": {},
     # arXiv:2503.20783: no division by the group's std nor by the response's own length
     "dr_grpo": {"algorithm.advantage": "centred", "algorithm.loss_aggregation": "constant"},
-    # arXiv:2503.14476: clip-higher, token mean, dynamic sampling (10 rounds as in verl), 1 for right and -1 for wrong; the overlong buffer
-    # is a fifth of the budget
+    # arXiv:2503.14476: clip-higher, token mean, dynamic sampling (10 rounds as in verl), 1 for
+    # right and -1 for wrong; the overlong buffer is a fifth of the budget
     "dapo": {"algorithm.clip_high": 0.28, "rollout.max_rounds": 10, "reward.wrong": -1.0},
     # arXiv:2507.18071
     "gspo": {
@@ -21,7 +22,12 @@ METHODS: dict[str, dict[str, Any]] = {
         "algorithm.clip_high": 4e-4,
     },
     # arXiv:2507.20673
-    "gmpo": {"algorithm.loss": "gmpo", "algorithm.loss_aggregation": "sequence", "algorithm.clip_low": 0.4, "algorithm.clip_high": 0.4},
+    "gmpo": {
+        "algorithm.loss": "gmpo",
+        "algorithm.loss_aggregation": "sequence",
+        "algorithm.clip_low": 0.4,
+        "algorithm.clip_high": 0.4,
+    },
     # arXiv:2402.14740
     "rloo": {"algorithm.advantage": "leave_one_out"},
     # arXiv:2501.03262
@@ -36,12 +42,16 @@ METHODS: dict[str, dict[str, Any]] = {
     # arXiv:2509.15207
     "flowrl": {"algorithm.loss": "flowrl", "algorithm.loss_aggregation": "sequence"},
 }
-OWNED = {key for settings in METHODS.values() for key in settings} | {"algorithm.dual_clip", "reward.overlong_buffer"}
+OWNED = {key for settings in METHODS.values() for key in settings} | {
+    "algorithm.dual_clip",
+    "reward.overlong_buffer",
+}
 ENTROPY_ALPHA = {"ppo": 0.1}  # arXiv:2506.14758; 0.4 with the others
 OVERLONG_SHARE = 5  # DAPO: a buffer of 4,096 of 20,480 tokens
 
 
-# flow.profile: what a flow section sets wherever it is silent itself. `published` is what the sections' own defaults are.
+# flow.profile: what a flow section sets wherever it is silent itself. `published` is what the
+# sections' own defaults are.
 PROFILES: dict[str, dict[str, Any]] = {
     "published": {},
     # docs/flow_signal.md has the evidence for each
@@ -69,7 +79,9 @@ PROFILES: dict[str, dict[str, Any]] = {
 
 
 def fill_profile(tree: dict[str, Any]) -> dict[str, Any]:
-    """A config tree whose flow section has its profile's settings wherever it has none of its own."""
+    """A config tree whose flow section has its profile's settings wherever it has none of its
+    own.
+    """
     flow = tree.get("flow")
     profile = flow.get("profile") if isinstance(flow, dict) else None
     for key, value in (PROFILES.get(profile, {}) if isinstance(profile, str) else {}).items():
@@ -78,18 +90,26 @@ def fill_profile(tree: dict[str, Any]) -> dict[str, Any]:
 
 
 def fill_method(tree: dict[str, Any]) -> dict[str, Any]:
-    """A config tree with its method's settings wherever it has none of its own. Sections that are not plain mappings stay as they are."""
+    """A config tree with its method's settings wherever it has none of its own. Sections that are
+    not plain mappings stay as they are.
+    """
     algorithm = tree.get("algorithm")
     method = algorithm.get("method") if isinstance(algorithm, dict) else None
     settings = dict(METHODS.get(method, {})) if isinstance(method, str) else {}
     if method == "dapo":
         rollout, reward = tree.get("rollout"), tree.get("reward")
         budget = rollout.get("max_new_tokens", 1024) if isinstance(rollout, dict) else 1024
-        settings["reward.overlong_buffer"] = int(budget) // OVERLONG_SHARE if isinstance(budget, int | float) else 0
+        settings["reward.overlong_buffer"] = (
+            int(budget) // OVERLONG_SHARE if isinstance(budget, int | float) else 0
+        )
         if isinstance(reward, dict) and reward.get("function") is not None:
             del settings["reward.wrong"]  # a user's scores are taken as they are
     shaping = tree.get("shaping")
-    if method in ENTROPY_ALPHA and isinstance(shaping, dict) and isinstance(shaping.get("entropy"), dict):
+    if (
+        method in ENTROPY_ALPHA
+        and isinstance(shaping, dict)
+        and isinstance(shaping.get("entropy"), dict)
+    ):
         settings["shaping.entropy.alpha"] = ENTROPY_ALPHA[method]
     for key, value in settings.items():
         tree = _filled(tree, key.split("."), value)
@@ -97,7 +117,9 @@ def fill_method(tree: dict[str, Any]) -> dict[str, Any]:
 
 
 def forget_method(tree: dict[str, Any]) -> dict[str, Any]:
-    """A config tree without the settings that methods set: for another method to be named over a config that spells one out."""
+    """A config tree without the settings that methods set: for another method to be named over a
+    config that spells one out.
+    """
     for key in OWNED | {"shaping.entropy.alpha"}:
         tree = _without(tree, key.split("."))
     return tree

@@ -1,4 +1,6 @@
-"""The processes that train together: who they are, what they tell each other, and how long they wait for it."""
+"""The processes that train together: who they are, what they tell each other, and how long they
+wait for it.
+"""
 
 from __future__ import annotations
 
@@ -43,16 +45,24 @@ class Launch:
 
 
 class Ranks:
-    """All training processes, this one among them. Every method that exchanges something must be called by all of them, in the same order.
+    """All training processes, this one among them. Every method that exchanges something must be
+    called by all of them, in the same order.
 
-    They talk over gloo, beside whatever moves tensors; each wait ends after `timeout_s`, with an error that says where every rank is.
+    They talk over gloo, beside whatever moves tensors; each wait ends after `timeout_s`, with an
+    error that says where every rank is.
     """
 
-    def __init__(self, rank: int = 0, size: int = 1, timeout_s: float = 1800.0, store: Any = None) -> None:
+    def __init__(
+        self, rank: int = 0, size: int = 1, timeout_s: float = 1800.0, store: Any = None
+    ) -> None:
         """store: where the ranks note where they are."""
         self.rank, self.size, self.timeout_s = rank, size, timeout_s
         self._store, self._place = store, "start"
-        self._group = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_s)) if size > 1 else None
+        self._group = (
+            dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_s))
+            if size > 1
+            else None
+        )
 
     @property
     def first(self) -> bool:
@@ -63,11 +73,15 @@ class Ranks:
         """Note where this rank is, for the others' error messages."""
         self._place = place
         if self._store is not None:
-            with suppress(RuntimeError):  # the store died with rank 0: the collective that follows says so
+            with suppress(
+                RuntimeError
+            ):  # the store died with rank 0: the collective that follows says so
                 self._store.set(f"at/{self.rank}", place)
 
     def gather(self, value: T, place: str) -> list[T]:
-        """Every rank's value, by rank. Raises StoppedError when a rank does not answer in time, or died."""
+        """Every rank's value, by rank. Raises StoppedError when a rank does not answer in time, or
+        died.
+        """
         if self.size == 1:
             return [value]
         found: list[Any] = [None] * self.size
@@ -97,17 +111,24 @@ class Ranks:
     def sum(self, values: dict[str, float], place: str) -> dict[str, float]:
         """Sums by name over all ranks; a name that a rank lacks counts as 0 there."""
         found = self.gather(values, place)
-        return {name: sum(part.get(name, 0.0) for part in found) for name in dict.fromkeys(n for part in found for n in part)}
+        return {
+            name: sum(part.get(name, 0.0) for part in found)
+            for name in dict.fromkeys(n for part in found for n in part)
+        }
 
     def agree(self, problem: Exception | None, place: str) -> None:
-        """Raise on every rank when one of them has a problem: its own where it has one, else the first other rank's."""
+        """Raise on every rank when one of them has a problem: its own where it has one, else the
+        first other rank's.
+        """
         problems = self.gather(None if problem is None else (type(problem), str(problem)), place)
         if problem is not None:
             raise problem
         for rank, found in enumerate(problems):
             if found is not None:
                 kind, text = found
-                raise (kind if issubclass(kind, UserError) else StoppedError)(f"rank {rank}: {text}")
+                raise (kind if issubclass(kind, UserError) else StoppedError)(
+                    f"rank {rank}: {text}"
+                )
 
     def total(self, values: Sequence[float], place: str) -> list[float]:
         """Sums, place by place, over all ranks."""
@@ -128,7 +149,9 @@ class Ranks:
                 dist.all_reduce(flat)
             except RuntimeError as error:
                 raise self.lost(place, error) from error
-            for tensor, summed in zip(part, torch._utils._unflatten_dense_tensors(flat, part), strict=True):
+            for tensor, summed in zip(
+                part, torch._utils._unflatten_dense_tensors(flat, part), strict=True
+            ):
                 tensor.copy_(summed)
 
     def lost(self, place: str, error: Exception) -> StoppedError:
@@ -138,16 +161,21 @@ class Ranks:
             if rank != self.rank and self._store is not None:
                 try:
                     self._store.set_timeout(timedelta(seconds=2))
-                    where.append(f"rank {rank} was last at `{self._store.get(f'at/{rank}').decode()}`")
+                    where.append(
+                        f"rank {rank} was last at `{self._store.get(f'at/{rank}').decode()}`"
+                    )
                 except (RuntimeError, ValueError):
                     where.append(f"rank {rank} cannot be asked")
         return StoppedError(
-            f"rank {self.rank} waited at `{place}` and got no answer ({' '.join(str(error).split())[:160]}); {'; '.join(where)}"
+            f"rank {self.rank} waited at `{place}` and got no answer "
+            f"({' '.join(str(error).split())[:160]}); {'; '.join(where)}"
         )
 
     @contextmanager
     def named(self) -> Iterator[None]:
-        """Whatever waits for others in this block, DeepSpeed too, says where every rank was when it gives up."""
+        """Whatever waits for others in this block, DeepSpeed too, says where every rank was when it
+        gives up.
+        """
         try:
             yield
         except RuntimeError as error:
@@ -156,7 +184,9 @@ class Ranks:
             raise
 
     def limit_waits(self) -> None:
-        """Put the time limit on every process group: DeepSpeed makes groups of its own and ignores the limit that it is given."""
+        """Put the time limit on every process group: DeepSpeed makes groups of its own and ignores
+        the limit that it is given.
+        """
         from torch.distributed import distributed_c10d as c10d
 
         for group in list(c10d._world.pg_map):
@@ -179,14 +209,21 @@ def lost_others(error: BaseException) -> bool:
     if isinstance(error, dist.DistError):
         return True
     text = str(error)
-    return isinstance(error, RuntimeError) and re.search(r"gloo|NCCL|[Cc]onnection (closed|reset|refused)|[Tt]imed out", text) is not None
+    return (
+        isinstance(error, RuntimeError)
+        and re.search(r"gloo|NCCL|[Cc]onnection (closed|reset|refused)|[Tt]imed out", text)
+        is not None
+    )
 
 
 def _buckets(tensors: Sequence[torch.Tensor], max_bytes: int) -> Iterator[list[torch.Tensor]]:
     """Tensors of one dtype in a row, about so many bytes at a time."""
     bucket: list[torch.Tensor] = []
     for tensor in tensors:
-        if bucket and (bucket[0].dtype != tensor.dtype or sum(t.nbytes for t in bucket) + tensor.nbytes > max_bytes):
+        if bucket and (
+            bucket[0].dtype != tensor.dtype
+            or sum(t.nbytes for t in bucket) + tensor.nbytes > max_bytes
+        ):
             yield bucket
             bucket = []
         bucket.append(tensor)
@@ -195,7 +232,9 @@ def _buckets(tensors: Sequence[torch.Tensor], max_bytes: int) -> Iterator[list[t
 
 
 def launched() -> Launch:
-    """What the environment says. Raises UserError naming the variable that is no number or is missing."""
+    """What the environment says. Raises UserError naming the variable that is no number or is
+    missing.
+    """
     if "WORLD_SIZE" not in os.environ and "RANK" not in os.environ:
         return Launch()
     size = _number("WORLD_SIZE")
@@ -206,7 +245,15 @@ def launched() -> Launch:
         raise UserError(f"RANK={rank} must be at least 0 and below WORLD_SIZE={size}")
     local = _number("LOCAL_RANK", rank)
     agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-    return Launch(rank, size, local, _number("LOCAL_WORLD_SIZE", size), os.environ.get("MASTER_ADDR", "127.0.0.1"), port, agent)
+    return Launch(
+        rank,
+        size,
+        local,
+        _number("LOCAL_WORLD_SIZE", size),
+        os.environ.get("MASTER_ADDR", "127.0.0.1"),
+        port,
+        agent,
+    )
 
 
 def _number(name: str, default: int | None = None) -> int:
@@ -217,31 +264,54 @@ def _number(name: str, default: int | None = None) -> int:
         return int(text or "")
     except ValueError:
         problem = "is not set" if text is None else f"is {text!r}, not a number"
-        raise UserError(f"{name} {problem}: start ranks with torchrun, deepspeed or launcher=ray") from None
+        raise UserError(
+            f"{name} {problem}: start ranks with torchrun, deepspeed or launcher=ray"
+        ) from None
 
 
 def check_launch(cfg: Config, launch: Launch) -> None:
-    """Raises UserError naming the setting that does not fit the number of processes, before anything is loaded."""
+    """Raises UserError naming the setting that does not fit the number of processes, before
+    anything is loaded.
+    """
     wanted = cfg.deepspeed.ranks if cfg.deepspeed is not None else 1
     if launch.size > 1 and cfg.deepspeed is None:
         raise UserError(
-            f"deepspeed: {launch.size} processes were started (WORLD_SIZE), but the config trains in one; set deepspeed.zero_stage=2"
+            f"deepspeed: {launch.size} processes were started (WORLD_SIZE), but the config trains "
+            "in one; set deepspeed.zero_stage=2"
         )
     if wanted is not None and wanted != launch.size:
-        start = f"torchrun --standalone --nproc-per-node {wanted} -m rlfr_vlm.cli train ..., or launcher=ray"
-        raise UserError(f"deepspeed.ranks={wanted}, but {launch.size} process{'es' * (launch.size > 1)} started: use {start}")
-    if torch.cuda.is_available() and cfg.model.device == "auto" and launch.local_size > torch.cuda.device_count():
-        raise UserError(f"LOCAL_WORLD_SIZE={launch.local_size} ranks on this machine, which has {torch.cuda.device_count()} GPUs")
+        start = (
+            f"torchrun --standalone --nproc-per-node {wanted} -m rlfr_vlm.cli train ..., or "
+            "launcher=ray"
+        )
+        raise UserError(
+            f"deepspeed.ranks={wanted}, but {launch.size} process{'es' * (launch.size > 1)} "
+            f"started: use {start}"
+        )
+    if (
+        torch.cuda.is_available()
+        and cfg.model.device == "auto"
+        and launch.local_size > torch.cuda.device_count()
+    ):
+        raise UserError(
+            f"LOCAL_WORLD_SIZE={launch.local_size} ranks on this machine, which has "
+            f"{torch.cuda.device_count()} GPUs"
+        )
 
 
 def alone(verb: str) -> None:
     """Raises UserError where several processes were started for something that one does."""
     if (size := launched().size) > 1:
-        raise UserError(f"{verb} runs in one process, {size} were started (WORLD_SIZE): only train runs on several ranks")
+        raise UserError(
+            f"{verb} runs in one process, {size} were started (WORLD_SIZE): only train runs on "
+            "several ranks"
+        )
 
 
 def join(cfg: Config, launch: Launch | None = None) -> Ranks:
-    """Meet the other ranks. Raises UserError naming the setting or the port that does not work; StoppedError when some never come."""
+    """Meet the other ranks. Raises UserError naming the setting or the port that does not work;
+    StoppedError when some never come.
+    """
     launch = launch or launched()
     check_launch(cfg, launch)
     if cfg.deepspeed is None:
@@ -249,30 +319,48 @@ def join(cfg: Config, launch: Launch | None = None) -> Ranks:
     if launch.agent:
         _end_with_parent()
     if launch.host.startswith(LOOPBACK):
-        os.environ.setdefault("GLOO_SOCKET_IFNAME", next((name for _, name in socket.if_nameindex() if name.startswith("lo")), "lo"))
+        os.environ.setdefault(
+            "GLOO_SOCKET_IFNAME",
+            next((name for _, name in socket.if_nameindex() if name.startswith("lo")), "lo"),
+        )
     if torch.cuda.is_available():
         torch.cuda.set_device(launch.local_rank)
     store: Any = dist.HashStore() if launch.size == 1 else _store(launch)
     timeout = timedelta(seconds=cfg.train.timeout_s)
-    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() and cfg.model.device != "cpu" else "gloo"
+    backend = (
+        "cpu:gloo,cuda:nccl" if torch.cuda.is_available() and cfg.model.device != "cpu" else "gloo"
+    )
     try:
-        dist.init_process_group(backend, store=dist.PrefixStore("group", store), rank=launch.rank, world_size=launch.size, timeout=timeout)
+        dist.init_process_group(
+            backend,
+            store=dist.PrefixStore("group", store),
+            rank=launch.rank,
+            world_size=launch.size,
+            timeout=timeout,
+        )
     except RuntimeError as error:
-        raise StoppedError(f"rank {launch.rank} of {launch.size}: the others did not come: {' '.join(str(error).split())[:200]}") from None
+        raise StoppedError(
+            f"rank {launch.rank} of {launch.size}: the others did not come: "
+            f"{' '.join(str(error).split())[:200]}"
+        ) from None
     return Ranks(launch.rank, launch.size, cfg.train.timeout_s, dist.PrefixStore("rlfr", store))
 
 
 def _end_with_parent() -> None:
-    """torchrun starts ranks in sessions of their own: killed, it would leave them behind, training on and holding the run's folder."""
+    """torchrun starts ranks in sessions of their own: killed, it would leave them behind, training
+    on and holding the run's folder.
+    """
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def end_rank(code: int) -> NoReturn:
-    """End this process, one of several ranks, with an exit code. Exit handlers run; the interpreter is not taken down.
+    """End this process, one of several ranks, with an exit code. Exit handlers run; the interpreter
+    is not taken down.
 
-    While it is, native code now and then aborts the process (in 2 of about 50 runs on two ranks over gloo; most likely a thread of a process
-    group): one that had saved everything would end with SIGABRT, and the launcher would call it failed.
+    While it is, native code now and then aborts the process (in 2 of about 50 runs on two ranks
+    over gloo; most likely a thread of a process group): one that had saved everything would end
+    with SIGABRT, and the launcher would call it failed.
     """
     atexit._run_exitfuncs()
     sys.stdout.flush()
@@ -281,7 +369,9 @@ def end_rank(code: int) -> NoReturn:
 
 
 def _store(launch: Launch) -> dist.TCPStore:
-    """The key-value store that ranks meet at. Rank 0 listens on MASTER_ADDR only, where torch by itself would listen on every interface."""
+    """The key-value store that ranks meet at. Rank 0 listens on MASTER_ADDR only, where torch by
+    itself would listen on every interface.
+    """
     listening = None
     if launch.rank == 0 and not launch.agent:
         listening = listen(launch.host, launch.port)
@@ -297,13 +387,15 @@ def _store(launch: Launch) -> dist.TCPStore:
         )
     except RuntimeError as error:  # DistNetworkError among them
         raise StoppedError(
-            f"rank {launch.rank} of {launch.size}: nobody answers at MASTER_ADDR={launch.host}, MASTER_PORT={launch.port} "
-            f"({' '.join(str(error).split())[:160]})"
+            f"rank {launch.rank} of {launch.size}: nobody answers at MASTER_ADDR={launch.host}, "
+            f"MASTER_PORT={launch.port} ({' '.join(str(error).split())[:160]})"
         ) from None
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """A socket that listens on this address and no other; port 0 takes a free one. Raises UserError naming what is in use."""
+    """A socket that listens on this address and no other; port 0 takes a free one. Raises UserError
+    naming what is in use.
+    """
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     listening = socket.socket(family, socket.SOCK_STREAM)
     try:
@@ -313,6 +405,10 @@ def listen(host: str, port: int) -> socket.socket:
     except (OSError, OverflowError) as error:
         listening.close()
         in_use = getattr(error, "errno", None) == errno.EADDRINUSE
-        why = "is in use by another process: choose another one" if in_use else f"cannot be listened on at MASTER_ADDR={host}: {error}"
+        why = (
+            "is in use by another process: choose another one"
+            if in_use
+            else f"cannot be listened on at MASTER_ADDR={host}: {error}"
+        )
         raise UserError(f"MASTER_PORT={port} {why}") from None
     return listening

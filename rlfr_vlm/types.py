@@ -1,7 +1,9 @@
 """What flows between the stages, as frozen dataclasses.
 
-Axes: B rollouts, G siblings of a group, T tokens of one response, P tokens of one prompt, L hooked layers, K flow times, D hidden size,
-N response tokens of a packed batch, S all tokens of a packed batch. Flow time t = 0 is noise, t = 1 is data.
+Axes: B rollouts, G siblings of a group, T tokens of one response, P tokens of one prompt, L hooked
+    layers, K flow times, D hidden size,
+N response tokens of a packed batch, S all tokens of a packed batch. Flow time t = 0 is noise, t = 1
+is data.
 """
 
 from __future__ import annotations
@@ -25,18 +27,33 @@ class Prompt:
     """One row of a data set: a question, its pictures and its gold answer."""
 
     id: str
-    messages: tuple[dict[str, Any], ...]  # chat messages; content is a list of {"type": "text", "text": ...} and {"type": "image"} parts
-    images: tuple[Any, ...]  # in the order of the image parts: path, URL, bytes, base64 text or PIL image, opened when rendered
+    messages: tuple[
+        dict[str, Any], ...
+        # chat messages; content is a list of {"type": "text", "text": ...} and {"type": "image"}
+        # parts
+    ]
+    images: tuple[
+        Any, ...
+        # in the order of the image parts: path, URL, bytes, base64 text or PIL image, opened when
+        # rendered
+    ]
     answer: str
     response: str | None = None  # an expert solution, where the row has one
     data_source: str = ""
-    extra: dict[str, Any] = field(default_factory=dict)  # columns that are none of ours, for custom reward functions
+    extra: dict[str, Any] = field(
+        default_factory=dict
+    )  # columns that are none of ours, for custom reward functions
     origin: str = ""  # `file:line`, for error messages
 
     @property
     def question(self) -> str:
         """What the user asks, pictures as `<image>`; for a person to read."""
-        parts = (part for message in self.messages if message["role"] == "user" for part in message["content"])
+        parts = (
+            part
+            for message in self.messages
+            if message["role"] == "user"
+            for part in message["content"]
+        )
         return "".join("<image>" if part["type"] == "image" else part["text"] for part in parts)
 
 
@@ -75,7 +92,9 @@ class RolloutGroup:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a response earned. An `error` verdict is no reward: the response leaves its group's statistics."""
+    """What a response earned. An `error` verdict is no reward: the response leaves its group's
+    statistics.
+    """
 
     reward: float
     verdict: Verdict
@@ -100,12 +119,18 @@ class PolicyOutput:
 
     logprobs: Tensor  # [N] float32, at the batch's temperature, with gradient
     entropy: Tensor | None  # [N] float32, nats, no gradient
-    latents: Latents | None  # outputs of the hooked layers at the tokens and their contexts, detached
+    latents: (
+        Latents | None
+    )  # outputs of the hooked layers at the tokens and their contexts, detached
     hidden: Tensor  # [N, D] last states that predict the tokens, with gradient
-    prompt_means: Tensor | None = None  # [B, D] float32, mean last state of each response's prompt, with gradient
+    prompt_means: Tensor | None = (
+        None  # [B, D] float32, mean last state of each response's prompt, with gradient
+    )
 
 
 def request_seed(*parts: int | str) -> int:
-    """A 63-bit seed that depends on nothing but its parts: (run seed, step, prompt id, sample index, ...)."""
+    """A 63-bit seed that depends on nothing but its parts: (run seed, step, prompt id, sample
+    index, ...).
+    """
     digest = hashlib.sha256("\x1f".join(str(part) for part in parts).encode()).digest()
     return int.from_bytes(digest[:8], "big") >> 1

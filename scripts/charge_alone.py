@@ -1,9 +1,11 @@
-"""What a policy becomes that is paid for a token reward alone, with no outcome: whatever the reward likes, right or wrong.
+"""What a policy becomes that is paid for a token reward alone, with no outcome: whatever the reward
+likes, right or wrong.
 
     python scripts/charge_alone.py vision [--steps N] [--only NAME ...] [a.b=c ...]
 
-Trains the demo's policy on each token reward of scripts/rl_gain.py at 256 responses a step while every answer earns the same, and tells held-out
-accuracy on the way, the commonest responses at the end, and which monitors spoke. The table goes to standard output and runs/charge_alone/.
+Trains the demo's policy on each token reward of scripts/rl_gain.py at 256 responses a step while
+every answer earns the same, and tells held-out accuracy on the way, the commonest responses at the
+end, and which monitors spoke. The table goes to standard output and runs/charge_alone/.
 """
 
 from __future__ import annotations
@@ -28,27 +30,49 @@ SHOWN = 3  # of the commonest responses
 def run_alone(task: str, name: str, steps: int, extra: tuple[str, ...]) -> dict[str, Any]:
     """Train on one reward alone. Returns its figures."""
     folder = FOLDER / f"{task}-{name.replace(', ', '_').replace(' ', '_')}"
-    cfg, _ = method_config(task, name, "initial", max(DEFAULTS[task].items())[1], steps, 0, folder, extra)
-    reward = cfg.reward.model_copy(update={"wrong": 1.0})  # beyond what a config allows: then every group is without an outcome's advantage
+    cfg, _ = method_config(
+        task, name, "initial", max(DEFAULTS[task].items())[1], steps, 0, folder, extra
+    )
+    reward = cfg.reward.model_copy(
+        update={"wrong": 1.0}
+    )  # beyond what a config allows: then every group is without an outcome's advantage
     commands.train(cfg.model_copy(update={"reward": reward}))
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    held = [next(line["reward/accuracy"] for line in lines if "reward/accuracy" in line)]  # of the first rollouts
+    held = [
+        next(line["reward/accuracy"] for line in lines if "reward/accuracy" in line)
+    ]  # of the first rollouts
     held += [line["val/accuracy"] for line in lines if "val/accuracy" in line]
     said = [json.loads(line) for line in (folder / "events.jsonl").read_text().splitlines()]
-    answers = [json.loads(line)["response"] for line in (folder / "eval" / f"step_{steps:06d}.jsonl").read_text().splitlines()]
-    common = [(text.strip(), count / len(answers)) for text, count in Counter(answers).most_common(SHOWN)]
-    return {"name": name, "held": held, "monitors": [f"{e['monitor']} ({e['step']})" for e in said], "common": common}
+    answers = [
+        json.loads(line)["response"]
+        for line in (folder / "eval" / f"step_{steps:06d}.jsonl").read_text().splitlines()
+    ]
+    common = [
+        (text.strip(), count / len(answers)) for text, count in Counter(answers).most_common(SHOWN)
+    ]
+    return {
+        "name": name,
+        "held": held,
+        "monitors": [f"{e['monitor']} ({e['step']})" for e in said],
+        "common": common,
+    }
 
 
 def table(rows: list[dict[str, Any]]) -> str:
     """Markdown."""
     lines = [
-        "| paid for | accuracy at the start | half-way | at the end | responses at the end | monitors (step) |",
+        "| paid for | accuracy at the start | half-way | at the end | responses at the end | "
+        "monitors (step) |",
         "|---|---|---|---|---|---|",
     ]
     for row in rows:
         common = ", ".join(f"`{text}` {share:.0%}" for text, share in row["common"])
-        cells = [row["name"], *(f"{value:.1%}" for value in row["held"]), common, ", ".join(row["monitors"])]
+        cells = [
+            row["name"],
+            *(f"{value:.1%}" for value in row["held"]),
+            common,
+            ", ".join(row["monitors"]),
+        ]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
@@ -56,7 +80,7 @@ def table(rows: list[dict[str, Any]]) -> str:
 def main() -> None:
     """Command line."""
     names = [name for name in METHODS if name != BASE]
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument("task", choices=sorted(DEFAULTS))
     parser.add_argument("--steps", type=int, default=40)
     parser.add_argument("--only", nargs="+", choices=names, metavar="NAME", help=", ".join(names))

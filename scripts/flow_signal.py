@@ -1,10 +1,14 @@
-"""What a flow field knows of right and wrong, and what its reward keeps of that: by fit, side, scaling and normalisation.
+"""What a flow field knows of right and wrong, and what its reward keeps of that: by fit, side,
+scaling and normalisation.
 
-    python scripts/flow_signal.py vision|text [--model FOLDER] [--prompts N] [--only NAME ...] [a.b=c ...]
+    python scripts/flow_signal.py vision|text [--model FOLDER] [--prompts N] [--only NAME ...]
+    [a.b=c ...]
 
-Fits each field on the policy (the demo's, or FOLDER: after RL, say), samples 16 responses to each of N prompts that no fit has seen, and
-writes the AUC among siblings (wrong has more; 95 % by the bootstrap over prompts) of the mean deviation and of what each normalisation charges;
-beside them what needs no field: surprisal, entropy, a cross-fitted linear probe on the latents; and what the best of 16 without a verifier
+Fits each field on the policy (the demo's, or FOLDER: after RL, say), samples 16 responses to each
+of N prompts that no fit has seen, and writes the AUC among siblings (wrong has more; 95 % by the
+bootstrap over prompts) of the mean deviation and of what each normalisation charges;
+beside them what needs no field: surprisal, entropy, a cross-fitted linear probe on the latents; and
+    what the best of 16 without a verifier
 would earn. Tables go to standard output and to runs/signal/NAME.md.
 """
 
@@ -38,14 +42,20 @@ FOLDER = Path("runs/signal")
 SMALL: dict[str, Any] = {"batch_tokens": 256, "steps": 600, "lr": None}
 GOOD: dict[str, Any] = {"context": "token_post", "standardise": True, "fit": SMALL}
 FIELDS: dict[str, dict[str, Any]] = {
-    "60 steps of 64 solutions, raw, token_pre (the demo until now)": {"fit": {"steps": 60, "batch_size": 64, "batch_mul": 2, "lr": 1e-3}},
+    "60 steps of 64 solutions, raw, token_pre (the demo until now)": {
+        "fit": {"steps": 60, "batch_size": 64, "batch_mul": 2, "lr": 1e-3}
+    },
     "600 small steps, raw, token_pre": {"fit": {**SMALL, "lr": 1e-3}},
     "600, standardised, token_pre": {"standardise": True, "fit": SMALL},
     "600, standardised, token_post": GOOD,
     "2,400, standardised, token_post": {**GOOD, "fit": {**SMALL, "steps": 2400}},
     "600, the same, the prompt as a condition": {**GOOD, "prompt_context": True},
     "600, the same, less the policy's own": {**GOOD, "prompt_context": True, "contrast": "own"},
-    "600, own right rollouts": {**GOOD, "prompt_context": True, "fit": {**SMALL, "source": "rollouts"}},
+    "600, own right rollouts": {
+        **GOOD,
+        "prompt_context": True,
+        "fit": {**SMALL, "source": "rollouts"},
+    },
     "600, own right rollouts less wrong ones": {
         **GOOD,
         "prompt_context": True,
@@ -63,9 +73,17 @@ REWARDS: dict[str, dict[str, Any]] = {
 }
 
 
-def base_config(task: str, model: str | None, prompts: int, flow: dict[str, Any], extra: tuple[str, ...]) -> Config:
+def base_config(
+    task: str, model: str | None, prompts: int, flow: dict[str, Any], extra: tuple[str, ...]
+) -> Config:
     """The demo's config with this flow section."""
-    settings = ("rollout.engine=hf", "rollout.group_size=16", f"output_dir={FOLDER / task}", "flow=null", *extra)
+    settings = (
+        "rollout.engine=hf",
+        "rollout.group_size=16",
+        f"output_dir={FOLDER / task}",
+        "flow=null",
+        *extra,
+    )
     tree = load_config(ROOT / "scripts" / f"demo_{task}.yaml", settings).model_dump(mode="json")
     fit = {"rollout_prompts": 256, "probe_prompts": prompts, **flow.get("fit", {})}
     tree["flow"] = {**flow, "fit": fit}
@@ -73,7 +91,13 @@ def base_config(task: str, model: str | None, prompts: int, flow: dict[str, Any]
     return parse_config(tree)
 
 
-def of_field(cfg: Config, bench: commands.Workbench, experts: Any, sampled: commands.Sampled, samples: list[Sample]) -> dict[str, Any]:
+def of_field(
+    cfg: Config,
+    bench: commands.Workbench,
+    experts: Any,
+    sampled: commands.Sampled,
+    samples: list[Sample],
+) -> dict[str, Any]:
     """Fit one field, then AUCs of its deviation and of every charge."""
     assert cfg.flow is not None
     shutil.rmtree(Path(cfg.output_dir) / "flow", ignore_errors=True)
@@ -85,8 +109,13 @@ def of_field(cfg: Config, bench: commands.Workbench, experts: Any, sampled: comm
     field = FlowField.load(folder, spec, bench.policy.device, bench.policy.dtype)
     scores = score_responses(cfg, bench.policy, field, samples)
     lengths = torch.tensor([s.length for s in samples])
-    assert scores.straying is not None and scores.valid is not None and scores.deviations is not None
-    found: dict[str, Any] = {"seconds": round(seconds, 1), "deviation": auc(per_response(scores.straying, scores.valid, lengths), samples)}
+    assert (
+        scores.straying is not None and scores.valid is not None and scores.deviations is not None
+    )
+    found: dict[str, Any] = {
+        "seconds": round(seconds, 1),
+        "deviation": auc(per_response(scores.straying, scores.valid, lengths), samples),
+    }
     for name, reward in REWARDS.items():
         if reward["normalise"] == "token_type" and field.types is None:
             continue
@@ -94,12 +123,16 @@ def of_field(cfg: Config, bench: commands.Workbench, experts: Any, sampled: comm
         own = cfg.model_copy(update={"flow": cfg.flow.model_copy(update={"reward": how})})
         charges = -token_rewards(own, samples, scores, lengths, field.types)
         found[name] = auc([part.sum().item() for part in charges.split(lengths.tolist())], samples)
-    return found | {"best of 16": best_of(per_response(scores.straying, scores.valid, lengths), samples)}
+    return found | {
+        "best of 16": best_of(per_response(scores.straying, scores.valid, lengths), samples)
+    }
 
 
 def auc(values: list[float], samples: list[Sample]) -> str:
     """Among siblings, with its interval."""
-    return str(separation(values, [s.outcome.correct for s in samples], [s.position for s in samples]))
+    return str(
+        separation(values, [s.outcome.correct for s in samples], [s.position for s in samples])
+    )
 
 
 def best_of(values: list[float], samples: list[Sample]) -> str:
@@ -107,7 +140,8 @@ def best_of(values: list[float], samples: list[Sample]) -> str:
     groups: dict[int, list[int]] = {}
     for i, sample in enumerate(samples):
         groups.setdefault(sample.position, []).append(i)
-    return f"{np.mean([samples[min(part, key=lambda i: values[i])].outcome.correct for part in groups.values()]):.1%}"
+    best = [min(part, key=lambda i: values[i]) for part in groups.values()]
+    return f"{np.mean([samples[i].outcome.correct for i in best]):.1%}"
 
 
 def majority(samples: list[Sample]) -> str:
@@ -122,7 +156,9 @@ def majority(samples: list[Sample]) -> str:
     return f"{np.mean(right):.1%}"
 
 
-def without_field(cfg: Config, bench: commands.Workbench, samples: list[Sample]) -> dict[str, dict[str, str]]:
+def without_field(
+    cfg: Config, bench: commands.Workbench, samples: list[Sample]
+) -> dict[str, dict[str, str]]:
     """What a logit, or a linear probe that has seen other prompts' verdicts, knows."""
     field = FlowField(FlowSpec.of(load_flow(cfg), bench.policy.identity))
     scores: Scores = score_responses(cfg, bench.policy, field, samples)
@@ -133,34 +169,52 @@ def without_field(cfg: Config, bench: commands.Workbench, samples: list[Sample])
         "entropy, mean over tokens": per_response(scores.entropy, everywhere, lengths),
         "a linear probe on mean latents, cross-fitted": probe_values(bench, field, samples),
     }
-    rows = {name: {"deviation": auc(v, samples), "best of 16": best_of(v, samples)} for name, v in values.items()}
+    rows = {
+        name: {"deviation": auc(v, samples), "best of 16": best_of(v, samples)}
+        for name, v in values.items()
+    }
     return rows | {"the commonest answer": {"best of 16": majority(samples)}}
 
 
 def load_flow(cfg: Config) -> Any:
     """The flow section of a config that has one."""
     assert cfg.flow is not None
-    return cfg.flow.model_copy(update={"standardise": False, "contrast": "none", "prompt_context": False})
+    return cfg.flow.model_copy(
+        update={"standardise": False, "contrast": "none", "prompt_context": False}
+    )
 
 
 def probe_values(bench: commands.Workbench, field: FlowField, samples: list[Sample]) -> list[float]:
-    """Being wrong by ridge regression on the mean latents, each time fitted on the other four fifths of the prompts."""
+    """Being wrong by ridge regression on the mean latents, each time fitted on the other four
+    fifths of the prompts.
+    """
     from sklearn.linear_model import RidgeClassifierCV
     from sklearn.preprocessing import StandardScaler
 
     features: list[Any] = [None] * len(samples)
     for part in micro_batches([s.rollout for s in samples], 16384):
         with torch.no_grad():
-            _, latents = bench.policy.states(pack([samples[i].rollout for i in part], bench.policy.device), field.request)
+            _, latents = bench.policy.states(
+                pack([samples[i].rollout for i in part], bench.policy.device), field.request
+            )
         assert latents is not None
-        for i, rows in zip(part, latents.target.split([samples[i].length for i in part]), strict=True):
-            features[i] = latents.states.index_select(1, rows).float().mean(1).flatten().cpu().numpy()
+        for i, rows in zip(
+            part, latents.target.split([samples[i].length for i in part]), strict=True
+        ):
+            features[i] = (
+                latents.states.index_select(1, rows).float().mean(1).flatten().cpu().numpy()
+            )
     x = np.stack(features)
-    wrong, fold = np.array([not s.outcome.correct for s in samples]), np.array([s.position % 5 for s in samples])
+    wrong, fold = (
+        np.array([not s.outcome.correct for s in samples]),
+        np.array([s.position % 5 for s in samples]),
+    )
     values = np.zeros(len(samples))
     for k in range(5):
         scaler = StandardScaler().fit(x[fold != k])
-        model = RidgeClassifierCV(alphas=np.logspace(0, 5, 6)).fit(scaler.transform(x[fold != k]), wrong[fold != k])
+        model = RidgeClassifierCV(alphas=np.logspace(0, 5, 6)).fit(
+            scaler.transform(x[fold != k]), wrong[fold != k]
+        )
         values[fold == k] = model.decision_function(scaler.transform(x[fold == k]))
     return values.tolist()
 
@@ -168,28 +222,47 @@ def probe_values(bench: commands.Workbench, field: FlowField, samples: list[Samp
 def table(rows: dict[str, dict[str, Any]]) -> str:
     """Markdown."""
     columns = ["seconds", "deviation", *REWARDS, "best of 16"]
-    lines = [f"| | CPU s | deviation | {' | '.join(REWARDS)} | best of 16 |", "|---" * (len(columns) + 1) + "|"]
-    return "\n".join([*lines, *(f"| {name} | " + " | ".join(str(row.get(c, "")) for c in columns) + " |" for name, row in rows.items())])
+    lines = [
+        f"| | CPU s | deviation | {' | '.join(REWARDS)} | best of 16 |",
+        "|---" * (len(columns) + 1) + "|",
+    ]
+    return "\n".join(
+        [
+            *lines,
+            *(
+                f"| {name} | " + " | ".join(str(row.get(c, "")) for c in columns) + " |"
+                for name, row in rows.items()
+            ),
+        ]
+    )
 
 
 def main() -> None:
     """Command line."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument("task", choices=("vision", "text"))
     parser.add_argument("--model", help="folder of another policy: after RL, say")
     parser.add_argument("--prompts", type=int, default=128)
-    parser.add_argument("--only", nargs="+", choices=list(FIELDS), metavar="NAME", help=", ".join(FIELDS))
+    parser.add_argument(
+        "--only", nargs="+", choices=list(FIELDS), metavar="NAME", help=", ".join(FIELDS)
+    )
     parser.add_argument("--name", help="of the table; default: the task")
     parser.add_argument("overrides", nargs="*", metavar="a.b=c")
     arguments = parser.parse_args()
     prepare(arguments.task)
     configs = {
-        name: base_config(arguments.task, arguments.model, arguments.prompts, flow, tuple(arguments.overrides))
+        name: base_config(
+            arguments.task, arguments.model, arguments.prompts, flow, tuple(arguments.overrides)
+        )
         for name, flow in FIELDS.items()
         if not arguments.only or name in arguments.only
     }
     first = base_config(
-        arguments.task, arguments.model, arguments.prompts, FIELDS["600, the same, less the policy's own"], tuple(arguments.overrides)
+        arguments.task,
+        arguments.model,
+        arguments.prompts,
+        FIELDS["600, the same, less the policy's own"],
+        tuple(arguments.overrides),
     )
     rows: dict[str, dict[str, Any]] = {}
     with commands.workbench(first) as bench:

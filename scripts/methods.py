@@ -1,9 +1,12 @@
-"""`make methods`: every method on the same data, seed, grader and settings, differing in nothing but what defines it.
+"""`make methods`: every method on the same data, seed, grader and settings, differing in nothing
+but what defines it.
 
     python scripts/methods.py [vision|text ...] [--only NAME ...] [--seed S] [a.b=c ...]
 
-Vision: 60 steps each on the demo's digits; does the mean reward of the last 15 steps exceed that of the first 15 by two standard errors?
-Text: 5 steps each with SmolLM2; is every loss finite? Writes runs/methods/{summary.json,table.md,curves.html}. The last line on standard
+Vision: 60 steps each on the demo's digits; does the mean reward of the last 15 steps exceed that of
+    the first 15 by two standard errors?
+Text: 5 steps each with SmolLM2; is every loss finite? Writes
+    runs/methods/{summary.json,table.md,curves.html}. The last line on standard
 output is one JSON object.
 """
 
@@ -28,7 +31,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 from demo import ROOT, prepare
 
 FOLDER = Path("runs/methods")
-PUBLISHED = ("flow.profile=published", "flow.fit={steps: 60, batch_size: 64, batch_mul: 2, lr: 1.0e-3}")
+PUBLISHED = (
+    "flow.profile=published",
+    "flow.fit={steps: 60, batch_size: 64, batch_mul: 2, lr: 1.0e-3}",
+)
 INFORMED = ("flow={profile: informed}",)
 METHODS: dict[str, tuple[str, ...]] = {
     "GRPO": ("algorithm.method=grpo", "flow=null"),
@@ -47,18 +53,35 @@ METHODS: dict[str, tuple[str, ...]] = {
     "RLFR, informed": INFORMED,
 }
 # Two updates per batch: with one, ratios are 1 and several of the objectives are the same.
-COMMON = ("rollout.engine=hf", "eval.every=0", "algorithm.updates_per_rollout=2", "train.log_rollouts=1")
+COMMON = (
+    "rollout.engine=hf",
+    "eval.every=0",
+    "algorithm.updates_per_rollout=2",
+    "train.log_rollouts=1",
+)
 STEPS = {"vision": 60, "text": 5}
 EDGE = 15  # steps compared at either end
 
 
-def run_method(task: str, name: str, field: str, seed: int, overrides: tuple[str, ...]) -> list[dict[str, float]]:
+def run_method(
+    task: str, name: str, field: str, seed: int, overrides: tuple[str, ...]
+) -> list[dict[str, float]]:
     """Train from the start; returns the lines of metrics.jsonl."""
     folder = FOLDER / task / name.lower().replace(", ", "_").replace(". ", "_").replace(" ", "_")
     shutil.rmtree(folder, ignore_errors=True)
     steps = STEPS[task]
-    settings = (*COMMON, f"output_dir={folder}", f"seed={seed}", f"train.steps={steps}", f"train.save_steps={steps}")
-    own = METHODS[name] if "flow=null" in METHODS[name] else (*METHODS[name], f"flow.checkpoint={field}")
+    settings = (
+        *COMMON,
+        f"output_dir={folder}",
+        f"seed={seed}",
+        f"train.steps={steps}",
+        f"train.save_steps={steps}",
+    )
+    own = (
+        METHODS[name]
+        if "flow=null" in METHODS[name]
+        else (*METHODS[name], f"flow.checkpoint={field}")
+    )
     cfg = load_config(ROOT / "scripts" / f"demo_{task}.yaml", (*settings, *own, *overrides))
     commands.say(f"== {task}: {name}")
     commands.train(cfg)
@@ -69,14 +92,21 @@ def run_method(task: str, name: str, field: str, seed: int, overrides: tuple[str
 
 def fit_field(task: str, kind: str, seed: int, overrides: tuple[str, ...]) -> str:
     """The field that RLFR variants of a profile start from."""
-    settings = (f"output_dir={FOLDER / task / kind}", f"seed={seed}", *(INFORMED if kind == "informed" else PUBLISHED), *overrides)
+    settings = (
+        f"output_dir={FOLDER / task / kind}",
+        f"seed={seed}",
+        *(INFORMED if kind == "informed" else PUBLISHED),
+        *overrides,
+    )
     cfg = load_config(ROOT / "scripts" / f"demo_{task}.yaml", settings)
     shutil.rmtree(Path(cfg.output_dir) / "flow", ignore_errors=True)  # of an earlier run
     return str(commands.flow(cfg))
 
 
 def summarise(lines: list[dict[str, float]]) -> dict[str, Any]:
-    """Rise of the mean reward between the first and the last steps, in standard errors of the difference; time per step; losses."""
+    """Rise of the mean reward between the first and the last steps, in standard errors of the
+    difference; time per step; losses.
+    """
     rewards = [line["reward/mean"] for line in lines]
     first, last = rewards[:EDGE], rewards[-EDGE:]
     summary: dict[str, Any] = {
@@ -84,13 +114,24 @@ def summarise(lines: list[dict[str, float]]) -> dict[str, Any]:
         "finite": all(math.isfinite(value) for line in lines for value in line.values()),
         "first": round(statistics.mean(first), 4),
         "last": round(statistics.mean(last), 4),
-        "accuracy_last": round(statistics.mean(line["reward/accuracy"] for line in lines[-EDGE:]), 4),
-        "seconds_per_step": round(statistics.median(line["timing_s/step"] for line in lines[1:]), 3),
-        "update_seconds": round(statistics.median(line["timing_s/update"] + line.get("timing_s/score", 0.0) for line in lines[1:]), 3),
+        "accuracy_last": round(
+            statistics.mean(line["reward/accuracy"] for line in lines[-EDGE:]), 4
+        ),
+        "seconds_per_step": round(
+            statistics.median(line["timing_s/step"] for line in lines[1:]), 3
+        ),
+        "update_seconds": round(
+            statistics.median(
+                line["timing_s/update"] + line.get("timing_s/score", 0.0) for line in lines[1:]
+            ),
+            3,
+        ),
     }
     if len(rewards) >= 2 * EDGE:
         error = math.sqrt(statistics.variance(first) / EDGE + statistics.variance(last) / EDGE)
-        summary["standard_errors"] = round((summary["last"] - summary["first"]) / max(error, 1e-9), 1)
+        summary["standard_errors"] = round(
+            (summary["last"] - summary["first"]) / max(error, 1e-9), 1
+        )
         summary["rises"] = summary["standard_errors"] > 2
     return summary
 
@@ -98,14 +139,16 @@ def summarise(lines: list[dict[str, float]]) -> dict[str, Any]:
 def table(results: dict[str, dict[str, Any]]) -> str:
     """Markdown, cost relative to the first method."""
     lines = [
-        "| method | reward, first 15 | last 15 | rise in standard errors | s per step | relative to GRPO |",
+        "| method | reward, first 15 | last 15 | rise in standard errors | s per step | relative "
+        "to GRPO |",
         "|---|---|---|---|---|---|",
     ]
     base = next(iter(results.values()))["seconds_per_step"]
     for name, r in results.items():
         rise = r.get("standard_errors", "")
         lines.append(
-            f"| {name} | {r['first']:.3f} | {r['last']:.3f} | {rise} | {r['seconds_per_step']:.2f} | {r['seconds_per_step'] / base:.2f} |"
+            f"| {name} | {r['first']:.3f} | {r['last']:.3f} | {rise} | {r['seconds_per_step']:.2f} "
+            f"| {r['seconds_per_step'] / base:.2f} |"
         )
     return "\n".join(lines)
 
@@ -116,20 +159,39 @@ def curves(runs: dict[str, list[dict[str, float]]], window: int = 7) -> go.Figur
     dashes = ("solid", "dash", "dot")
     for number, (name, lines) in enumerate(runs.items()):
         values = [line["reward/accuracy"] for line in lines]
-        smooth = [statistics.mean(values[max(0, i - window + 1) : i + 1]) for i in range(len(values))]
-        figure.add_scatter(x=[line["step"] for line in lines], y=smooth, name=name, line={"dash": dashes[number // 5 % 3], "width": 2})
+        smooth = [
+            statistics.mean(values[max(0, i - window + 1) : i + 1]) for i in range(len(values))
+        ]
+        figure.add_scatter(
+            x=[line["step"] for line in lines],
+            y=smooth,
+            name=name,
+            line={"dash": dashes[number // 5 % 3], "width": 2},
+        )
     figure.update_layout(
-        template="plotly_white", width=1100, height=620, xaxis_title="step",
-        yaxis_title=f"accuracy of sampled responses (mean of {window} steps)", legend={"x": 1.01, "y": 1.0}, margin={"t": 20},
-    )  # fmt: skip
+        template="plotly_white",
+        width=1100,
+        height=620,
+        xaxis_title="step",
+        yaxis_title=f"accuracy of sampled responses (mean of {window} steps)",
+        legend={"x": 1.01, "y": 1.0},
+        margin={"t": 20},
+    )
     return figure
 
 
 def main() -> None:
     """Command line."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("rest", nargs="*", metavar="vision|text|a.b=c", help="tasks (default: both) and settings for every run")
-    parser.add_argument("--only", nargs="+", choices=list(METHODS), metavar="NAME", help=", ".join(METHODS))
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
+    parser.add_argument(
+        "rest",
+        nargs="*",
+        metavar="vision|text|a.b=c",
+        help="tasks (default: both) and settings for every run",
+    )
+    parser.add_argument(
+        "--only", nargs="+", choices=list(METHODS), metavar="NAME", help=", ".join(METHODS)
+    )
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
     overrides = tuple(a for a in arguments.rest if "=" in a)
@@ -141,9 +203,21 @@ def main() -> None:
         for task in tasks:
             prepare(task)
             names = arguments.only or list(METHODS)
-            kinds = {name: "informed" if name == "RLFR, informed" else "published" for name in names if name.startswith("RLFR")}
-            fields = {kind: fit_field(task, kind, arguments.seed, overrides) for kind in sorted(set(kinds.values()))}
-            runs = {name: run_method(task, name, fields.get(kinds.get(name, ""), ""), arguments.seed, overrides) for name in names}
+            kinds = {
+                name: "informed" if name == "RLFR, informed" else "published"
+                for name in names
+                if name.startswith("RLFR")
+            }
+            fields = {
+                kind: fit_field(task, kind, arguments.seed, overrides)
+                for kind in sorted(set(kinds.values()))
+            }
+            runs = {
+                name: run_method(
+                    task, name, fields.get(kinds.get(name, ""), ""), arguments.seed, overrides
+                )
+                for name in names
+            }
             result[task] = {name: summarise(lines) for name, lines in runs.items()}
             (FOLDER / task / "table.md").write_text(table(result[task]) + "\n")
             curves(runs).write_html(FOLDER / task / "curves.html", include_plotlyjs=True)
@@ -153,9 +227,17 @@ def main() -> None:
         sys.exit(error.exit_code)
     (FOLDER / "summary.json").write_text(json.dumps(result, indent=1))
     print(json.dumps(result))
-    failed = [f"{task}: {n}" for task, part in result.items() for n, r in part.items() if not (r["finite"] and r.get("rises", True))]
+    failed = [
+        f"{task}: {n}"
+        for task, part in result.items()
+        for n, r in part.items()
+        if not (r["finite"] and r.get("rises", True))
+    ]
     if failed:
-        print(f"methods: {', '.join(failed)}: a loss is not finite, or the reward does not rise", file=sys.stderr)
+        print(
+            f"methods: {', '.join(failed)}: a loss is not finite, or the reward does not rise",
+            file=sys.stderr,
+        )
         sys.exit(1)
 
 

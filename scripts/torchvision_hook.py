@@ -1,8 +1,11 @@
-"""Make `import torchvision` work beside a CPU build of torch when only torchvision's CUDA build could be installed.
+"""Make `import torchvision` work beside a CPU build of torch when only torchvision's CUDA build
+could be installed.
 
-Its compiled operators then cannot load, and its Python part dies with `operator torchvision::nms does not exist`. Declaring the two
-operators first is all that image transforms need. vLLM inspects models in a subprocess, so this must act in every interpreter of the
-environment: a `.pth` file installs an import hook that waits for `torchvision` and only then looks at torch. Where torch and torchvision
+Its compiled operators then cannot load, and its Python part dies with `operator torchvision::nms
+does not exist`. Declaring the two operators first is all that image transforms need. vLLM inspects
+models in a subprocess, so this must act in every interpreter of the
+environment: a `.pth` file installs an import hook that waits for `torchvision` and only then looks
+    at torch. Where torch and torchvision
 match, nothing is written.
 """
 
@@ -37,7 +40,10 @@ sys.meta_path.insert(0, _DeclareOperators())
 
 def imports_cleanly() -> bool:
     """Whether a fresh interpreter can import torchvision as it stands."""
-    return subprocess.run([sys.executable, "-c", "import torchvision"], capture_output=True).returncode == 0
+    return (
+        subprocess.run([sys.executable, "-c", "import torchvision"], capture_output=True).returncode
+        == 0
+    )
 
 
 def main() -> None:
@@ -48,8 +54,13 @@ def main() -> None:
     (site / "_rlfr_torchvision_hook.py").write_text(HOOK)
     (site / "rlfr_torchvision_hook.pth").write_text("import _rlfr_torchvision_hook\n")
     if not imports_cleanly():
-        sys.exit("torchvision does not import, also with its operators declared: install a build that matches this torch")
-    print("torchvision: operators declared by a hook, since its build does not match this CPU torch")
+        sys.exit(
+            "torchvision does not import, also with its operators declared: install a build that "
+            "matches this torch"
+        )
+    print(
+        "torchvision: operators declared by a hook, since its build does not match this CPU torch"
+    )
 
 
 if __name__ == "__main__":

@@ -12,7 +12,9 @@ from tests import tiny_models
 from tests.reliability.conftest import figure  # noqa: F401
 
 if not torch.cuda.is_available():
-    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed, which saving a model imports, warns on standard output
+    os.environ.setdefault(
+        "DS_ACCELERATOR", "cpu"
+    )  # else DeepSpeed, which saving a model imports, warns on standard output
 
 torch.set_num_threads(1)  # tiny models; a second thread only waits
 
@@ -25,7 +27,9 @@ def model_folder(tmp_path_factory):
     def folder(family: str, **options) -> str:
         key = (family, *sorted(options.items()))
         if key not in made:
-            made[key] = str(getattr(tiny_models, f"tiny_{family}")(tmp_path_factory.mktemp(family), **options))
+            made[key] = str(
+                getattr(tiny_models, f"tiny_{family}")(tmp_path_factory.mktemp(family), **options)
+            )
         return made[key]
 
     return folder

@@ -28,18 +28,44 @@ def test_flow_train_and_eval_end_to_end(run_folder, capsys):
     code, out, _ = run(capsys, "flow", "--config", str(config))
     assert code == 0
     field = out.strip()
-    code, out, err = run(capsys, "train", "--config", str(config), f"flow.checkpoint={field}", "eval.every=2", "train.steps=2")
+    code, out, err = run(
+        capsys,
+        "train",
+        "--config",
+        str(config),
+        f"flow.checkpoint={field}",
+        "eval.every=2",
+        "train.steps=2",
+    )
     assert (code, out.strip()) == (0, str(folder / "run")), err
     lines = [json.loads(line) for line in (folder / "run/metrics.jsonl").read_text().splitlines()]
     steps = [line for line in lines if "reward/mean" in line]
     assert [line["step"] for line in steps] == [1, 2]
-    assert {"actor/pg_loss", "flow/loss", "flow/reward_mean", "rollout/logprob_diff_mean", "timing_s/step"} <= steps[0].keys()
+    assert {
+        "actor/pg_loss",
+        "flow/loss",
+        "flow/reward_mean",
+        "rollout/logprob_diff_mean",
+        "timing_s/step",
+    } <= steps[0].keys()
     assert steps[0]["rollout/logprob_diff_mean"] < 1e-4
     assert [line["step"] for line in lines if "val/accuracy" in line] == [2]
     rollout = json.loads((folder / "run/rollouts/step_000001.jsonl").read_text().splitlines()[0])
-    assert len(rollout["tokens"]) == len(rollout["advantages"]) == len(rollout["flow_rewards"]) == len(rollout["logprobs"])
+    assert (
+        len(rollout["tokens"])
+        == len(rollout["advantages"])
+        == len(rollout["flow_rewards"])
+        == len(rollout["logprobs"])
+    )
     assert (folder / "run/rollouts" / rollout["images"][0]).exists()
-    assert {p.name for p in (folder / "run").iterdir()} >= {"config.resolved.yaml", "env.json", "tb", "checkpoints", "eval", "flow"}
+    assert {p.name for p in (folder / "run").iterdir()} >= {
+        "config.resolved.yaml",
+        "env.json",
+        "tb",
+        "checkpoints",
+        "eval",
+        "flow",
+    }
     code, out, _ = run(capsys, "eval", "--config", str(config), "eval.pictures=blank")
     assert code == 0
     assert json.loads(out)["num_problems"] == 4
@@ -47,7 +73,15 @@ def test_flow_train_and_eval_end_to_end(run_folder, capsys):
 
 def test_dry_run_prints_the_resolved_config_and_loads_nothing(run_folder, capsys):
     _, config = run_folder
-    code, out, _ = run(capsys, "train", "--config", str(config), "--dry-run", "model.path=/nowhere", "optim.lr=3e-6")
+    code, out, _ = run(
+        capsys,
+        "train",
+        "--config",
+        str(config),
+        "--dry-run",
+        "model.path=/nowhere",
+        "optim.lr=3e-6",
+    )
     assert code == 0
     assert "lr: 3.0e-06" in out
 
@@ -82,10 +116,17 @@ def test_bad_rows_stop_with_one_line(run_folder, capsys, changes, message):
 def test_bad_rows_can_be_skipped(run_folder, capsys):
     folder, config = run_folder
     spoil(folder, images=["images/gone.png"])
-    overrides = ["data.on_bad_row=skip", "data.max_bad_frac=0.5", "data.shuffle=false", "train.steps=2"]
+    overrides = [
+        "data.on_bad_row=skip",
+        "data.max_bad_frac=0.5",
+        "data.shuffle=false",
+        "train.steps=2",
+    ]
     code, _, err = run(capsys, "train", "--config", str(config), *overrides)
     assert code == 0, err
-    recorded = [json.loads(line) for line in (folder / "run/bad_rows.jsonl").read_text().splitlines()]
+    recorded = [
+        json.loads(line) for line in (folder / "run/bad_rows.jsonl").read_text().splitlines()
+    ]
     assert [(row["kind"], "gone.png" in row["reason"]) for row in recorded] == [("image", True)]
     assert "1 bad rows were left out" in err
 
@@ -93,13 +134,25 @@ def test_bad_rows_can_be_skipped(run_folder, capsys):
 @pytest.mark.parametrize(
     ("name", "verb", "changes", "message"),
     [
-        ("expert", "flow", {"images": ["images/gone.png"]}, "expert.jsonl:4: images/gone.png is missing"),
+        (
+            "expert",
+            "flow",
+            {"images": ["images/gone.png"]},
+            "expert.jsonl:4: images/gone.png is missing",
+        ),
         ("expert", "flow", {"response": ""}, "expert.jsonl:4: the expert response is empty"),
         ("test", "eval", {"answer": "\\frac{"}, "test.jsonl:4: answer"),
-        ("test", "eval", {"images": ["images/gone.png"]}, "test.jsonl:4: images/gone.png is missing"),
+        (
+            "test",
+            "eval",
+            {"images": ["images/gone.png"]},
+            "test.jsonl:4: images/gone.png is missing",
+        ),
     ],
 )
-def test_bad_expert_and_heldout_rows_stop_with_one_line(run_folder, capsys, name, verb, changes, message):
+def test_bad_expert_and_heldout_rows_stop_with_one_line(
+    run_folder, capsys, name, verb, changes, message
+):
     folder, config = run_folder
     spoil(folder, name, **changes)
     code, _, err = run(capsys, verb, "--config", str(config), "flow.fit.batch_size=7")
@@ -110,7 +163,15 @@ def test_bad_expert_and_heldout_rows_stop_with_one_line(run_folder, capsys, name
 def test_bad_expert_rows_can_be_skipped(run_folder, capsys):
     folder, config = run_folder
     spoil(folder, "expert", images=["images/gone.png"])
-    code, _, err = run(capsys, "flow", "--config", str(config), "data.on_bad_row=skip", "data.max_bad_frac=0.5", "flow.fit.batch_size=6")
+    code, _, err = run(
+        capsys,
+        "flow",
+        "--config",
+        str(config),
+        "data.on_bad_row=skip",
+        "data.max_bad_frac=0.5",
+        "flow.fit.batch_size=6",
+    )
     assert code == 0, err
     assert "gone.png" in (folder / "run/bad_rows.jsonl").read_text()
 
@@ -131,11 +192,20 @@ def test_settings_that_cannot_work_stop_with_one_line(run_folder, capsys, overri
     assert message in err.splitlines()[-1]
 
 
-def test_the_trained_model_is_a_plain_folder_and_a_finished_run_is_not_started_afresh(run_folder, capsys):
+def test_the_trained_model_is_a_plain_folder_and_a_finished_run_is_not_started_afresh(
+    run_folder, capsys
+):
     folder, config = run_folder
     assert run(capsys, "train", "--config", str(config), "train.steps=1")[0] == 0
     trained = folder / "run/hf/global_step_1"
-    code, out, _ = run(capsys, "eval", "--config", str(config), f"model.path={trained}", f"output_dir={folder}/again")
+    code, out, _ = run(
+        capsys,
+        "eval",
+        "--config",
+        str(config),
+        f"model.path={trained}",
+        f"output_dir={folder}/again",
+    )
     assert code == 0
     assert json.loads(out)["num_problems"] == 4
     code, _, err = run(capsys, "train", "--config", str(config), "train.steps=1", "resume=false")
@@ -144,7 +214,18 @@ def test_the_trained_model_is_a_plain_folder_and_a_finished_run_is_not_started_a
 
 
 def test_bench_prints_one_line_with_the_figures(model_folder, capsys):
-    arguments = ["--steps", "1", "--warmup", "0", "--prompts-per-step", "2", "--max-new-tokens", "4", "--threads", "1"]
+    arguments = [
+        "--steps",
+        "1",
+        "--warmup",
+        "0",
+        "--prompts-per-step",
+        "2",
+        "--max-new-tokens",
+        "4",
+        "--threads",
+        "1",
+    ]
     code, out, _ = run(capsys, "bench", "--model", model_folder("llama"), *arguments)
     assert code == 0
     row = json.loads(out)
@@ -164,7 +245,10 @@ def test_sigterm_before_the_first_step_exits_75_and_the_same_command_trains(run_
     _, config = run_folder
     done = cli("train", "--config", str(config), fault="load:1:term")
     assert done.returncode == 75, done.stderr[-1000:]
-    assert done.stderr.splitlines()[-1] == "rlfr-vlm train: stopped on SIGTERM; run the same command to go on"
+    assert (
+        done.stderr.splitlines()[-1]
+        == "rlfr-vlm train: stopped on SIGTERM; run the same command to go on"
+    )
     done = cli("train", "--config", str(config), "train.steps=1")
     assert done.returncode == 0, done.stderr[-1000:]
 
@@ -186,10 +270,20 @@ def test_a_flow_of_another_backbone_or_config_is_refused(run_folder, model_folde
     _, config = run_folder
     field = run(capsys, "flow", "--config", str(config))[1].strip()
     other = model_folder("qwen2_5_vl", seed=1)
-    code, _, err = run(capsys, "train", "--config", str(config), f"flow.checkpoint={field}", f"model.path={other}")
+    code, _, err = run(
+        capsys, "train", "--config", str(config), f"flow.checkpoint={field}", f"model.path={other}"
+    )
     assert code == 2
     assert "does not fit this run (backbone.fingerprint: checkpoint" in err
-    code, _, err = run(capsys, "train", "--config", str(config), f"flow.checkpoint={field}", "flow.context=token_post", "flow.times=[0.5]")
+    code, _, err = run(
+        capsys,
+        "train",
+        "--config",
+        str(config),
+        f"flow.checkpoint={field}",
+        "flow.context=token_post",
+        "flow.times=[0.5]",
+    )
     assert code == 2
     assert "context: checkpoint token_pre, run token_post; times: checkpoint 0.8, run 0.5" in err
     shutil.rmtree(field)
@@ -202,5 +296,8 @@ def test_the_real_process_prints_no_traceback(run_folder):
     folder, config = run_folder
     done = cli("train", "--config", str(config), f"data.train={folder}/nothing.jsonl")
     assert done.returncode == 2
-    assert done.stderr.strip().splitlines()[-1] == f"rlfr-vlm train: data file {folder}/nothing.jsonl does not exist"
+    assert (
+        done.stderr.strip().splitlines()[-1]
+        == f"rlfr-vlm train: data file {folder}/nothing.jsonl does not exist"
+    )
     assert "Traceback" not in done.stderr

@@ -21,11 +21,25 @@ def demo(task, *arguments, timeout=1800):
 
 def test_the_demo_runs_through():
     """The smoke case of the figures below."""
-    overrides = ["eval.limit=8", "eval.every=2", "train.steps=2", "flow.fit.steps=2", "rollout.engine=hf", "rollout.num_prompts=4"]
+    overrides = [
+        "eval.limit=8",
+        "eval.every=2",
+        "train.steps=2",
+        "flow.fit.steps=2",
+        "rollout.engine=hf",
+        "rollout.num_prompts=4",
+    ]
     result = demo("vision", *overrides)
     assert result["steps"] == 2
     assert result["engine"] == "hf"
-    assert {"accuracy_before", "accuracy_after", "greedy_before", "greedy_after", "seconds", "accuracy_blank_pictures"} <= result.keys()
+    assert {
+        "accuracy_before",
+        "accuracy_after",
+        "greedy_before",
+        "greedy_after",
+        "seconds",
+        "accuracy_blank_pictures",
+    } <= result.keys()
 
 
 @pytest.mark.slow

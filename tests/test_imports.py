@@ -40,7 +40,10 @@ def imported(path):
     """Modules imported anywhere in a file, except for type checking only."""
     tree = ast.parse(path.read_text())
     skipped = {
-        id(n) for node in ast.walk(tree) if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.dump(node.test) for n in ast.walk(node)
+        id(n)
+        for node in ast.walk(tree)
+        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.dump(node.test)
+        for n in ast.walk(node)
     }
     for node in ast.walk(tree):
         if id(node) in skipped:
@@ -58,19 +61,24 @@ def test_imports_run_downward():
             continue
         for name in imported(path):
             if name.startswith("rlfr_vlm."):
-                assert LEVEL[name.split(".")[1]] <= LEVEL[own], f"{path.relative_to(ROOT)} imports {name}"
+                assert LEVEL[name.split(".")[1]] <= LEVEL[own], (
+                    f"{path.relative_to(ROOT)} imports {name}"
+                )
 
 
 def test_heavy_libraries_have_one_importer():
     for path in ROOT.rglob("*.py"):
         for name in imported(path):
             owner = ONE_IMPORTER.get(name.split(".")[0])
-            assert owner is None or path.relative_to(ROOT).as_posix() == owner, f"{path} imports {name}"
+            assert owner is None or path.relative_to(ROOT).as_posix() == owner, (
+                f"{path} imports {name}"
+            )
 
 
 def test_light_modules_load_nothing_heavy():
     code = (
-        "import sys, rlfr_vlm, rlfr_vlm.config, rlfr_vlm.types, rlfr_vlm.algorithm.losses, rlfr_vlm.algorithm.advantages\n"
+        "import sys, rlfr_vlm, rlfr_vlm.config, rlfr_vlm.types, rlfr_vlm.algorithm.losses, "
+        "rlfr_vlm.algorithm.advantages\n"
         "import rlfr_vlm.flow.field, rlfr_vlm.flow.reward, rlfr_vlm.cli\n"
         "heavy = {'vllm', 'deepspeed', 'ray', 'vlmeval', 'transformers'} & set(sys.modules)\n"
         "assert not heavy, heavy"
@@ -82,14 +90,17 @@ def test_the_core_runs_without_the_heavy_libraries():
     """The whole training path imports, and an engine is found, where none of them can be imported."""
     code = (
         "import sys, importlib.machinery as machinery\n"
-        "absent = {'vllm', 'deepspeed', 'ray', 'vlmeval', 'datasets', 'peft', 'trl', 'sklearn', 'plotly', 'accelerate'}\n"
+        "absent = {'vllm', 'deepspeed', 'ray', 'vlmeval', 'datasets', 'peft', 'trl', 'sklearn', "
+        "'plotly', 'accelerate'}\n"
         "class Filtered(machinery.PathFinder):\n"
         "    @classmethod\n"
         "    def find_spec(cls, name, path=None, target=None):\n"
-        "        return None if name.split('.')[0] in absent else super().find_spec(name, path, target)\n"
+        "        return None if name.split('.')[0] in absent else super().find_spec(name, path, "
+        "target)\n"
         "sys.meta_path[:] = [Filtered if f is machinery.PathFinder else f for f in sys.meta_path]\n"
         "sys.path.insert(0, '.')\n"
-        "import rlfr_vlm.commands, rlfr_vlm.rollout.hf_engine, rlfr_vlm.bench, rlfr_vlm.training.loop\n"
+        "import rlfr_vlm.commands, rlfr_vlm.rollout.hf_engine, rlfr_vlm.bench, "
+        "rlfr_vlm.training.loop\n"
         "from rlfr_vlm.rollout import make_engine\n"
         "assert not absent & set(sys.modules)\n"
     )
@@ -97,7 +108,11 @@ def test_the_core_runs_without_the_heavy_libraries():
 
 
 def test_a_fault_point_and_a_poisoned_value_never_share_a_name():
-    """Their passings are counted together: a fault planted at the third step would come at the third response."""
+    """Their passings are counted together: a fault planted at the third step would come at the
+    third response.
+    """
     text = "".join(path.read_text() for path in ROOT.rglob("*.py"))
-    points, values = (set(re.findall(rf'\b{call}\("(\w+)"', text)) for call in ("faultpoint", "poison"))
+    points, values = (
+        set(re.findall(rf'\b{call}\("(\w+)"', text)) for call in ("faultpoint", "poison")
+    )
     assert points and values and not points & values

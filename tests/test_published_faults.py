@@ -1,4 +1,5 @@
-"""Faults found in the published code of RLFR (1 to 20) and of FlowRL (25 to 27): each has a test that it is absent here.
+"""Faults found in the published code of RLFR (1 to 20) and of FlowRL (25 to 27): each has a test
+that it is absent here.
 
 Faults 21 to 24 are of launch scripts, loaders and evaluation tools that have no counterpart.
 """
@@ -30,7 +31,9 @@ from tests.models.test_policy import rollouts_of
 from tests.training.test_update import config, setup
 
 MINIMAL = {"output_dir": "unused", "model": {"path": "m"}}
-SPEC = FlowSpec((1, 2), 4, ("token_pre",), (1,), (0.8,), 1, {"hidden_size": 64, "rms_norm_eps": 1e-6})
+SPEC = FlowSpec(
+    (1, 2), 4, ("token_pre",), (1,), (0.8,), 1, {"hidden_size": 64, "rms_norm_eps": 1e-6}
+)
 
 ELSEWHERE = [  # (fault, file, test)
     ("1 every time weighed as the last one", "golden/test_method_h.py", "test_h1_the_fields_score_and_loss"),
@@ -59,7 +62,9 @@ ELSEWHERE = [  # (fault, file, test)
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("fault", "file", "test"), ELSEWHERE, ids=[f"{fault}-{test}" for fault, _, test in ELSEWHERE])
+@pytest.mark.parametrize(
+    ("fault", "file", "test"), ELSEWHERE, ids=[f"{fault}-{test}" for fault, _, test in ELSEWHERE]
+)
 def test_tested_elsewhere(fault, file, test):
     assert f"def {test}(" in (Path(__file__).parent / file).read_text()
 
@@ -73,8 +78,17 @@ def read(policy, rollouts, side=("token_pre", 1)):
 
 @pytest.mark.parametrize("checkpointing", ["off", "reentrant", "nonreentrant"])
 def test_fault_3_neither_loss_reaches_the_other(model_folder, checkpointing):
-    """Target or context left in the graph: policy gradients out of the flow's loss, or a second backward that fails."""
-    policy, field = Policy(ModelConfig(path=model_folder("qwen2"), dtype="float32", gradient_checkpointing=checkpointing)), FlowField(SPEC)
+    """Target or context left in the graph: policy gradients out of the flow's loss, or a second
+    backward that fails.
+    """
+    policy, field = (
+        Policy(
+            ModelConfig(
+                path=model_folder("qwen2"), dtype="float32", gradient_checkpointing=checkpointing
+            )
+        ),
+        FlowField(SPEC),
+    )
     rollouts = rollouts_of(policy)
     output = read(policy, rollouts)
     lengths = [len(r.token_ids) for r in rollouts]
@@ -90,7 +104,11 @@ def test_fault_3_neither_loss_reaches_the_other(model_folder, checkpointing):
 @pytest.mark.parametrize("checkpointing", ["off", "reentrant", "nonreentrant"])
 def test_fault_4_nothing_is_left_on_the_modules(model_folder, checkpointing):
     """States gathered on the model by hooks: doubled when layers are recomputed, and kept alive."""
-    policy = Policy(ModelConfig(path=model_folder("qwen2"), dtype="float32", gradient_checkpointing=checkpointing))
+    policy = Policy(
+        ModelConfig(
+            path=model_folder("qwen2"), dtype="float32", gradient_checkpointing=checkpointing
+        )
+    )
     before = [(set(vars(layer)), dict(layer._forward_hooks)) for layer in policy.layers]
     output = read(policy, rollouts_of(policy))
     output.logprobs.sum().backward()
@@ -114,7 +132,9 @@ def test_fault_5_layers_may_return_a_tuple_or_a_tensor():
 
 @pytest.mark.parametrize("family", ["qwen2", "qwen2_5_vl"])
 def test_fault_6_only_responses_are_scored(model_folder, family):
-    """The flow run on prompt, padding and image tokens: here a prompt lends its last state as context, and there is no padding."""
+    """The flow run on prompt, padding and image tokens: here a prompt lends its last state as
+    context, and there is no padding.
+    """
     policy = Policy(ModelConfig(path=model_folder(family), dtype="float32"))
     rollouts = rollouts_of(policy, (1, 1) if "vl" in family else (0, 0))
     batch, latents = pack(rollouts), read(policy, rollouts, ("token_post", 1)).latents
@@ -137,19 +157,33 @@ def test_fault_11_the_rewards_in_the_log_are_those_of_the_update(model_folder):
     for sample, record in zip(samples, records, strict=True):
         valid = torch.arange(sample.length) < sample.length - 1
         lengths = torch.tensor([sample.length])
-        rewards = flow_reward(torch.tensor(record.deviations), valid, lengths, normalise="minmax", **settings)
+        rewards = flow_reward(
+            torch.tensor(record.deviations), valid, lengths, normalise="minmax", **settings
+        )
         assert record.flow_rewards == pytest.approx(rewards.tolist(), abs=1e-6)
-        assert record.advantages == pytest.approx((sample.outcome_credit + rewards_to_go(rewards, lengths)).tolist(), abs=1e-6)
-    assert metrics["flow/reward_mean"] == pytest.approx(sum(sum(r.flow_rewards) for r in records) / len(records), abs=1e-6)
+        assert record.advantages == pytest.approx(
+            (sample.outcome_credit + rewards_to_go(rewards, lengths)).tolist(), abs=1e-6
+        )
+    assert metrics["flow/reward_mean"] == pytest.approx(
+        sum(sum(r.flow_rewards) for r in records) / len(records), abs=1e-6
+    )
 
 
 def test_fault_11_no_rewarded_token_is_no_division_by_zero(model_folder):
-    cfg = config(model_folder("qwen2"), flow={"reward": {"threshold": 1.5, "normalise": "bilateral"}})
+    cfg = config(
+        model_folder("qwen2"), flow={"reward": {"threshold": 1.5, "normalise": "bilateral"}}
+    )
     learner, samples = setup(cfg)
     metrics, records = update(cfg, learner, samples)
-    assert metrics["flow/num_reward_tokens"] == metrics["flow/reward_mean"] == metrics["flow/advantage_share"] == 0
+    assert (
+        metrics["flow/num_reward_tokens"]
+        == metrics["flow/reward_mean"]
+        == metrics["flow/advantage_share"]
+        == 0
+    )
     assert all(
-        record.advantages == pytest.approx([sample.outcome_credit] * sample.length) for sample, record in zip(samples, records, strict=True)
+        record.advantages == pytest.approx([sample.outcome_credit] * sample.length)
+        for sample, record in zip(samples, records, strict=True)
     )
 
 
@@ -188,9 +222,14 @@ def loss_and_slope(ratio, advantage, **algorithm):
     """Of one token, through the config and the update's own objective."""
     cfg = parse_config({**MINIMAL, "algorithm": algorithm})
     logprobs = torch.tensor([ratio]).log().requires_grad_()
-    output, scores = PolicyOutput(logprobs, None, None, torch.zeros(1, 1)), Scores(torch.zeros(1), torch.zeros(1))
+    output, scores = (
+        PolicyOutput(logprobs, None, None, torch.zeros(1, 1)),
+        Scores(torch.zeros(1), torch.zeros(1)),
+    )
     credit = Credit(torch.tensor([advantage]), torch.zeros(1))
-    loss, _ = objective(cfg, None, output, scores, credit, [SimpleNamespace(length=1)], UpdateSize(1, 1))
+    loss, _ = objective(
+        cfg, None, output, scores, credit, [SimpleNamespace(length=1)], UpdateSize(1, 1)
+    )
     loss.backward()
     return pytest.approx((loss.item(), logprobs.grad.item()))
 
@@ -207,13 +246,20 @@ def test_fault_16_the_dual_clip_is_an_option():
     """The ratio clamped at 3 out of sight: no gradient from bad tokens that became likely."""
     assert loss_and_slope(4.0, -1.0) == (4, 4)
     assert loss_and_slope(4.0, -1.0, dual_clip=3.0) == (3, 0)
-    assert all(parse_config({**MINIMAL, "algorithm": {"method": m}}).algorithm.dual_clip is None for m in METHODS)
+    assert all(
+        parse_config({**MINIMAL, "algorithm": {"method": m}}).algorithm.dual_clip is None
+        for m in METHODS
+    )
 
 
 def test_fault_20_accuracy_decides_what_is_correct():
     """Total reward of at least 1 taken for correct: half a format point and a bonus would do."""
     outcomes = [Outcome(1.5, "wrong"), Outcome(0.4, "correct"), Outcome(1.0, "wrong")]
-    assert flow_weights(FlowOnlineConfig(), [SimpleNamespace(outcome=o) for o in outcomes]) == [0, 1, 0]
+    assert flow_weights(FlowOnlineConfig(), [SimpleNamespace(outcome=o) for o in outcomes]) == [
+        0,
+        1,
+        0,
+    ]
 
 
 def test_fault_26_the_batch_is_a_mean_over_sequences():
@@ -224,10 +270,20 @@ def test_fault_26_the_batch_is_a_mean_over_sequences():
     def loss(times, size):
         torch.manual_seed(0)
         logprobs = -torch.rand(4).repeat(times)
-        output = PolicyOutput(logprobs, None, None, torch.zeros(4 * times, 1), torch.zeros(2 * times, 1))
+        output = PolicyOutput(
+            logprobs, None, None, torch.zeros(4 * times, 1), torch.zeros(2 * times, 1)
+        )
         scores = Scores(logprobs - 0.01, torch.zeros(4 * times), ref_logprobs=logprobs - 0.1)
         credit = Credit(torch.zeros(4 * times), torch.zeros(4 * times))
-        return objective(cfg, lambda means: means[:, 0], output, scores, credit, samples * times, UpdateSize(4 * size, 2 * size))[0].item()
+        return objective(
+            cfg,
+            lambda means: means[:, 0],
+            output,
+            scores,
+            credit,
+            samples * times,
+            UpdateSize(4 * size, 2 * size),
+        )[0].item()
 
     assert loss(2, 2) == pytest.approx(loss(1, 1))
     assert 2 * loss(1, 2) == pytest.approx(loss(1, 1))
@@ -235,7 +291,9 @@ def test_fault_26_the_batch_is_a_mean_over_sequences():
 
 
 def test_fault_27_log_z_reads_the_whole_prompt(model_folder):
-    """The last prompt token left out of the mean, dropout while the loss is taken, and a learning rate of 1e-6."""
+    """The last prompt token left out of the mean, dropout while the loss is taken, and a learning
+    rate of 1e-6.
+    """
     policy = Policy(ModelConfig(path=model_folder("qwen2"), dtype="float32"))
     rollouts = rollouts_of(policy, (0, 0))
     means = policy.forward(pack(rollouts), with_prompt_means=True).prompt_means

@@ -1,4 +1,6 @@
-"""The recipes under scripts/: each loads, says what it would do, fits its models, and runs on a tiny model of the same architecture."""
+"""The recipes under scripts/: each loads, says what it would do, fits its models, and runs on a
+tiny model of the same architecture.
+"""
 
 import json
 import math
@@ -31,7 +33,10 @@ FAMILY = {
     "qwen2.5-vl-3b": "qwen2_5_vl",
     "qwen2.5-vl-7b": "qwen2_5_vl",
 }
-RUNS_SLOWLY = ("qwen2.5-math-7b", "qwen2.5-vl-3b")  # the siblings of recipes that the fast lane runs
+RUNS_SLOWLY = (
+    "qwen2.5-math-7b",
+    "qwen2.5-vl-3b",
+)  # the siblings of recipes that the fast lane runs
 
 # The released scripts' values, by hand: what differs between models, and what they share.
 PUBLISHED = {
@@ -52,17 +57,39 @@ PUBLISHED = {
     },
     "qwen2.5-vl-3b": {
         "path": "Qwen/Qwen2.5-VL-3B-Instruct",
-        "flow": {"flow.network.depth": 4, "flow.fit.batch_mul": 4, "flow.fit.max_tokens": 16384, "data.max_pixels": 262144},
+        "flow": {
+            "flow.network.depth": 4,
+            "flow.fit.batch_mul": 4,
+            "flow.fit.max_tokens": 16384,
+            "data.max_pixels": 262144,
+        },
         "rlfr": {"rollout.max_new_tokens": 1024, "train.steps": 2145},
     },
     "qwen2.5-vl-7b": {
         "path": "Qwen/Qwen2.5-VL-7B-Instruct",
-        "flow": {"flow.network.depth": 6, "flow.fit.batch_mul": 4, "flow.fit.max_tokens": 16384, "data.max_pixels": 262144},
+        "flow": {
+            "flow.network.depth": 6,
+            "flow.fit.batch_mul": 4,
+            "flow.fit.max_tokens": 16384,
+            "data.max_pixels": 262144,
+        },
         "rlfr": {"rollout.max_new_tokens": 3072, "train.steps": 2145},
     },
 }
-FIELD = {"flow.layers": [0.25, 0.5, 0.75], "flow.context": ["token_pre"], "flow.shift": [1], "model.dtype": "bfloat16", "seed": 42}
-FIT = FIELD | {"flow.fit.lr": 1e-4, "flow.fit.epochs": 2, "flow.fit.weight_decay": 0.01, "flow.fit.batch_size": 128, "flow.fit.steps": None}
+FIELD = {
+    "flow.layers": [0.25, 0.5, 0.75],
+    "flow.context": ["token_pre"],
+    "flow.shift": [1],
+    "model.dtype": "bfloat16",
+    "seed": 42,
+}
+FIT = FIELD | {
+    "flow.fit.lr": 1e-4,
+    "flow.fit.epochs": 2,
+    "flow.fit.weight_decay": 0.01,
+    "flow.fit.batch_size": 128,
+    "flow.fit.steps": None,
+}
 RL = FIELD | {
     "rollout.num_prompts": 128,
     "rollout.group_size": 8,
@@ -152,7 +179,7 @@ def verb(path):
     return "flow" if path.stem == "flow" else "train"
 
 
-# -- the files --------------------------------------------------------------------------------------------------------
+# -- the files -------------------------------------------------------------------------------------
 
 
 def test_there_is_a_folder_per_model():
@@ -168,7 +195,14 @@ def test_a_dry_run_prints_the_config_and_the_schedule(path, capsys):
     assert code == 0, err
     assert parse_config(yaml.safe_load(out)) == load_config(path)
     comments = [line for line in out.splitlines() if line.startswith("#")]
-    for expected in ("# schedule", "# loaded", "# written", "rows unknown", "learning rate", "tokens per step"):
+    for expected in (
+        "# schedule",
+        "# loaded",
+        "# written",
+        "rows unknown",
+        "learning rate",
+        "tokens per step",
+    ):
         assert any(expected in line for line in comments), expected
 
 
@@ -178,7 +212,11 @@ def test_every_setting_names_its_source(path):
     assert "`released`" in text and "`ours`" in text
     for line in text.splitlines():
         setting = re.match(r" *([a-z_]+): +[^# ]", line)
-        if setting and setting[1] not in ("output_dir", "path", "system"):  # output_dir: ours; path: the model; system: said above it
+        if setting and setting[1] not in (
+            "output_dir",
+            "path",
+            "system",
+        ):  # output_dir: ours; path: the model; system: said above it
             assert re.search(r" # .*(released|ours|arXiv:)", line), line
 
 
@@ -209,10 +247,15 @@ def setting(cfg, key):
 
 @name
 def test_published_values(folder):
-    """Every figure against PUBLISHED, which was copied from the released scripts and not from the recipes."""
+    """Every figure against PUBLISHED, which was copied from the released scripts and not from the
+    recipes.
+    """
     model = PUBLISHED[folder.name]
     fit, rl = (load_config(folder / f"{kind}.yaml") for kind in ("flow", "rlfr"))
-    for cfg, expected in ((fit, FIT | model["flow"]), (rl, RL | (VISION if "-vl-" in folder.name else LANGUAGE) | model["rlfr"])):
+    for cfg, expected in (
+        (fit, FIT | model["flow"]),
+        (rl, RL | (VISION if "-vl-" in folder.name else LANGUAGE) | model["rlfr"]),
+    ):
         assert {key: setting(cfg, key) for key in expected} == expected
     assert fit.model.path == model["path"]
     assert fit.flow.network.depth == rl.flow.network.depth == model["flow"]["flow.network.depth"]
@@ -232,26 +275,36 @@ def test_flowrl_warms_up_for_ten_steps():
     assert cfg.algorithm.needs_reference
 
 
-# -- the schedule -----------------------------------------------------------------------------------------------------
+# -- the schedule ----------------------------------------------------------------------------------
 
 
 def test_the_schedule_of_the_first_recipe_by_hand(tmp_path, capsys):
     data = tmp_path / "train.jsonl"
     data.write_text('{"prompt": "?", "answer": "1"}\n' * 8448)
     recipe = ROOT / "scripts/qwen2.5-math-1.5b/rlfr.yaml"
-    overrides = [f"data.train={data}", f"output_dir={tmp_path}/run", "eval.every=100", f"data.eval={data}", "eval.limit=10"]
+    overrides = [
+        f"data.train={data}",
+        f"output_dir={tmp_path}/run",
+        "eval.every=100",
+        f"data.eval={data}",
+        "eval.limit=10",
+    ]
     code, out, err = run(capsys, "train", "--config", recipe, "--dry-run", *overrides)
     assert code == 0, err
-    lines = " ".join(" ".join(line[1:].split()) for line in out.splitlines() if line.startswith("#"))
+    lines = " ".join(
+        " ".join(line[1:].split()) for line in out.splitlines() if line.startswith("#")
+    )
     for expected in (
         f"data 8,448 rows: {data}",
         "steps 330, 5.00 passes over its rows",
         "rollouts 128 prompts x 8 responses = 1,024 samples per step",
         "updates 8 per step of 128 samples each, 2,640 in total",
         "learning rate 1e-06 after 79 updates of warm-up, then a cosine down to 1e-07",
-        "tokens per step at most 4,120,576: 1,024 samples of a prompt of 3,000 and a response of 1,024",
+        "tokens per step at most 4,120,576: 1,024 samples of a prompt of 3,000 and a response of "
+        "1,024",
         "response tokens at most 346,030,080 in total",
-        f"(10 of 8,448 rows: {data}): 90 responses of at most 1,024 tokens, after steps 100, 200, 300, 330",
+        f"(10 of 8,448 rows: {data}): 90 responses of at most 1,024 tokens, after steps 100, 200, "
+        "300, 330",
         "checkpoints 7, after steps 50, 100, 150, 200, 250, 300, 330; the newest 3 are kept",
         "flow field runs/qwen2.5-math-1.5b/flow, which is not there yet",
         f"{tmp_path}/run/eval/ step_N.json and step_N.jsonl, N = 000100, 000200, 000300, 000330",
@@ -265,10 +318,22 @@ def test_the_schedule_of_the_first_recipe_by_hand(tmp_path, capsys):
     [
         (["algorithm.method=dapo"], "up to 10 per step, each sampling anew"),
         (["algorithm.method=ppo", "flow=null"], "value head"),
-        (["algorithm.kl.coef=0.1", "algorithm.reference=other/model"], "other/model in bfloat16, frozen"),
-        (["flow.online.warmup_steps=10", "train.steps=20"], "in the first 10 steps only the field learns"),
-        (["flow.online.warmup_steps=10", "train.steps=20"], "8 per step of 128 samples each, 80 in total"),
-        (["flow.online.enabled=false", "flow.checkpoint=null"], "a new one (flow.checkpoint is unset), frozen"),
+        (
+            ["algorithm.kl.coef=0.1", "algorithm.reference=other/model"],
+            "other/model in bfloat16, frozen",
+        ),
+        (
+            ["flow.online.warmup_steps=10", "train.steps=20"],
+            "in the first 10 steps only the field learns",
+        ),
+        (
+            ["flow.online.warmup_steps=10", "train.steps=20"],
+            "8 per step of 128 samples each, 80 in total",
+        ),
+        (
+            ["flow.online.enabled=false", "flow.checkpoint=null"],
+            "a new one (flow.checkpoint is unset), frozen",
+        ),
         (["algorithm.method=ppo", "flow=null"], "manifest.json, head.safetensors"),
         (["train.save_steps=10"], "33, after steps 10, 20, 30, 40, 50, ..., 320, 330;"),
         (["optim.min_lr_ratio=1"], "warm-up, constant after that"),
@@ -277,7 +342,14 @@ def test_the_schedule_of_the_first_recipe_by_hand(tmp_path, capsys):
     ],
 )
 def test_the_schedule_follows_the_settings(settings, expected, capsys):
-    code, out, err = run(capsys, "train", "--config", ROOT / "scripts/qwen2.5-math-1.5b/rlfr.yaml", "--dry-run", *settings)
+    code, out, err = run(
+        capsys,
+        "train",
+        "--config",
+        ROOT / "scripts/qwen2.5-math-1.5b/rlfr.yaml",
+        "--dry-run",
+        *settings,
+    )
     assert code == 0, err
     assert expected in out
 
@@ -303,10 +375,18 @@ def test_a_dry_run_refuses_what_the_run_would_refuse(tmp_path, capsys):
         ("train", "eval.every=5", "data.eval is required"),
         ("flow", f"data.expert={tmp_path}/few.jsonl", "no `flow` section"),
         ("train", f"data.train={tmp_path}/few.jsonl", "rollout.num_prompts=128 exceeds the 2 rows"),
-        ("train", f"data.train={tmp_path}/README.md", "README.md: expected .jsonl, .json, .parquet or .arrow"),
+        (
+            "train",
+            f"data.train={tmp_path}/README.md",
+            "README.md: expected .jsonl, .json, .parquet or .arrow",
+        ),
         ("train", f"data.train={tmp_path}", "expected .jsonl, .json, .parquet or .arrow"),
         ("train", f"data.train={tmp_path}/broken.json", "broken.json cannot be read as .json"),
-        ("train", f"output_dir={tmp_path}/run resume=false", "checkpoints holds checkpoints; use another output_dir"),
+        (
+            "train",
+            f"output_dir={tmp_path}/run resume=false",
+            "checkpoints holds checkpoints; use another output_dir",
+        ),
     ):
         code, _, err = run(capsys, command, "--config", recipe, "--dry-run", *override.split())
         assert (code, message in err) == (2, True), err
@@ -315,7 +395,11 @@ def test_a_dry_run_refuses_what_the_run_would_refuse(tmp_path, capsys):
 def test_a_config_that_is_not_utf8_stops_with_one_line(tmp_path, capsys):
     (tmp_path / "config.yaml").write_bytes(b"output_dir: r\xfcn")
     code, _, err = run(capsys, "train", "--config", tmp_path / "config.yaml", "--dry-run")
-    assert (code, err) == (2, f"rlfr-vlm train: config {tmp_path}/config.yaml: not UTF-8: invalid start byte at byte 13\n")
+    assert (code, err) == (
+        2,
+        f"rlfr-vlm train: config {tmp_path}/config.yaml: not UTF-8: invalid start byte at byte "
+        "13\n",
+    )
 
 
 def test_a_quoted_override_is_text(tmp_path):
@@ -326,7 +410,14 @@ def test_a_quoted_override_is_text(tmp_path):
 
 def test_a_dry_run_says_where_it_would_go_on_from(tmp_path, capsys):
     recipe = ROOT / "scripts/qwen2.5-math-1.5b/rlvr.yaml"
-    arguments = ("train", "--config", recipe, "--dry-run", f"output_dir={tmp_path}", "train.steps=20")
+    arguments = (
+        "train",
+        "--config",
+        recipe,
+        "--dry-run",
+        f"output_dir={tmp_path}",
+        "train.steps=20",
+    )
     for step in (3, 12):
         (tmp_path / f"checkpoints/global_step_{step}").mkdir(parents=True)
     code, out, _ = run(capsys, *arguments)
@@ -335,7 +426,9 @@ def test_a_dry_run_says_where_it_would_go_on_from(tmp_path, capsys):
     state = {"config_hash": config_hash(cfg), "config": cfg.model_dump(mode="json")}
     (tmp_path / "checkpoints/global_step_12/state.json").write_text(json.dumps(state))
     code, out, _ = run(capsys, *arguments)
-    assert code == 0 and f"from {tmp_path}/checkpoints/global_step_12: 8 of the steps are left" in out
+    assert (
+        code == 0 and f"from {tmp_path}/checkpoints/global_step_12: 8 of the steps are left" in out
+    )
     code, _, err = run(capsys, *arguments, "optim.lr=1")
     assert code == 2 and "was written with another config: optim.lr: 1e-06 -> 1.0" in err
 
@@ -350,16 +443,27 @@ def test_rows_are_counted_in_every_format_and_unknown_ones_said(tmp_path):
     rows = [{"prompt": "?", "answer": "1"}] * 3
     (tmp_path / "rows.json").write_text(json.dumps(rows))
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n\n" for row in rows))
-    assert [schedule.count_rows(str(tmp_path / f"rows.{kind}")).count for kind in ("json", "jsonl")] == [3, 3]
+    assert [
+        schedule.count_rows(str(tmp_path / f"rows.{kind}")).count for kind in ("json", "jsonl")
+    ] == [3, 3]
     parquet = pytest.importorskip("pyarrow.parquet")
-    parquet.write_table(pytest.importorskip("pyarrow").Table.from_pylist(rows), tmp_path / "rows.parquet")
-    assert schedule.count_rows(str(tmp_path / "rows.parquet"), 2) == schedule.Rows(2, f"2 of 3 rows: {tmp_path}/rows.parquet")
+    parquet.write_table(
+        pytest.importorskip("pyarrow").Table.from_pylist(rows), tmp_path / "rows.parquet"
+    )
+    assert schedule.count_rows(str(tmp_path / "rows.parquet"), 2) == schedule.Rows(
+        2, f"2 of 3 rows: {tmp_path}/rows.parquet"
+    )
     table = pytest.importorskip("pyarrow").Table.from_pylist(rows)
     with open_arrow(tmp_path / "rows.arrow", table.schema) as stream:
         for _ in range(2):
             stream.write_table(table)
     assert schedule.count_rows(str(tmp_path / "rows.arrow")).count == 6
-    for name, text in (("broken.parquet", "PAR"), ("broken.arrow", "AR"), ("broken.json", "{"), ("deep.json", "[" * 10**6)):
+    for name, text in (
+        ("broken.parquet", "PAR"),
+        ("broken.arrow", "AR"),
+        ("broken.json", "{"),
+        ("deep.json", "[" * 10**6),
+    ):
         (tmp_path / name).write_text(text)
         with pytest.raises(UserError, match=f"{name} cannot be read"):
             schedule.count_rows(str(tmp_path / name))
@@ -374,13 +478,17 @@ def test_rows_are_counted_in_every_format_and_unknown_ones_said(tmp_path):
 @pytest.mark.parametrize(("hidden", "depth"), [(8, 1), (24, 3)])
 def test_the_size_of_a_field_is_its_networks(hidden, depth, tmp_path):
     network = VelocityNet(hidden, depth, 1e-6)
-    assert shapes.num_field_parameters(hidden, depth) == sum(p.numel() for p in network.parameters())
+    assert shapes.num_field_parameters(hidden, depth) == sum(
+        p.numel() for p in network.parameters()
+    )
     (tmp_path / "config.json").write_text(json.dumps({"text_config": {"hidden_size": hidden}}))
     assert schedule.hidden_size(str(tmp_path)) == hidden
     assert schedule.hidden_size("someone/model") is None
 
 
-@pytest.mark.parametrize("family", ["qwen2", "qwen3", "llama", "mistral", "qwen2_vl", "qwen2_5_vl", "qwen3_vl"])
+@pytest.mark.parametrize(
+    "family", ["qwen2", "qwen3", "llama", "mistral", "qwen2_vl", "qwen2_5_vl", "qwen3_vl"]
+)
 def test_the_size_of_a_model_is_estimated_from_its_config(family, model_folder):
     weights = {}
     for file in Path(model_folder(family)).glob("*.safetensors"):
@@ -390,27 +498,50 @@ def test_the_size_of_a_model_is_estimated_from_its_config(family, model_folder):
 
 
 def test_memory_is_said_where_the_size_is_known(tmp_path, capsys):
-    """7.6 billion parameters, as Qwen2.5-7B has them, by hand: 7,615,283,200 x 20 + 477,281,280 x 16 bytes."""
-    config = {"hidden_size": 3584, "num_hidden_layers": 28, "intermediate_size": 18944, "num_attention_heads": 28}
+    """7.6 billion parameters, as Qwen2.5-7B has them, by hand: 7,615,283,200 x 20 + 477,281,280 x
+    16 bytes.
+    """
+    config = {
+        "hidden_size": 3584,
+        "num_hidden_layers": 28,
+        "intermediate_size": 18944,
+        "num_attention_heads": 28,
+    }
     config |= {"num_key_value_heads": 4, "vocab_size": 152064}
     (tmp_path / "config.json").write_text(json.dumps(config))
     for folder, kind, more, message in (
         ("qwen2.5-math-7b", "rlfr", (), "about 149.0 GiB on one device"),
         ("qwen2.5-math-7b", "rlfr", ("flow.online.enabled=false",), "477.3M parameters x 4 bytes"),
         ("qwen2.5-math-7b", "rlvr", ("model.dtype=float32",), "7,615.3M parameters x 16 bytes"),
-        ("qwen2.5-math-7b", "flow", (), "policy 7,615.3M parameters x 2 bytes, field 477.3M parameters x 16 bytes"),
+        (
+            "qwen2.5-math-7b",
+            "flow",
+            (),
+            "policy 7,615.3M parameters x 2 bytes, field 477.3M parameters x 16 bytes",
+        ),
         ("qwen2.5-7b", "flowrl", (), "reference 7,615.3M parameters x 2 bytes"),
-        ("qwen2.5-7b", "flowrl", ("model.path=some/model",), "20 bytes for each parameter of the policy, 18.6 GiB per billion"),
+        (
+            "qwen2.5-7b",
+            "flowrl",
+            ("model.path=some/model",),
+            "20 bytes for each parameter of the policy, 18.6 GiB per billion",
+        ),
     ):
         path = ROOT / "scripts" / folder / f"{kind}.yaml"
-        code, out, err = run(capsys, verb(path), "--config", path, "--dry-run", f"model.path={tmp_path}", *more)
+        code, out, err = run(
+            capsys, verb(path), "--config", path, "--dry-run", f"model.path={tmp_path}", *more
+        )
         assert (code, message in out) == (0, True), err + out
-    for text in ("[]", '{"hidden_size": "x", "num_attention_heads": 2}', '{"hidden_size": 8, "num_attention_heads": 0}'):
+    for text in (
+        "[]",
+        '{"hidden_size": "x", "num_attention_heads": 2}',
+        '{"hidden_size": 8, "num_attention_heads": 0}',
+    ):
         (tmp_path / "config.json").write_text(text)
         assert schedule.num_parameters(str(tmp_path)) is None
 
 
-# -- runs of a tiny model ---------------------------------------------------------------------------------------------
+# -- runs of a tiny model --------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -433,12 +564,20 @@ def write_rows(folder, vision):
     for file in ("train", "expert"):
         rows = []
         for i in range(6):
-            row = {"id": f"{file}{i}", "prompt": f"{'<image>' * vision}What is {i} + 1?", "answer": str(i + 1)}
+            row = {
+                "id": f"{file}{i}",
+                "prompt": f"{'<image>' * vision}What is {i} + 1?",
+                "answer": str(i + 1),
+            }
             if vision:
                 Image.new("RGB", (56, 56), (40 * i, 40, 90)).save(folder / f"{file}{i}.png")
                 row["images"] = [f"{file}{i}.png"]
             if file == "expert":
-                row["response"] = f"<think>{i} and one</think> <answer>{i + 1}</answer>" if vision else f"It is \\boxed{{{i + 1}}}."
+                row["response"] = (
+                    f"<think>{i} and one</think> <answer>{i + 1}</answer>"
+                    if vision
+                    else f"It is \\boxed{{{i + 1}}}."
+                )
             rows.append(row)
         (folder / f"{file}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
@@ -447,10 +586,23 @@ def overrides(folder, model, vision, small):
     """What makes a recipe small; everything else stays as it stands there."""
     write_rows(folder, vision)
     data = [f"data.{file}={folder}/{file}.jsonl" for file in ("train", "expert")]
-    return [*data, f"model.path={model}", "model.dtype=float32", "model.device=cpu", "rollout.engine=hf", "reward.grader.workers=1", *small]
+    return [
+        *data,
+        f"model.path={model}",
+        "model.dtype=float32",
+        "model.device=cpu",
+        "rollout.engine=hf",
+        "reward.grader.workers=1",
+        *small,
+    ]
 
 
-SMALL_RL = ["rollout.num_prompts=4", "rollout.group_size=4", "rollout.max_new_tokens=8", "train.steps=2"]
+SMALL_RL = [
+    "rollout.num_prompts=4",
+    "rollout.group_size=4",
+    "rollout.max_new_tokens=8",
+    "train.steps=2",
+]
 
 
 def finished(folder, steps):
@@ -464,21 +616,32 @@ def finished(folder, steps):
 
 @pytest.mark.parametrize(
     "folder",
-    [pytest.param(f, id=f.name, marks=[pytest.mark.slow] if f.name in RUNS_SLOWLY else []) for f in RLFR],
+    [
+        pytest.param(f, id=f.name, marks=[pytest.mark.slow] if f.name in RUNS_SLOWLY else [])
+        for f in RLFR
+    ],
 )
 def test_flow_rlfr_and_rlvr_run_on_a_tiny_model(folder, tiny, tmp_path, capsys):
     vision = "-vl-" in folder.name
     common = overrides(tmp_path, tiny(folder.name), vision, ["flow.fit.steps=2"])
-    code, out, err = run(capsys, "flow", "--config", folder / "flow.yaml", *common, f"output_dir={tmp_path}")
+    code, out, err = run(
+        capsys, "flow", "--config", folder / "flow.yaml", *common, f"output_dir={tmp_path}"
+    )
     assert code == 0, err
     field = out.strip()
     fit = load_config(folder / "flow.yaml", ("flow.fit.steps=2",))
-    assert len(Path(field, "flow_fit.jsonl").read_text().splitlines()) == schedule.fit_steps(fit, 6)[1] == 2
+    assert (
+        len(Path(field, "flow_fit.jsonl").read_text().splitlines())
+        == schedule.fit_steps(fit, 6)[1]
+        == 2
+    )
     assert Path(field, SPEC_FILE).exists() and schedule.FIELD_SPEC == SPEC_FILE
     for kind in ("rlfr", "rlvr"):
         mine = [f"output_dir={tmp_path}/{kind}", *SMALL_RL]
         mine += [f"flow.checkpoint={field}"] if kind == "rlfr" else []
-        code, _, err = run(capsys, "train", "--config", folder / f"{kind}.yaml", *common[:-1], *mine)
+        code, _, err = run(
+            capsys, "train", "--config", folder / f"{kind}.yaml", *common[:-1], *mine
+        )
         assert code == 0, err
         lines = finished(tmp_path / kind, 2)
         assert all(("flow/deviation_mean" in line) == (kind == "rlfr") for line in lines)
@@ -487,8 +650,12 @@ def test_flow_rlfr_and_rlvr_run_on_a_tiny_model(folder, tiny, tmp_path, capsys):
 
 
 def test_flowrl_runs_on_a_tiny_model(tiny, tmp_path, capsys):
-    common = overrides(tmp_path, tiny("qwen2.5-7b"), False, [*SMALL_RL, f"output_dir={tmp_path}/run"])
-    code, _, err = run(capsys, "train", "--config", ROOT / "scripts/qwen2.5-7b/flowrl.yaml", *common)
+    common = overrides(
+        tmp_path, tiny("qwen2.5-7b"), False, [*SMALL_RL, f"output_dir={tmp_path}/run"]
+    )
+    code, _, err = run(
+        capsys, "train", "--config", ROOT / "scripts/qwen2.5-7b/flowrl.yaml", *common
+    )
     assert code == 0, err
     finished(tmp_path / "run", 2)
 
@@ -496,7 +663,12 @@ def test_flowrl_runs_on_a_tiny_model(tiny, tmp_path, capsys):
 def test_the_fit_takes_as_many_steps_as_the_schedule_says(tiny, tmp_path, capsys):
     """Passes over the rows that are not held out, in batches of no more than there are."""
     recipe = ROOT / "scripts/qwen2.5-math-1.5b/flow.yaml"
-    small = ["flow.fit.batch_size=2", "flow.fit.epochs=1.5", "flow.fit.batch_mul=1", f"output_dir={tmp_path}"]
+    small = [
+        "flow.fit.batch_size=2",
+        "flow.fit.epochs=1.5",
+        "flow.fit.batch_mul=1",
+        f"output_dir={tmp_path}",
+    ]
     common = overrides(tmp_path, tiny("qwen2.5-math-1.5b"), False, small)
     _, out, _ = run(capsys, "flow", "--config", recipe, "--dry-run", *common)
     assert "steps            4: 1.5 passes" in out  # 6 rows, 1 of them held out
@@ -505,7 +677,7 @@ def test_the_fit_takes_as_many_steps_as_the_schedule_says(tiny, tmp_path, capsys
     assert len(Path(out.strip(), "flow_fit.jsonl").read_text().splitlines()) == 4
 
 
-# -- the launcher -----------------------------------------------------------------------------------------------------
+# -- the launcher ----------------------------------------------------------------------------------
 
 
 def test_the_launcher_brings_a_fit_to_the_place_that_is_named(tmp_path):
@@ -532,7 +704,13 @@ def test_the_launcher_starts_paths_where_it_is_called(tmp_path):
 
 
 def launch(*arguments, cwd=ROOT):
-    return subprocess.run(["bash", str(ROOT / "scripts/run.sh"), *arguments], cwd=cwd, capture_output=True, text=True, timeout=120)
+    return subprocess.run(
+        ["bash", str(ROOT / "scripts/run.sh"), *arguments],
+        cwd=cwd,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
 
 
 def test_the_launcher_fits_a_missing_field_first(tmp_path):
@@ -543,9 +721,13 @@ def test_the_launcher_fits_a_missing_field_first(tmp_path):
     fit, rl = (parse_config(tree) for tree in yaml.safe_load_all(done.stdout))
     assert (fit.output_dir, rl.flow.checkpoint, rl.train.steps) == (str(tmp_path), str(field), 7)
     field.mkdir()
-    (field / SPEC_FILE).write_text(json.dumps({"context": ["token_pre"], "shift": [1], "times": [0.8], "depth": 4}))
+    (field / SPEC_FILE).write_text(
+        json.dumps({"context": ["token_pre"], "shift": [1], "times": [0.8], "depth": 4})
+    )
     done = launch(recipe, "rlfr", "--dry-run", f"flow.checkpoint={field}")
-    assert [parse_config(tree).output_dir for tree in yaml.safe_load_all(done.stdout)] == ["runs/qwen2.5-math-1.5b/rlfr"]
+    assert [parse_config(tree).output_dir for tree in yaml.safe_load_all(done.stdout)] == [
+        "runs/qwen2.5-math-1.5b/rlfr"
+    ]
     for kind in ("rlvr", "flow"):
         trees = [*yaml.safe_load_all(launch(recipe, kind, "--dry-run", "train.steps=7").stdout)]
         assert [parse_config(tree).train.steps for tree in trees] == [7]
@@ -557,14 +739,23 @@ def test_the_launcher_fits_a_missing_field_first(tmp_path):
         ((), "RECIPE_DIR"),
         (("nowhere",), "no folder nowhere"),
         (("scripts/qwen2.5-7b",), "has no rlfr.yaml"),
-        (("scripts/qwen2.5-math-1.5b", "--dry-run", "flow.checkpoint=elsewhere"), "it must end in /flow"),
-        (("scripts/qwen2.5-math-1.5b", "flow", "flow.checkpoint=a/flow", "output_dir=b"), "say where the field goes: name one"),
+        (
+            ("scripts/qwen2.5-math-1.5b", "--dry-run", "flow.checkpoint=elsewhere"),
+            "it must end in /flow",
+        ),
+        (
+            ("scripts/qwen2.5-math-1.5b", "flow", "flow.checkpoint=a/flow", "output_dir=b"),
+            "say where the field goes: name one",
+        ),
         (("scripts/qwen2.5-math-1.5b", "rlvr", "flow.times=[0.5]"), "rlvr has no flow field"),
         (("flowrl", "scripts/qwen2.5-7b", "flow={}"), "flowrl has no flow field"),
         (("scripts/qwen2.5-math-1.5b", "grpo"), "grpo is no method and no a.b=c"),
         (("scripts/qwen2.5-math-1.5b", "rlvr", "flow"), "both rlvr and flow: name one"),
         (("scripts/qwen2.5-math-1.5b", "--dryrun"), "unknown option --dryrun"),
-        (("scripts/qwen2.5-math-1.5b", "optim.lr=-1"), "`optim.lr`: Input should be greater than 0"),
+        (
+            ("scripts/qwen2.5-math-1.5b", "optim.lr=-1"),
+            "`optim.lr`: Input should be greater than 0",
+        ),
     ],
 )
 def test_the_launcher_says_what_is_wrong(arguments, message):

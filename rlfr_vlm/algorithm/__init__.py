@@ -1,1 +1,3 @@
-"""The mathematics: losses, advantages, shaping, credit and the objective, as functions of what they are given."""
+"""The mathematics: losses, advantages, shaping, credit and the objective, as functions of what they
+are given.
+"""

@@ -12,8 +12,12 @@ from torch.nn.utils.rnn import pad_sequence
 from rlfr_vlm.batch import MIN_STD
 
 
-def _group_statistics(reward: Tensor, graded: Tensor, group: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Of each response's group, over graded responses, in float64: count, reward less the mean (0 if ungraded), unbiased std. [B] each."""
+def _group_statistics(
+    reward: Tensor, graded: Tensor, group: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Of each response's group, over graded responses, in float64: count, reward less the mean (0
+    if ungraded), unbiased std. [B] each.
+    """
     _, index = torch.unique(group, return_inverse=True)
     num_groups = int(index.max()) + 1 if index.numel() else 0
     weight = graded.double()
@@ -26,11 +30,13 @@ def _group_statistics(reward: Tensor, graded: Tensor, group: Tensor) -> tuple[Te
 
 
 def group_advantages(reward: Tensor, graded: Tensor, group: Tensor, scale: bool = True) -> Tensor:
-    """Outcome reward normalised within its group: A = (R - mean_g) / std_g, unbiased std, over graded responses (GRPO, arXiv:2402.03300).
+    """Outcome reward normalised within its group: A = (R - mean_g) / std_g, unbiased std, over
+    graded responses (GRPO, arXiv:2402.03300).
 
-    scale False leaves the division out (Dr. GRPO, arXiv:2503.20783). Statistics are taken in float64, and a group whose std is below 1e-6,
-    or with fewer than two graded responses, gives exactly zero: rounding noise of equal rewards is never blown up into an advantage.
-    Ungraded responses get zero.
+    scale False leaves the division out (Dr. GRPO, arXiv:2503.20783). Statistics are taken in
+    float64, and a group whose std is below 1e-6, or with fewer than two graded responses, gives
+    exactly zero: rounding noise of equal rewards is never blown up into an advantage. Ungraded
+    responses get zero.
 
     reward: [B] float; graded: [B] bool; group: [B] int, any labels. Returns [B] float32.
     """
@@ -41,18 +47,24 @@ def group_advantages(reward: Tensor, graded: Tensor, group: Tensor, scale: bool 
 
 
 def leave_one_out(reward: Tensor, graded: Tensor, group: Tensor) -> Tensor:
-    """Outcome reward less the mean of its graded siblings: A_i = R_i - mean_{j != i} R_j (RLOO, arXiv:2402.14740).
+    """Outcome reward less the mean of its graded siblings: A_i = R_i - mean_{j != i} R_j (RLOO,
+    arXiv:2402.14740).
 
     Arguments, zeros and result as in `group_advantages`.
     """
     count, _, _ = _group_statistics(reward, graded, group)
-    return (group_advantages(reward, graded, group, scale=False).double() * count / (count - 1).clamp(min=1)).float()
+    return (
+        group_advantages(reward, graded, group, scale=False).double()
+        * count
+        / (count - 1).clamp(min=1)
+    ).float()
 
 
 def rewards_to_go(token_rewards: Tensor, lengths: Tensor, gamma: float = 1.0) -> Tensor:
     """Return from each token on, within its own response: G_t = sum_{s >= t} gamma^(s - t) r_s.
 
-    token_rewards: [N], responses end to end; lengths: [B] int with sum N. Returns [N], the dtype of the rewards.
+    token_rewards: [N], responses end to end; lengths: [B] int with sum N. Returns [N], the dtype of
+        the rewards.
     """
     if not len(lengths):
         return token_rewards.clone()
@@ -65,18 +77,26 @@ def rewards_to_go(token_rewards: Tensor, lengths: Tensor, gamma: float = 1.0) ->
         running = column + gamma * running
         returns.append(running)
     rows = torch.stack(returns, dim=1)
-    return torch.cat([row[: len(segment)].flip(0) for row, segment in zip(rows, backwards, strict=True)])
+    return torch.cat(
+        [row[: len(segment)].flip(0) for row, segment in zip(rows, backwards, strict=True)]
+    )
 
 
-def gae(token_rewards: Tensor, values: Tensor, lengths: Tensor, gamma: float = 1.0, lam: float = 1.0) -> tuple[Tensor, Tensor]:
+def gae(
+    token_rewards: Tensor, values: Tensor, lengths: Tensor, gamma: float = 1.0, lam: float = 1.0
+) -> tuple[Tensor, Tensor]:
     """Generalised advantage estimation (arXiv:1506.02438, eq. 16), within each response.
 
-    delta_t = r_t + gamma V_{t+1} - V_t with V = 0 after the last token;  A_t = delta_t + gamma lam A_{t+1};  returns R_t = A_t + V_t
+    delta_t = r_t + gamma V_{t+1} - V_t with V = 0 after the last token;  A_t = delta_t + gamma lam
+    A_{t+1};  returns R_t = A_t + V_t
 
-    token_rewards, values (of the state before the token): [N]; lengths: [B] int with sum N. Returns advantages and returns, [N] each.
+    token_rewards, values (of the state before the token): [N]; lengths: [B] int with sum N. Returns
+    advantages and returns, [N] each.
     """
     parts = []
-    for rewards, own in zip(token_rewards.split(lengths.tolist()), values.split(lengths.tolist()), strict=True):
+    for rewards, own in zip(
+        token_rewards.split(lengths.tolist()), values.split(lengths.tolist()), strict=True
+    ):
         following = torch.cat([own[1:], own.new_zeros(min(1, len(own)))])
         parts.append(rewards + gamma * following - own)
     deltas = torch.cat(parts) if parts else token_rewards.clone()
@@ -85,7 +105,8 @@ def gae(token_rewards: Tensor, values: Tensor, lengths: Tensor, gamma: float = 1
 
 
 def whiten(values: Tensor, total: Callable[[Sequence[float]], Sequence[float]] = tuple) -> Tensor:
-    """Shifted and scaled to mean 0 and population std 1 over the whole batch, in float64; zeros where all are equal. [N] -> [N].
+    """Shifted and scaled to mean 0 and population std 1 over the whole batch, in float64; zeros
+    where all are equal. [N] -> [N].
 
     total: sums over the parts of a batch that is spread over processes, of which `values` is one.
     """

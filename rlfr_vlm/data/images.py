@@ -21,7 +21,8 @@ MAX_BYTES = 32 * 2**20
 MAX_PIXELS = 50_000_000  # checked in the header, before anything is decoded
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF")
 FETCH_SECONDS = 60.0  # of a download, redirects and all
-# What Pillow's readers raise at a damaged file: of the formats above TIFF and GIF fall over their own tables.
+# What Pillow's readers raise at a damaged file: of the formats above TIFF and GIF fall over their
+# own tables.
 UNREADABLE = (
     OSError,
     SyntaxError,
@@ -36,7 +37,9 @@ UNREADABLE = (
     zlib.error,
 )
 
-BASE64 = re.compile(r"(?:[A-Za-z0-9+/]{4}){16,}(?:[A-Za-z0-9+/]{2}==|[A-Za-z0-9+/]{3}=)?")  # at least 48 bytes
+BASE64 = re.compile(
+    r"(?:[A-Za-z0-9+/]{4}){16,}(?:[A-Za-z0-9+/]{2}==|[A-Za-z0-9+/]{3}=)?"
+)  # at least 48 bytes
 
 
 class ImageError(Exception):
@@ -48,15 +51,21 @@ class ImageError(Exception):
 
 
 def open_image(source: Any, roots: Sequence[Path], allow_urls: bool = False) -> Image.Image:
-    """An RGB picture from a path inside one of `roots`, a URL (if allowed), bytes, base64 text, a {"bytes", "path"} dict or a PIL image.
+    """An RGB picture from a path inside one of `roots`, a URL (if allowed), bytes, base64 text, a
+    {"bytes", "path"} dict or a PIL image.
 
-    Raises ImageError for a missing or broken file, one outside the roots, one too large, or a format that is not a picture's.
+    Raises ImageError for a missing or broken file, one outside the roots, one too large, or a
+    format that is not a picture's.
     """
     return decode(*open_header(source, roots, allow_urls))
 
 
-def open_header(source: Any, roots: Sequence[Path], allow_urls: bool = False) -> tuple[str, Image.Image]:
-    """A name for messages, and the picture as its header describes it: nothing is decoded yet. Raises ImageError like `open_image`."""
+def open_header(
+    source: Any, roots: Sequence[Path], allow_urls: bool = False
+) -> tuple[str, Image.Image]:
+    """A name for messages, and the picture as its header describes it: nothing is decoded yet.
+    Raises ImageError like `open_image`.
+    """
     if isinstance(source, Image.Image):
         return "the embedded picture", source
     name, data = read_bytes(source, roots, allow_urls)
@@ -69,11 +78,16 @@ def open_header(source: Any, roots: Sequence[Path], allow_urls: bool = False) ->
     except Image.DecompressionBombError as error:
         raise ImageError(f"{name} is not a readable picture: {error}", "image_pixels") from None
     except UnidentifiedImageError:
-        raise ImageError(f"{name} is not a readable picture") from None  # Pillow says no more than the address of its buffer
+        raise ImageError(
+            f"{name} is not a readable picture"
+        ) from None  # Pillow says no more than the address of its buffer
     except UNREADABLE as error:
         raise ImageError(f"{name} is not a readable picture: {error}") from None
     if image.width * image.height > MAX_PIXELS:
-        raise ImageError(f"{name} has {image.width} x {image.height} pixels, more than {MAX_PIXELS} in all", "image_pixels")
+        raise ImageError(
+            f"{name} has {image.width} x {image.height} pixels, more than {MAX_PIXELS} in all",
+            "image_pixels",
+        )
     return name, image
 
 
@@ -93,7 +107,9 @@ def read_bytes(source: Any, roots: Sequence[Path], allow_urls: bool) -> tuple[st
         return "the embedded picture", source
     if not isinstance(source, str):
         raise ImageError(
-            f"a picture is given as {type(source).__name__}; expected a path, URL, bytes, base64 text or a picture", "image_source"
+            f"a picture is given as {type(source).__name__}; expected a path, URL, bytes, base64 "
+            "text or a picture",
+            "image_source",
         )
     if source.startswith("data:image/") or len(source) > 512:
         return "the base64 picture", decode_base64(source)
@@ -117,15 +133,21 @@ def read_bytes(source: Any, roots: Sequence[Path], allow_urls: bool) -> tuple[st
 def decode_base64(text: str) -> bytes:
     """Bytes of base64 text, with or without a data-URL head."""
     try:
-        return base64.b64decode(text.partition(",")[2] if text.startswith("data:") else text, validate=True)
+        return base64.b64decode(
+            text.partition(",")[2] if text.startswith("data:") else text, validate=True
+        )
     except (binascii.Error, ValueError):
-        raise ImageError("the picture's text is neither a path nor base64", "image_source") from None
+        raise ImageError(
+            "the picture's text is neither a path nor base64", "image_source"
+        ) from None
 
 
 def fetch(url: str, allow_urls: bool) -> bytes:
     """Download a picture, where the user allowed it, with a limit on time and size."""
     if not allow_urls:
-        raise ImageError(f"{url} is a URL: set data.allow_urls=true to download pictures", "image_url")
+        raise ImageError(
+            f"{url} is a URL: set data.allow_urls=true to download pictures", "image_url"
+        )
     import httpx  # here: hardly anybody downloads pictures
 
     async def download() -> bytes:
@@ -163,9 +185,15 @@ def locate(name: str, roots: Sequence[Path]) -> Path:
                 outside = True
             elif path.is_file():
                 return path
-        except (OSError, ValueError, RuntimeError) as error:  # the last: a link that leads to itself
+        except (
+            OSError,
+            ValueError,
+            RuntimeError,
+        ) as error:  # the last: a link that leads to itself
             raise ImageError(f"{name[:80]!r} is no file name: {error}", "image_source") from None
     where = ", ".join(str(root) for root in roots) or "no folder"
     if outside:
-        raise ImageError(f"{name} lies outside {where}: name its folder in data.media_dirs", "image_outside")
+        raise ImageError(
+            f"{name} lies outside {where}: name its folder in data.media_dirs", "image_outside"
+        )
     raise ImageError(f"{name} is missing (searched in {where})", "image_missing")

@@ -28,42 +28,80 @@ if TYPE_CHECKING:
 class Renderer:
     """Encodes prompts for one policy."""
 
-    def __init__(self, policy: Policy, cfg: DataConfig, data_file: str, pictures: str = "as_is") -> None:
-        """data_file: its folder is where picture paths are looked up first. pictures: "blank" replaces each by a grey one of its size."""
+    def __init__(
+        self, policy: Policy, cfg: DataConfig, data_file: str, pictures: str = "as_is"
+    ) -> None:
+        """data_file: its folder is where picture paths are looked up first. pictures: "blank"
+        replaces each by a grey one of its size.
+        """
         self.policy, self.cfg, self.pictures = policy, cfg, pictures
         self.roots = [Path(data_file).parent, *(Path(d) for d in cfg.media_dirs)]
         self.tokenizer = policy.tokenizer
-        self.special = re.compile("|".join(re.escape(t) for t in sorted(special_tokens(self.tokenizer), key=len, reverse=True)) or r"(?!)")
-        banned = self.tokenizer.convert_ids_to_tokens(list(policy.banned_token_ids)) if policy.processor is not None else []
+        self.special = re.compile(
+            "|".join(
+                re.escape(t) for t in sorted(special_tokens(self.tokenizer), key=len, reverse=True)
+            )
+            or r"(?!)"
+        )
+        banned = (
+            self.tokenizer.convert_ids_to_tokens(list(policy.banned_token_ids))
+            if policy.processor is not None
+            else []
+        )
         self.vision_text = re.compile("|".join(re.escape(token) for token in banned) or r"(?!)")
 
     def encode(self, prompt: Prompt) -> EncodedPrompt:
-        """Raises RowError naming the row: a picture that does not open, pictures for a text model, a prompt over the limit."""
+        """Raises RowError naming the row: a picture that does not open, pictures for a text model,
+        a prompt over the limit.
+        """
         self.check_media(prompt)
         try:
-            images = [self._fit(open_image(source, self.roots, self.cfg.allow_urls)) for source in prompt.images]
+            images = [
+                self._fit(open_image(source, self.roots, self.cfg.allow_urls))
+                for source in prompt.images
+            ]
         except ImageError as error:
             raise bad_picture(prompt, error) from None
         vision, counts = self._vision(images)
         short, expanded = self._tokens(prompt, counts)
         self.check_length(prompt, len(expanded))
-        return EncodedPrompt(prompt, expanded, tuple(short), self.policy.position_ids(expanded, vision), tuple(images), vision)
+        return EncodedPrompt(
+            prompt,
+            expanded,
+            tuple(short),
+            self.policy.position_ids(expanded, vision),
+            tuple(images),
+            vision,
+        )
 
     def count_tokens(self, prompt: Prompt, sizes: Sequence[tuple[int, int]]) -> int:
-        """Tokens that `encode` would give for pictures of these sizes (width, height), without their pixels. Raises RowError like it."""
+        """Tokens that `encode` would give for pictures of these sizes (width, height), without
+        their pixels. Raises RowError like it.
+        """
         self.check_media(prompt)
         try:
             fitted = [self._fitted_size(*size) for size in sizes]
         except ImageError as error:
             raise bad_picture(prompt, error) from None
-        return len(self._tokens(prompt, [width * height // self._factor**2 for width, height in fitted])[1])
+        return len(
+            self._tokens(prompt, [width * height // self._factor**2 for width, height in fitted])[1]
+        )
 
     def check_media(self, prompt: Prompt) -> None:
-        """Raises RowError for pictures that the model cannot see, and for an expert response with tokens that stand for pictures."""
+        """Raises RowError for pictures that the model cannot see, and for an expert response with
+        tokens that stand for pictures.
+        """
         if prompt.images and self.policy.processor is None:
-            raise RowError("images", f"{prompt.origin}: the row has pictures, but model.path is a text model", "text_model")
+            raise RowError(
+                "images",
+                f"{prompt.origin}: the row has pictures, but model.path is a text model",
+                "text_model",
+            )
         if prompt.response and (typed := self.vision_text.search(prompt.response)):
-            problem = f"{prompt.origin}: the response holds `{typed[0]}`, a token that only a picture may bring"
+            problem = (
+                f"{prompt.origin}: the response holds `{typed[0]}`, a token that only a "
+                "picture may bring"
+            )
             raise RowError("response", problem, "response_vision_token")
 
     def check_length(self, prompt: Prompt, num_tokens: int) -> None:
@@ -71,7 +109,8 @@ class Renderer:
         if num_tokens > self.cfg.max_prompt_tokens:
             raise RowError(
                 "too_long",
-                f"{prompt.origin}: {num_tokens} tokens, pictures included, exceed data.max_prompt_tokens={self.cfg.max_prompt_tokens}",
+                f"{prompt.origin}: {num_tokens} tokens, pictures included, exceed "
+                f"data.max_prompt_tokens={self.cfg.max_prompt_tokens}",
                 "prompt_too_long",
             )
 
@@ -82,13 +121,19 @@ class Renderer:
         return processor.patch_size * processor.merge_size
 
     def _fitted_size(self, width: int, height: int) -> tuple[int, int]:
-        """Size to which Qwen's processor would bring a picture within the config's pixel limits. Raises ImageError where it has none."""
+        """Size to which Qwen's processor would bring a picture within the config's pixel limits.
+        Raises ImageError where it has none.
+        """
         from transformers.models.qwen2_vl.image_processing_qwen2_vl import smart_resize
 
         try:
-            rows, columns = smart_resize(height, width, self._factor, self.cfg.min_pixels, self.cfg.max_pixels)
+            rows, columns = smart_resize(
+                height, width, self._factor, self.cfg.min_pixels, self.cfg.max_pixels
+            )
         except ValueError as error:
-            raise ImageError(f"a picture of {width} x {height} pixels: {error}", "image_shape") from None
+            raise ImageError(
+                f"a picture of {width} x {height} pixels: {error}", "image_shape"
+            ) from None
         return columns, rows
 
     def _fit(self, image: Image.Image) -> Image.Image:
@@ -116,53 +161,90 @@ class Renderer:
     def _tokenize(self, messages: Sequence[dict[str, Any]]) -> list[int]:
         """Token ids with one image token per picture.
 
-        Special tokens typed by a row's author stay plain text: the template is rendered around stand-ins, and such texts are tokenised on
-        their own with special tokens split. Parts of text that only together spell one, as templates write them end to end, are joined.
+        Special tokens typed by a row's author stay plain text: the template is rendered around
+        stand-ins, and such texts are tokenised on their own with special tokens split. Parts of
+        text that only together spell one, as templates write them end to end, are joined.
         """
         messages = [{**m, "content": self._joined(m["content"])} for m in messages]
         texts_of = [p["text"] for m in messages for p in m["content"] if p["type"] == "text"]
-        typed = [text for text in texts_of if self.special.search(text) or "\x02" in text]  # the latter might be taken for a stand-in
+        # what holds \x02 might be taken for a stand-in
+        typed = [text for text in texts_of if self.special.search(text) or "\x02" in text]
         marks = {text: f"\x02{number}\x03" for number, text in enumerate(dict.fromkeys(typed))}
-        rendered = self._render([
-            {**m, "content": [{**p, "text": marks.get(p["text"], p["text"])} if p["type"] == "text" else p for p in m["content"]]} for m in messages
-        ])  # fmt: skip
+
+        def marked(part: dict[str, Any]) -> dict[str, Any]:
+            return (
+                {**part, "text": marks.get(part["text"], part["text"])}
+                if part["type"] == "text"
+                else part
+            )
+
+        rendered = self._render([{**m, "content": [*map(marked, m["content"])]} for m in messages])
         texts = {mark: text for text, mark in marks.items()}
         ids: list[int] = []
         for piece in re.split("(\x02\\d+\x03)", rendered) if marks else [rendered]:
             plain = piece in texts
-            ids += self.tokenizer(texts.get(piece, piece), add_special_tokens=False, split_special_tokens=plain)["input_ids"]
+            ids += self.tokenizer(
+                texts.get(piece, piece), add_special_tokens=False, split_special_tokens=plain
+            )["input_ids"]
         return ids
 
     def _joined(self, parts: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-        """The parts of a message; texts that follow one another are one where they hold a special token across a seam."""
+        """The parts of a message; texts that follow one another are one where they hold a special
+        token across a seam.
+        """
         joined: list[dict[str, Any]] = []
         for kind, run in itertools.groupby(parts, key=lambda part: part["type"]):
             texts = [*run]
             whole = "".join(part.get("text", "") for part in texts)
-            found = sum(len(self.special.findall(part["text"])) for part in texts) if kind == "text" else 0
-            joined += [{"type": "text", "text": whole}] if found != len(self.special.findall(whole)) else texts
+            found = (
+                sum(len(self.special.findall(part["text"])) for part in texts)
+                if kind == "text"
+                else 0
+            )
+            joined += (
+                [{"type": "text", "text": whole}]
+                if found != len(self.special.findall(whole))
+                else texts
+            )
         return joined
 
     def _render(self, messages: list[dict[str, Any]]) -> str:
-        """The chat template's text up to where the response starts; without a template, the texts end to end."""
+        """The chat template's text up to where the response starts; without a template, the texts
+        end to end.
+        """
         speaker, given = self.policy.processor, messages
         if speaker is None:
-            speaker, given = self.tokenizer, [{**m, "content": "".join(p["text"] for p in m["content"])} for m in messages]
+            speaker, given = (
+                self.tokenizer,
+                [{**m, "content": "".join(p["text"] for p in m["content"])} for m in messages],
+            )
             if not self.tokenizer.chat_template:
                 return (self.tokenizer.bos_token or "") + "\n".join(m["content"] for m in given)
         try:
             return speaker.apply_chat_template(given, tokenize=False, add_generation_prompt=True)
         except TemplateError as error:  # among them: it reaches for what a template may not
-            raise UserError(f"model.path: the chat template of `{self.policy.path}` fails: {error}") from None
+            raise UserError(
+                f"model.path: the chat template of `{self.policy.path}` fails: {error}"
+            ) from None
 
-    def _expand(self, short: Sequence[int], counts: Sequence[int], prompt: Prompt) -> tuple[int, ...]:
+    def _expand(
+        self, short: Sequence[int], counts: Sequence[int], prompt: Prompt
+    ) -> tuple[int, ...]:
         """Each image token repeated as often as its picture has features."""
         image_token = self.policy.image_token_id
         found = sum(token == image_token for token in short)
         if found != len(counts):
-            raise RowError("image_count", f"{prompt.origin}: the template wrote {found} image tokens for {len(counts)} pictures")
+            raise RowError(
+                "image_count",
+                f"{prompt.origin}: the template wrote {found} image tokens for {len(counts)} "
+                "pictures",
+            )
         remaining = iter(counts)
-        return tuple(t for token in short for t in ([token] * next(remaining) if token == image_token else [token]))
+        return tuple(
+            t
+            for token in short
+            for t in ([token] * next(remaining) if token == image_token else [token])
+        )
 
 
 def bad_picture(prompt: Prompt, error: ImageError) -> RowError:
@@ -171,13 +253,17 @@ def bad_picture(prompt: Prompt, error: ImageError) -> RowError:
 
 
 def special_tokens(tokenizer: Any) -> list[str]:
-    """Every token that must stay plain text when a row's author types it: named ones and added ones."""
+    """Every token that must stay plain text when a row's author types it: named ones and added
+    ones.
+    """
     added = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
     return [*dict.fromkeys([*tokenizer.all_special_tokens, *added])]
 
 
 class PromptSource:
-    """Encoded training prompts, in the stream's order; rows that turn out bad when opened are replaced by the next ones."""
+    """Encoded training prompts, in the stream's order; rows that turn out bad when opened are
+    replaced by the next ones.
+    """
 
     def __init__(
         self,
@@ -189,20 +275,28 @@ class PromptSource:
         ranks: Ranks = ALONE,
         rows: RowDigests | None = None,
     ) -> None:
-        """check: raises RowError for an encoded prompt that cannot be used after all. ranks: who share the encoding of each batch.
+        """check: raises RowError for an encoded prompt that cannot be used after all. ranks: who
+        share the encoding of each batch.
 
         rows: of the data set as it was read, for checkpoints.
         """
-        self.prompts, self.renderer, self.stream, self.bad, self.check = prompts, renderer, stream, bad, check
+        self.prompts, self.renderer, self.stream, self.bad, self.check = (
+            prompts,
+            renderer,
+            stream,
+            bad,
+            check,
+        )
         self.ranks, self.rows = ranks, rows or RowDigests()
         self._known_bad: set[int] = set()
         self._held: int | None = None
 
     def next(self, count: int) -> list[EncodedPrompt]:
-        """The next `count` prompts, none of them twice: equal requests have equal seeds. With several ranks, those at `ranks.places(count)`.
+        """The next `count` prompts, none of them twice: equal requests have equal seeds. With
+        several ranks, those at `ranks.places(count)`.
 
-        A row that turns out bad is replaced, in its place, by the next one. Raises UserError as `data.on_bad_row` says, or when fewer rows
-        than that can be used.
+        A row that turns out bad is replaced, in its place, by the next one. Raises UserError as
+        `data.on_bad_row` says, or when fewer rows than that can be used.
         """
         drawn: dict[int, int] = {}  # place -> row
         encoded: dict[int, EncodedPrompt] = {}
@@ -225,7 +319,9 @@ class PromptSource:
 
     @property
     def position(self) -> int:
-        """Where a run that resumes has to go on: rows drawn, less those drawn since `hold`, which nobody has learnt from."""
+        """Where a run that resumes has to go on: rows drawn, less those drawn since `hold`, which
+        nobody has learnt from.
+        """
         return self.stream.position if self._held is None else self._held
 
     def hold(self) -> None:
@@ -239,7 +335,10 @@ class PromptSource:
     def _draw(self, count: int, taken: Iterable[int]) -> int:
         """The next row of the stream that is neither bad nor taken."""
         if count > (usable := len(self.prompts) - len(self._known_bad)):
-            raise UserError(f"{count} different rows are needed per step, but the data set has {usable} that can be used")
+            raise UserError(
+                f"{count} different rows are needed per step, but the data set has {usable} that "
+                "can be used"
+            )
         while (row := self.stream.draw()) in self._known_bad or row in taken:
             continue
         return row
@@ -258,7 +357,8 @@ def encode_all(
     check: Callable[[EncodedPrompt], None] | None = None,
     num_rows: int | None = None,
 ) -> list[EncodedPrompt]:
-    """Encode a whole (small) data set; bad rows, and those that `check` raises RowError for, as `data.on_bad_row` says.
+    """Encode a whole (small) data set; bad rows, and those that `check` raises RowError for, as
+    `data.on_bad_row` says.
 
     num_rows: of the data set that these prompts are a part of.
     """

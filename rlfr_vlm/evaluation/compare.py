@@ -18,8 +18,14 @@ from rlfr_vlm.evaluation.statistics import DRAWS, Estimate, Paired, estimate, pa
 MAX_FAILED = 0.01  # above this share of samples without a verdict no score is shown
 LISTED = 50  # problem ids named in a text; CSV has all
 
-# Settings of a protocol by dotted name or first word; whatever else differs is how the answers were got, and a warning.
-SAME = ("grading", "benchmark.name", "benchmark.version", "problems.count")  # other problems or another grading are another measure
+# Settings of a protocol by dotted name or first word; whatever else differs is how the answers were
+# got, and a warning.
+SAME = (
+    "grading",
+    "benchmark.name",
+    "benchmark.version",
+    "problems.count",
+)  # other problems or another grading are another measure
 QUESTIONS = "problems.sha256"  # of the questions as asked, so that another prompt changes it too
 PROMPT = ("benchmark.system", "benchmark.suffix")
 SUBJECT = ("model", "checkpoint", "seed")  # what is compared
@@ -37,7 +43,9 @@ class Side:
     @property
     def num_problems(self) -> int:
         """How many there should be."""
-        return self.protocol.get("problems", {}).get("count") or len({problem for problem, _ in self.answers})
+        return self.protocol.get("problems", {}).get("count") or len(
+            {problem for problem, _ in self.answers}
+        )
 
     @property
     def num_samples(self) -> int:
@@ -105,10 +113,22 @@ def compare(a: Path, b: Path) -> Report:
     else:
         pairs = {name: (in_a[name], in_b[name]) for name in sorted(in_a.keys() & in_b.keys())}
         if not pairs:
-            raise UserError(f"compare: no benchmark in common: {a} has {', '.join(sorted(in_a))}; {b} has {', '.join(sorted(in_b))}")
-        notes = [f"{name}: only in {side}" for side, own in (("A", in_a), ("B", in_b)) for name in sorted(own.keys() - pairs.keys())]
+            raise UserError(
+                f"compare: no benchmark in common: {a} has {', '.join(sorted(in_a))}; {b} has "
+                f"{', '.join(sorted(in_b))}"
+            )
+        notes = [
+            f"{name}: only in {side}"
+            for side, own in (("A", in_a), ("B", in_b))
+            for name in sorted(own.keys() - pairs.keys())
+        ]
     sides = {name: (read_side(x), read_side(y)) for name, (x, y) in pairs.items()}
-    return Report(str(a), str(b), tuple(compare_benchmark(name, x, y) for name, (x, y) in sides.items()), tuple(notes))
+    return Report(
+        str(a),
+        str(b),
+        tuple(compare_benchmark(name, x, y) for name, (x, y) in sides.items()),
+        tuple(notes),
+    )
 
 
 def benchmark_folders(folder: Path) -> dict[str, Path]:
@@ -117,7 +137,10 @@ def benchmark_folders(folder: Path) -> dict[str, Path]:
         return {folder.resolve().name: folder}
     found = {p.parent.name: p.parent for p in sorted(folder.glob("*/protocol.json"))}
     if not found:
-        raise UserError(f"compare: {folder} holds no evaluation: expected BENCHMARK/protocol.json and BENCHMARK/ledger.jsonl")
+        raise UserError(
+            f"compare: {folder} holds no evaluation: expected BENCHMARK/protocol.json and "
+            "BENCHMARK/ledger.jsonl"
+        )
     return found
 
 
@@ -132,7 +155,10 @@ def compare_benchmark(name: str, a: Side, b: Side) -> Comparison:
     """B against A on one benchmark. Raises UserError naming what makes them incomparable."""
     found = protocol_differences(a.protocol, b.protocol, same_golds=a.golds == b.golds != {})
     if found.refused:
-        raise UserError(f"compare: {name}: other problems or another grading, so the numbers do not compare: {'; '.join(found.refused)}")
+        raise UserError(
+            f"compare: {name}: other problems or another grading, so the numbers do not compare: "
+            f"{'; '.join(found.refused)}"
+        )
     if QUESTIONS not in _flat(a.protocol):
         _same_problems(name, a, b)
     right_a, right_b = _correct(a), _correct(b)
@@ -156,13 +182,19 @@ def compare_benchmark(name: str, a: Side, b: Side) -> Comparison:
     )
 
 
-def protocol_differences(a: Mapping[str, Any], b: Mapping[str, Any], same_golds: bool = False) -> ProtocolDifferences:
-    """Sort the settings that differ into those that forbid a comparison, those to be warned of, and those that are its purpose.
+def protocol_differences(
+    a: Mapping[str, Any], b: Mapping[str, Any], same_golds: bool = False
+) -> ProtocolDifferences:
+    """Sort the settings that differ into those that forbid a comparison, those to be warned of, and
+    those that are its purpose.
 
-    Questions that differ along with the prompt are no refusal where problem ids and gold answers are known to be the same.
+    Questions that differ along with the prompt are no refusal where problem ids and gold answers
+    are known to be the same.
     """
     flat_a, flat_b = _flat(a), _flat(b)
-    changed = [key for key in sorted(flat_a.keys() | flat_b.keys()) if flat_a.get(key) != flat_b.get(key)]
+    changed = [
+        key for key in sorted(flat_a.keys() | flat_b.keys()) if flat_a.get(key) != flat_b.get(key)
+    ]
     by_prompt = same_golds and any(key in PROMPT for key in changed)
     kinds: dict[str, list[str]] = {"refused": [], "warnings": [], "expected": []}
     for key in changed:
@@ -170,24 +202,39 @@ def protocol_differences(a: Mapping[str, Any], b: Mapping[str, Any], same_golds:
         refused = names & set(SAME) or (key == QUESTIONS and not by_prompt)
         kind = "refused" if refused else "expected" if names & set(SUBJECT) else "warnings"
         kinds[kind].append(f"{key}: {_value(flat_a, key)} in A, {_value(flat_b, key)} in B")
-    return ProtocolDifferences(*(tuple(kinds[kind]) for kind in ("refused", "warnings", "expected")))
+    return ProtocolDifferences(
+        *(tuple(kinds[kind]) for kind in ("refused", "warnings", "expected"))
+    )
 
 
 def flips(a: Side, b: Side) -> tuple[tuple[Sample, ...], tuple[Sample, ...]]:
-    """(right in A and wrong in B, wrong in A and right in B), of the samples with a verdict in both.
+    """(right in A and wrong in B, wrong in A and right in B), of the samples with a verdict in
+    both.
 
-    With several samples per problem the pairing of sample i with sample i is no more than a way to list them.
+    With several samples per problem the pairing of sample i with sample i is no more than a way to
+    list them.
     """
-    both = sorted(s for s in a.verdicts.keys() & b.verdicts.keys() if {a.verdicts[s].verdict, b.verdicts[s].verdict} == set(COUNTED))
+    both = sorted(
+        s
+        for s in a.verdicts.keys() & b.verdicts.keys()
+        if {a.verdicts[s].verdict, b.verdicts[s].verdict} == set(COUNTED)
+    )
     lost = tuple(s for s in both if a.verdicts[s].verdict == "correct")
     return lost, tuple(s for s in both if b.verdicts[s].verdict == "correct")
 
 
 def _same_problems(name: str, a: Side, b: Side) -> None:
     ids_a, ids_b = {p for p, _ in a.answers}, {p for p, _ in b.answers}
-    only = [f"{len(ids)} only in {which} ({_some(sorted(ids), 3)})" for which, ids in (("A", ids_a - ids_b), ("B", ids_b - ids_a)) if ids]
+    only = [
+        f"{len(ids)} only in {which} ({_some(sorted(ids), 3)})"
+        for which, ids in (("A", ids_a - ids_b), ("B", ids_b - ids_a))
+        if ids
+    ]
     if only:
-        raise UserError(f"compare: {name}: the problems differ: {', '.join(only)}; is an evaluation unfinished, or limited?")
+        raise UserError(
+            f"compare: {name}: the problems differ: {', '.join(only)}; is an evaluation "
+            "unfinished, or limited?"
+        )
 
 
 def _correct(side: Side) -> dict[str, list[bool]]:
@@ -201,21 +248,42 @@ def _correct(side: Side) -> dict[str, list[bool]]:
 
 
 def _tally(side: Side, correct: Sequence[Sequence[bool]]) -> Tally:
-    kinds = Counter(side.verdicts[s].verdict if s in side.verdicts else "unjudged" for s in side.answers)
+    kinds = Counter(
+        side.verdicts[s].verdict if s in side.verdicts else "unjudged" for s in side.answers
+    )
     unanswered = side.num_samples - len(side.answers)
-    return Tally(estimate(shares(correct)), side.num_samples, kinds["unjudged"], kinds["failed"] + unanswered, kinds["error"])
+    return Tally(
+        estimate(shares(correct)),
+        side.num_samples,
+        kinds["unjudged"],
+        kinds["failed"] + unanswered,
+        kinds["error"],
+    )
 
 
 def _withheld(a: Tally, b: Tally) -> str:
     without = [(side, t.failed + t.unjudged, t.num_samples) for side, t in (("A", a), ("B", b))]
-    over = [f"{missing} of {num} in {side}" for side, missing, num in without if missing > MAX_FAILED * num]
-    return f"no score: samples without a verdict: {', '.join(over)}; resume the evaluation to ask for them" if over else ""
+    over = [
+        f"{missing} of {num} in {side}"
+        for side, missing, num in without
+        if missing > MAX_FAILED * num
+    ]
+    return (
+        f"no score: samples without a verdict: {', '.join(over)}; resume the evaluation to ask for "
+        "them"
+        if over
+        else ""
+    )
 
 
 def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     flat: dict[str, Any] = {}
     for key, value in tree.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
+        flat |= (
+            _flat(value, f"{prefix}{key}.")
+            if isinstance(value, Mapping)
+            else {f"{prefix}{key}": value}
+        )
     return flat
 
 
@@ -224,10 +292,12 @@ def _value(flat: Mapping[str, Any], key: str) -> str:
 
 
 def _some(names: Sequence[str], most: int) -> str:
-    return ", ".join(names[:most]) + (f", and {len(names) - most} more" if len(names) > most else "")
+    return ", ".join(names[:most]) + (
+        f", and {len(names) - most} more" if len(names) > most else ""
+    )
 
 
-# --- as text ----------------------------------------------------------------------------------------------------------
+# --- as text --------------------------------------------------------------------------------------
 
 COLUMNS = (
     "benchmark",
@@ -260,7 +330,9 @@ def _row(c: Comparison) -> tuple[str, ...]:
         _percent(c.a.accuracy) if shown else "withheld",
         _percent(c.b.accuracy) if shown else "withheld",
         _percent(c.change.difference, "+") if c.change else "withheld",
-        (f"{c.change.p_value:.3f}" if c.change.p_value >= 0.001 else "< 0.001") if c.change else "withheld",
+        (f"{c.change.p_value:.3f}" if c.change.p_value >= 0.001 else "< 0.001")
+        if c.change
+        else "withheld",
         str(len(c.lost)),
         str(len(c.gained)),
         f"{c.a.unjudged}, {c.b.unjudged}",
@@ -270,7 +342,11 @@ def _row(c: Comparison) -> tuple[str, ...]:
 
 
 def _percent(e: Estimate | None, sign: str = "") -> str:
-    return "-" if e is None else f"{100 * e.value:{sign}.1f} [{100 * e.low:{sign}.1f}, {100 * e.high:{sign}.1f}]"
+    return (
+        "-"
+        if e is None
+        else f"{100 * e.value:{sign}.1f} [{100 * e.low:{sign}.1f}, {100 * e.high:{sign}.1f}]"
+    )
 
 
 def _remarks(c: Comparison) -> list[str]:
@@ -287,40 +363,86 @@ def _remarks(c: Comparison) -> list[str]:
 
 def _by_problem(samples: Sequence[Sample]) -> list[str]:
     """Problem ids, with the number of samples where it is more than one."""
-    return [f"{problem} x{count}" if count > 1 else problem for problem, count in Counter(p for p, _ in samples).items()]
+    return [
+        f"{problem} x{count}" if count > 1 else problem
+        for problem, count in Counter(p for p, _ in samples).items()
+    ]
 
 
 def _markdown(report: Report) -> str:
     rows = [COLUMNS, tuple("---" for _ in COLUMNS), *(_row(c) for c in report.comparisons)]
     lines = [f"A: {report.a}  ", f"B: {report.b}", ""]
-    lines += ["| " + " | ".join(_plain(cell).replace("|", r"\|") for cell in row) + " |" for row in rows]
-    lines += ["", "Accuracy in %: mean over problems, [95 % interval, clustered by problem]; B - A in points, paired by problem."]
+    lines += [
+        "| " + " | ".join(_plain(cell).replace("|", r"\|") for cell in row) + " |" for row in rows
+    ]
+    lines += [
+        "",
+        "Accuracy in %: mean over problems, [95 % interval, clustered by problem]; B - A in "
+        "points, paired by problem.",
+    ]
     lines += [f"- {note}" for note in report.notes]
     for c in report.comparisons:
         lines += ["", f"**{_plain(c.benchmark)}**", ""]
         lines += [f"- {_plain(remark)}" for remark in _remarks(c)]
         for title, samples in (("right to wrong", c.lost), ("wrong to right", c.gained)):
-            lines += [f"- {title}: {_plain(_some(_by_problem(samples), LISTED))}"] if samples else []
+            lines += (
+                [f"- {title}: {_plain(_some(_by_problem(samples), LISTED))}"] if samples else []
+            )
     return "\n".join(lines) + "\n"
 
 
 def _latex(report: Report) -> str:
-    rows = [" & ".join(map(_tex, row)) + r" \\" for row in (COLUMNS, *(_row(c) for c in report.comparisons))]
-    remarks = [*report.notes, *(f"{c.benchmark}: {remark}" for c in report.comparisons for remark in _remarks(c))]
-    lines = [r"% \usepackage{booktabs}", f"% A: {_plain(report.a)}", f"% B: {_plain(report.b)}", *(f"% {_plain(r)}" for r in remarks)]
-    lines += [rf"\begin{{tabular}}{{l{'r' * (len(COLUMNS) - 1)}}}", r"\toprule", rows[0], r"\midrule", *rows[1:], r"\bottomrule"]
+    rows = [
+        " & ".join(map(_tex, row)) + r" \\"
+        for row in (COLUMNS, *(_row(c) for c in report.comparisons))
+    ]
+    remarks = [
+        *report.notes,
+        *(f"{c.benchmark}: {remark}" for c in report.comparisons for remark in _remarks(c)),
+    ]
+    lines = [
+        r"% \usepackage{booktabs}",
+        f"% A: {_plain(report.a)}",
+        f"% B: {_plain(report.b)}",
+        *(f"% {_plain(r)}" for r in remarks),
+    ]
+    lines += [
+        rf"\begin{{tabular}}{{l{'r' * (len(COLUMNS) - 1)}}}",
+        r"\toprule",
+        rows[0],
+        r"\midrule",
+        *rows[1:],
+        r"\bottomrule",
+    ]
     return "\n".join([*lines, r"\end{tabular}"]) + "\n"
 
 
 def _csv(report: Report) -> str:
-    """Fractions in full precision; problem ids and remarks as JSON lists. What is withheld is empty."""
+    """Fractions in full precision; problem ids and remarks as JSON lists. What is withheld is
+    empty.
+    """
     rows: list[dict[str, Any]] = []
     for c in report.comparisons:
-        row: dict[str, Any] = {"benchmark": c.benchmark, "num_problems": c.num_problems, "left_out": c.left_out}
+        row: dict[str, Any] = {
+            "benchmark": c.benchmark,
+            "num_problems": c.num_problems,
+            "left_out": c.left_out,
+        }
         change = c.change.difference if c.change else None
-        for name, e in (("accuracy_a", c.a.accuracy), ("accuracy_b", c.b.accuracy), ("difference", change)):
-            row |= {name: e.value, f"{name}_low": e.low, f"{name}_high": e.high} if c.change and e else dict.fromkeys(_three(name), "")
-        row |= {"p_value": c.change.p_value if c.change else "", "test": c.change.test if c.change else ""}
+        for name, e in (
+            ("accuracy_a", c.a.accuracy),
+            ("accuracy_b", c.b.accuracy),
+            ("difference", change),
+        ):
+            row |= (
+                {name: e.value, f"{name}_low": e.low, f"{name}_high": e.high}
+                if c.change and e
+                else dict.fromkeys(_three(name), "")
+            )
+        row |= {
+            "p_value": c.change.p_value if c.change else "",
+            "test": c.change.test if c.change else "",
+        }
         for side, t in (("a", c.a), ("b", c.b)):
             row |= {
                 f"samples_{side}": t.num_samples,
@@ -329,7 +451,10 @@ def _csv(report: Report) -> str:
                 f"errors_{side}": t.errors,
             }
         row |= {"right_to_wrong": len(c.lost), "wrong_to_right": len(c.gained)}
-        row |= {"right_to_wrong_ids": json.dumps(_by_problem(c.lost)), "wrong_to_right_ids": json.dumps(_by_problem(c.gained))}
+        row |= {
+            "right_to_wrong_ids": json.dumps(_by_problem(c.lost)),
+            "wrong_to_right_ids": json.dumps(_by_problem(c.gained)),
+        }
         rows.append(row | {"remarks": json.dumps([*_remarks(c), *report.notes])})
     file = io.StringIO()
     writer = csv.DictWriter(file, rows[0].keys(), lineterminator="\n")
@@ -348,5 +473,11 @@ def _plain(text: str) -> str:
 
 
 def _tex(text: str) -> str:
-    special = {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "<": r"$<$", ">": r"$>$"}
+    special = {
+        "\\": r"\textbackslash{}",
+        "~": r"\textasciitilde{}",
+        "^": r"\textasciicircum{}",
+        "<": r"$<$",
+        ">": r"$>$",
+    }
     return "".join(special.get(ch, "\\" + ch if ch in "&%$#_{}" else ch) for ch in _plain(text))

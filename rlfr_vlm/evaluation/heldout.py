@@ -20,7 +20,9 @@ from rlfr_vlm.types import EncodedPrompt, Outcome, RolloutGroup
 
 @dataclass(frozen=True)
 class HeldoutResult:
-    """Accuracies in [0, 1] over problems; answers that could not be graded are counted apart and in no accuracy."""
+    """Accuracies in [0, 1] over problems; answers that could not be graded are counted apart and in
+    no accuracy.
+    """
 
     step: int
     accuracy: float  # mean over problems of the share of right samples
@@ -37,9 +39,16 @@ class HeldoutResult:
 
 
 def evaluate_heldout(
-    cfg: Config, engine: Sampler, prompts: Sequence[EncodedPrompt], grader: Grader, step: int, folder: Path | None = None
+    cfg: Config,
+    engine: Sampler,
+    prompts: Sequence[EncodedPrompt],
+    grader: Grader,
+    step: int,
+    folder: Path | None = None,
 ) -> HeldoutResult:
-    """Sample, grade and count; with a folder, write step_N.json and every response to step_N.jsonl there."""
+    """Sample, grade and count; with a folder, write step_N.json and every response to step_N.jsonl
+    there.
+    """
     if not prompts:
         raise UserError("data.eval: there is no held-out problem to evaluate on")
     sampling = SamplingConfig(
@@ -51,8 +60,12 @@ def evaluate_heldout(
     )
     sampled = engine.sample(prompts, sampling)
     greedy = engine.sample(prompts, replace(sampling, group_size=1, temperature=0.0))
-    sampled_outcomes = _by_group(sampled, grade(sampled, cfg.reward, grader, cfg.rollout.max_new_tokens))
-    greedy_outcomes = _by_group(greedy, grade(greedy, cfg.reward, grader, cfg.rollout.max_new_tokens))
+    sampled_outcomes = _by_group(
+        sampled, grade(sampled, cfg.reward, grader, cfg.rollout.max_new_tokens)
+    )
+    greedy_outcomes = _by_group(
+        greedy, grade(greedy, cfg.reward, grader, cfg.rollout.max_new_tokens)
+    )
     shares = [share for outcomes in sampled_outcomes if (share := accuracy(outcomes)) is not None]
     rollouts = [r for group in sampled for r in group.rollouts]
     by_source: defaultdict[str, list[int]] = defaultdict(list)
@@ -62,18 +75,26 @@ def evaluate_heldout(
         step=step,
         accuracy=_mean(shares),
         accuracy_ci=mean_interval(shares),
-        greedy=_mean([share for outcomes in greedy_outcomes if (share := accuracy(outcomes)) is not None]),
+        greedy=_mean(
+            [share for outcomes in greedy_outcomes if (share := accuracy(outcomes)) is not None]
+        ),
         num_problems=len(prompts),
         num_samples=cfg.eval.heldout_samples,
         temperature=cfg.eval.heldout_temperature,
         pictures=cfg.eval.pictures,
         mean_length=_mean([len(r.token_ids) for r in rollouts]),
         truncated=_mean([r.finish_reason == "length" for r in rollouts]),
-        num_errors=sum(not o.graded for outcomes in (*sampled_outcomes, *greedy_outcomes) for o in outcomes),
+        num_errors=sum(
+            not o.graded for outcomes in (*sampled_outcomes, *greedy_outcomes) for o in outcomes
+        ),
         by_source={
             source: {
-                "accuracy": _mean([share for i in rows if (share := accuracy(sampled_outcomes[i])) is not None]),
-                "greedy": _mean([share for i in rows if (share := accuracy(greedy_outcomes[i])) is not None]),
+                "accuracy": _mean(
+                    [share for i in rows if (share := accuracy(sampled_outcomes[i])) is not None]
+                ),
+                "greedy": _mean(
+                    [share for i in rows if (share := accuracy(greedy_outcomes[i])) is not None]
+                ),
                 "num_problems": len(rows),
             }
             for source, rows in sorted(by_source.items())
@@ -99,7 +120,11 @@ def _by_group(groups: Sequence[RolloutGroup], outcomes: Sequence[Outcome]) -> li
     return [[next(remaining) for _ in group.rollouts] for group in groups]
 
 
-def _write(folder: Path, result: HeldoutResult, answers: Sequence[tuple[Sequence[RolloutGroup], Sequence[Sequence[Outcome]]]]) -> None:
+def _write(
+    folder: Path,
+    result: HeldoutResult,
+    answers: Sequence[tuple[Sequence[RolloutGroup], Sequence[Sequence[Outcome]]]],
+) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     name = f"step_{result.step:06d}" + ("" if result.pictures == "as_is" else f"_{result.pictures}")
     with (folder / f"{name}.jsonl").open("w") as file:

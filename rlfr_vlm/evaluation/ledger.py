@@ -1,14 +1,19 @@
-"""What an evaluation has got so far: one append-only JSONL file per benchmark, bound to the protocol that it was made under.
+"""What an evaluation has got so far: one append-only JSONL file per benchmark, bound to the
+protocol that it was made under.
 
-`OUT/BENCHMARK/protocol.json` holds everything that decides the numbers, and its hash. `OUT/BENCHMARK/ledger.jsonl` has one line per event:
+`OUT/BENCHMARK/protocol.json` holds everything that decides the numbers, and its hash.
+`OUT/BENCHMARK/ledger.jsonl` has one line per event:
 
-    {"kind": "response", "protocol", "problem", "sample", "response", "finish_reason", "prompt_tokens", "response_tokens", "seconds"}
-    {"kind": "verdict", "protocol", "problem", "sample", "verdict", "prediction", "reason", "rule", "judge", "seconds"}
+    {"kind": "response", "protocol", "problem", "sample", "response", "finish_reason",
+    "prompt_tokens", "response_tokens", "seconds"}
+    {"kind": "verdict", "protocol", "problem", "sample", "verdict", "prediction", "reason", "rule",
+    "judge", "seconds"}
 
-`verdict` is correct | wrong | unjudged | failed | error. Only the first two enter an accuracy; `failed` (the judge did not answer) is asked again
-when the run is resumed; `unjudged` has nobody to ask; `error` is an answer that the grader could not read within its limits.
-`rule` is the rule's verdict; `judge` is null or {"verdict", "reply", "model", "prompt", "settings", "attempts"}. A later line on the same sample
-replaces an earlier one.
+`verdict` is correct | wrong | unjudged | failed | error. Only the first two enter an accuracy;
+`failed` (the judge did not answer) is asked again when the run is resumed; `unjudged` has nobody to
+ask; `error` is an answer that the grader could not read within its limits. `rule` is the rule's
+verdict; `judge` is null or {"verdict", "reply", "model", "prompt", "settings", "attempts"}. A later
+line on the same sample replaces an earlier one.
 """
 
 from __future__ import annotations
@@ -68,7 +73,9 @@ class Ledger:
     """Answers and verdicts of one benchmark, held by one process at a time."""
 
     def __init__(self, folder: Path, protocol: Mapping[str, Any]) -> None:
-        """Read what is there. Raises UserError when it was made under another protocol, naming each setting with both values."""
+        """Read what is there. Raises UserError when it was made under another protocol, naming each
+        setting with both values.
+        """
         self.folder, self.path, self.hash = folder, folder / "ledger.jsonl", protocol_hash(protocol)
         folder.mkdir(parents=True, exist_ok=True)
         self._lock = filelock.FileLock(folder / ".lock")
@@ -91,7 +98,8 @@ class Ledger:
             found = json.loads(path.read_text())
             if found["hash"] != self.hash:
                 raise UserError(
-                    f"{self.folder} was made under another protocol ({differences(found['protocol'], protocol)}); numbers of two protocols do "
+                    f"{self.folder} was made under another protocol "
+                    f"({differences(found['protocol'], protocol)}); numbers of two protocols do "
                     "not mix: use another output_dir"
                 )
             return
@@ -129,7 +137,12 @@ class Ledger:
 
     def ungraded(self, samples: Iterable[Sample]) -> list[Sample]:
         """Those with a response and without a verdict, or whose judge failed, in order."""
-        return [s for s in samples if s in self.answers and (s not in self.verdicts or self.verdicts[s].verdict == "failed")]
+        return [
+            s
+            for s in samples
+            if s in self.answers
+            and (s not in self.verdicts or self.verdicts[s].verdict == "failed")
+        ]
 
     def close(self) -> None:
         """Let go of the folder."""
@@ -137,7 +150,8 @@ class Ledger:
 
 
 def read_ledger(folder: Path) -> tuple[dict[str, Any], dict[Sample, Answer], dict[Sample, Verdict]]:
-    """Protocol, answers and verdicts of a benchmark's folder, without its lock: while it is being written, up to its last whole line.
+    """Protocol, answers and verdicts of a benchmark's folder, without its lock: while it is being
+    written, up to its last whole line.
 
     Raises UserError naming the file, and the line that is none of this ledger's.
     """
@@ -157,6 +171,8 @@ def read_ledger(folder: Path) -> tuple[dict[str, Any], dict[Sample, Answer], dic
         except (ValueError, TypeError, KeyError, AttributeError) as error:
             raise UserError(f"{path}:{number}: not a line of a ledger: {error}") from None
         if hash_ != bound["hash"]:
-            raise UserError(f"{path}:{number}: belongs to protocol {hash_}, its folder is {bound['hash']}")
+            raise UserError(
+                f"{path}:{number}: belongs to protocol {hash_}, its folder is {bound['hash']}"
+            )
         (answers if kind == "response" else verdicts)[record.problem, record.sample] = record  # type: ignore[assignment]
     return bound["protocol"], answers, verdicts

@@ -1,4 +1,6 @@
-"""Is a model evaluated as it was trained? Prompts, pictures and sampling of an evaluation beside those of the run that made the model."""
+"""Is a model evaluated as it was trained? Prompts, pictures and sampling of an evaluation beside
+those of the run that made the model.
+"""
 
 from __future__ import annotations
 
@@ -27,7 +29,9 @@ def training_config(model_path: str) -> Config | None:
 
 
 def training_settings(model_path: str) -> dict[str, Any]:
-    """Dotted settings that an evaluation takes over from the run that made the model, unless told otherwise: prompt, pictures, answer format."""
+    """Dotted settings that an evaluation takes over from the run that made the model, unless told
+    otherwise: prompt, pictures, answer format.
+    """
     trained = training_config(model_path)
     if trained is None:
         return {}
@@ -44,7 +48,9 @@ def training_settings(model_path: str) -> dict[str, Any]:
 
 
 def parity(cfg: Config, planned: Sequence[Planned]) -> list[str]:
-    """Every difference between how the model was trained and how each benchmark asks it, with both values; empty where none is known."""
+    """Every difference between how the model was trained and how each benchmark asks it, with both
+    values; empty where none is known.
+    """
     trained = training_config(cfg.model.path)
     if trained is None:
         return []
@@ -67,6 +73,8 @@ def parity(cfg: Config, planned: Sequence[Planned]) -> list[str]:
             ("temperature", trained.rollout.temperature, benchmark.temperature),
         ]
         found += [
-            f"{benchmark.name} {name}: trained with {before!r}, evaluated with {now!r}" for name, before, now in pairs if before != now
+            f"{benchmark.name} {name}: trained with {before!r}, evaluated with {now!r}"
+            for name, before, now in pairs
+            if before != now
         ]
     return found

@@ -1,4 +1,6 @@
-"""Running benchmarks: ask what is not yet answered, grade what is not yet graded, count. Killed and started again, it repeats nothing."""
+"""Running benchmarks: ask what is not yet answered, grade what is not yet graded, count. Killed and
+started again, it repeats nothing.
+"""
 
 from __future__ import annotations
 
@@ -51,10 +53,11 @@ class BenchmarkRun:
 
 
 def run_benchmark(run: BenchmarkRun) -> dict[str, Any]:
-    """Answer, grade and count; writes protocol.json, problems.jsonl, ledger.jsonl and summary.json. Returns the summary.
+    """Answer, grade and count; writes protocol.json, problems.jsonl, ledger.jsonl and summary.json.
+    Returns the summary.
 
-    Raises UserError when the folder holds another protocol's numbers, and StoppedError, with everything so far stored, when too many answers
-    are without a verdict.
+    Raises UserError when the folder holds another protocol's numbers, and StoppedError, with
+    everything so far stored, when too many answers are without a verdict.
     """
     ledger = Ledger(run.folder, protocol(run))
     try:
@@ -71,10 +74,12 @@ def run_benchmark(run: BenchmarkRun) -> dict[str, Any]:
         counts = summary["verdicts"]
         reasons = [v.reason for v in ledger.verdicts.values() if v.reason]
         raise StoppedError(
-            f"{run.benchmark.name}: no score, as of {len(run.samples)} responses {summary['num_unanswered']} are missing, {counts['failed']} "
-            f"verdicts failed, {counts['unjudged']} had no judge and {counts['error']} could not be graded (eval.max_failed_frac="
-            f"{run.cfg.eval.max_failed_frac:g}); run the same command again to ask for what is missing or failed"
-            + (f"; first reason: {reasons[0]}" if reasons else "")
+            f"{run.benchmark.name}: no score, as of {len(run.samples)} responses "
+            f"{summary['num_unanswered']} are missing, {counts['failed']} "
+            f"verdicts failed, {counts['unjudged']} had no judge and {counts['error']} could not "
+            "be graded (eval.max_failed_frac="
+            f"{run.cfg.eval.max_failed_frac:g}); run the same command again to ask for what is "
+            "missing or failed" + (f"; first reason: {reasons[0]}" if reasons else "")
         )
     return summary
 
@@ -83,12 +88,21 @@ def protocol(run: BenchmarkRun) -> dict[str, Any]:
     """Everything that decides the numbers; two runs with the same one may be mixed."""
     cfg = run.cfg
     return {
-        "benchmark": run.benchmark.model_dump(mode="json", exclude={"title", "note", "file", "hub"}),
+        "benchmark": run.benchmark.model_dump(
+            mode="json", exclude={"title", "note", "file", "hub"}
+        ),
         "problems": {"count": len(run.problems), "sha256": problems_digest(run.problems)},
         "model": dict(run.responder.identity),
         "seed": cfg.seed,
-        "pictures": {"kind": cfg.eval.pictures, "min_pixels": cfg.data.min_pixels, "max_pixels": cfg.data.max_pixels},
-        "grading": {"mode": cfg.eval.grading, "judge": run.judge.settings if run.judge is not None else None},
+        "pictures": {
+            "kind": cfg.eval.pictures,
+            "min_pixels": cfg.data.min_pixels,
+            "max_pixels": cfg.data.max_pixels,
+        },
+        "grading": {
+            "mode": cfg.eval.grading,
+            "judge": run.judge.settings if run.judge is not None else None,
+        },
     }
 
 
@@ -96,12 +110,18 @@ def problems_digest(problems: Sequence[Problem]) -> str:
     """Digest of questions and gold answers, in order."""
     digest = hashlib.sha256()
     for problem in problems:
-        digest.update(json.dumps([problem.prompt.id, problem.prompt.messages, problem.golds], sort_keys=True).encode())
+        digest.update(
+            json.dumps(
+                [problem.prompt.id, problem.prompt.messages, problem.golds], sort_keys=True
+            ).encode()
+        )
     return digest.hexdigest()[:16]
 
 
 def write_problems(run: BenchmarkRun) -> None:
-    """Questions, gold answers and pictures beside the ledger, for the page and for whoever reads the numbers later."""
+    """Questions, gold answers and pictures beside the ledger, for the page and for whoever reads
+    the numbers later.
+    """
     path = run.folder / "problems.jsonl"
     if path.exists():
         return
@@ -126,7 +146,9 @@ def _save_picture(source: Any, run: BenchmarkRun) -> str:
         image = open_image(source, run.roots, False)
     except ImageError as error:
         raise UserError(f"benchmark {run.benchmark.name}: {error}") from None
-    name = f"images/{hashlib.sha256(image.tobytes() + str(image.size).encode()).hexdigest()[:16]}.png"
+    name = (
+        f"images/{hashlib.sha256(image.tobytes() + str(image.size).encode()).hexdigest()[:16]}.png"
+    )
     target = run.folder / name
     if not target.exists():
         target.parent.mkdir(exist_ok=True)
@@ -134,13 +156,17 @@ def _save_picture(source: Any, run: BenchmarkRun) -> str:
     return name
 
 
-# -- answers and verdicts ----------------------------------------------------------------------------------------------
+# -- answers and verdicts --------------------------------------------------------------------------
 
 
 def answer(run: BenchmarkRun, ledger: Ledger) -> None:
-    """Store the responses that are missing, each part as soon as it is there, with the verdicts that rules alone can give."""
+    """Store the responses that are missing, each part as soon as it is there, with the verdicts
+    that rules alone can give.
+    """
     missing = ledger.unanswered(run.samples)
-    grade_by_rules(run, ledger, ledger.ungraded(run.samples))  # answered before a kill, not yet graded
+    grade_by_rules(
+        run, ledger, ledger.ungraded(run.samples)
+    )  # answered before a kill, not yet graded
     done = len(run.samples) - len(missing)
     lost: list[Unanswered] = []
     for part in run.responder.respond(missing, run.by_id, run.benchmark):
@@ -152,7 +178,10 @@ def answer(run: BenchmarkRun, ledger: Ledger) -> None:
         if done * PROGRESS // len(run.samples) > before * PROGRESS // len(run.samples):
             run.say(f"{run.benchmark.name}  {done}/{len(run.samples)} responses")
     if lost:
-        run.say(f"{run.benchmark.name}: {len(lost)} requests were not answered, first: {lost[0].problem}: {lost[0].reason}")
+        run.say(
+            f"{run.benchmark.name}: {len(lost)} requests were not answered, first: "
+            f"{lost[0].problem}: {lost[0].reason}"
+        )
 
 
 def grade_by_rules(run: BenchmarkRun, ledger: Ledger, samples: Sequence[Sample]) -> None:
@@ -163,7 +192,9 @@ def grade_by_rules(run: BenchmarkRun, ledger: Ledger, samples: Sequence[Sample])
     verdicts = []
     for sample, rule in zip(waiting, rules(run, ledger, waiting), strict=True):
         if run.cfg.eval.grading == "rule" or rule.verdict == "correct":
-            verdicts.append(Verdict(*sample, rule.verdict, rule.prediction, rule.reason, rule.verdict))
+            verdicts.append(
+                Verdict(*sample, rule.verdict, rule.prediction, rule.reason, rule.verdict)
+            )
     ledger.append(verdicts)
 
 
@@ -173,7 +204,9 @@ def rules(run: BenchmarkRun, ledger: Ledger, samples: Sequence[Sample]) -> list[
     pairs = []
     for problem, sample in samples:
         golds = problems[problem].golds
-        pairs.append((golds if len(golds) > 1 else golds[0], ledger.answers[problem, sample].response))
+        pairs.append(
+            (golds if len(golds) > 1 else golds[0], ledger.answers[problem, sample].response)
+        )
     return run.grader.grade(pairs)
 
 
@@ -186,7 +219,10 @@ def judge_rest(run: BenchmarkRun, ledger: Ledger) -> None:
     graded = dict(zip(waiting, rules(run, ledger, waiting), strict=True))
     items = [
         JudgeItem(
-            problems[s[0]].prompt.question, " or ".join(problems[s[0]].golds), graded[s].prediction, ledger.answers[s].response[-TAIL:]
+            problems[s[0]].prompt.question,
+            " or ".join(problems[s[0]].golds),
+            graded[s].prediction,
+            ledger.answers[s].response[-TAIL:],
         )
         for s in waiting
     ]
@@ -195,17 +231,29 @@ def judge_rest(run: BenchmarkRun, ledger: Ledger) -> None:
         ledger.append([decide(sample, graded[sample], said, run.judge.settings)])
 
 
-def decide(sample: Sample, rule: Graded, said: JudgeVerdict, settings: Mapping[str, Any]) -> Verdict:
+def decide(
+    sample: Sample, rule: Graded, said: JudgeVerdict, settings: Mapping[str, Any]
+) -> Verdict:
     """The verdict where a judge has been asked; a judge that failed to answer decides nothing."""
     judge = {"verdict": said.verdict, "reply": said.reply, "attempts": said.attempts, **settings}
-    return Verdict(*sample, said.verdict, rule.prediction, said.reason, rule.verdict, judge, round(said.seconds, 3))
+    return Verdict(
+        *sample,
+        said.verdict,
+        rule.prediction,
+        said.reason,
+        rule.verdict,
+        judge,
+        round(said.seconds, 3),
+    )
 
 
-# -- counting ----------------------------------------------------------------------------------------------------------
+# -- counting --------------------------------------------------------------------------------------
 
 
 def summarise(run: BenchmarkRun, ledger: Ledger) -> dict[str, Any]:
-    """The numbers, from what is stored. `accuracy` is null where more than `eval.max_failed_frac` of the answers have no verdict."""
+    """The numbers, from what is stored. `accuracy` is null where more than `eval.max_failed_frac`
+    of the answers have no verdict.
+    """
     samples, k = run.samples, run.benchmark.num_samples
     answers = [ledger.answers[s] for s in samples if s in ledger.answers]
     verdicts = {s: ledger.verdicts[s] for s in samples if s in ledger.verdicts}
@@ -225,7 +273,9 @@ def summarise(run: BenchmarkRun, ledger: Ledger) -> dict[str, Any]:
         "temperature": run.benchmark.temperature,
         "accuracy": accuracy.value if accuracy else None,
         "accuracy_ci": [accuracy.low, accuracy.high] if accuracy else None,
-        "pass_at_k": {str(n): e.value for n, e in numbers.pass_at.items()} if scored and k > 1 else None,
+        "pass_at_k": {str(n): e.value for n, e in numbers.pass_at.items()}
+        if scored and k > 1
+        else None,
         "maj_at_k": numbers.majority.value if scored and k > 1 and numbers.majority else None,
         "num_unanswered": len(samples) - len(answers),
         "verdicts": {name: counts[name] for name in get_args(FinalVerdict)},
@@ -240,7 +290,9 @@ def summarise(run: BenchmarkRun, ledger: Ledger) -> dict[str, Any]:
         both = [rule == judge for rule, judge in said if rule in COUNTED and judge in COUNTED]
         summary["judge"] = run.judge.settings
         summary["agreement"] = sum(both) / len(both) if both else None
-        summary["rule_accuracy"] = sum(v.rule == "correct" for v in verdicts.values()) / max(1, len(verdicts))
+        summary["rule_accuracy"] = sum(v.rule == "correct" for v in verdicts.values()) / max(
+            1, len(verdicts)
+        )
     return summary
 
 
@@ -251,7 +303,14 @@ def _scored(ledger: Ledger, problem: str, k: int) -> list[Scored]:
             verdict = ledger.verdicts.get(sample)
             counted = verdict is not None and verdict.verdict in COUNTED
             correct = verdict.verdict == "correct" if verdict is not None and counted else None
-            found.append(Scored(correct, verdict.prediction if verdict else "", answer.finish_reason == "length", answer.response_tokens))
+            found.append(
+                Scored(
+                    correct,
+                    verdict.prediction if verdict else "",
+                    answer.finish_reason == "length",
+                    answer.response_tokens,
+                )
+            )
     return found
 
 
@@ -259,14 +318,26 @@ def _by_source(run: BenchmarkRun, ledger: Ledger) -> dict[str, dict[str, float]]
     sources: dict[str, list[list[bool]]] = {}
     for problem in run.problems:
         scored = _scored(ledger, problem.prompt.id, run.benchmark.num_samples)
-        sources.setdefault(problem.prompt.data_source, []).append([s.correct for s in scored if s.correct is not None])
+        sources.setdefault(problem.prompt.data_source, []).append(
+            [s.correct for s in scored if s.correct is not None]
+        )
     found = {source: (len(lists), shares(lists)) for source, lists in sorted(sources.items())}
-    return {s: {"accuracy": sum(values) / len(values), "num_problems": n} for s, (n, values) in found.items() if values}
+    return {
+        s: {"accuracy": sum(values) / len(values), "num_problems": n}
+        for s, (n, values) in found.items()
+        if values
+    }
 
 
 def check_grading(cfg: Config) -> None:
     """Raises UserError for a grading that nobody could carry out."""
     if cfg.eval.grading != "rule" and cfg.eval.judge is None:
-        raise UserError(f"eval.grading={cfg.eval.grading} needs a judge: set eval.judge, or --judge NAME (local, api, or a YAML file)")
+        raise UserError(
+            f"eval.grading={cfg.eval.grading} needs a judge: set eval.judge, or --judge NAME "
+            "(local, api, or a YAML file)"
+        )
     if cfg.eval.grading == "rule" and cfg.eval.judge is not None:
-        raise UserError("eval.judge is set, but eval.grading=rule asks nobody: use rule_then_judge, judge or both")
+        raise UserError(
+            "eval.judge is set, but eval.grading=rule asks nobody: use rule_then_judge, judge or "
+            "both"
+        )

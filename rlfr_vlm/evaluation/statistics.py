@@ -1,7 +1,10 @@
-"""What an evaluation's verdicts say: accuracy, pass@k, majority vote, their 95 % intervals, and the paired comparison of two models.
+"""What an evaluation's verdicts say: accuracy, pass@k, majority vote, their 95 % intervals, and the
+paired comparison of two models.
 
-Input is one list per problem of the samples that have a verdict; the lists may differ in length, and a problem with none is left out.
-Problems are the units of chance: samples of one problem are one cluster, whatever their number (arXiv:2411.00640, section 2.2).
+Input is one list per problem of the samples that have a verdict; the lists may differ in length,
+and a problem with none is left out.
+Problems are the units of chance: samples of one problem are one cluster, whatever their number
+    (arXiv:2411.00640, section 2.2).
 """
 
 from __future__ import annotations
@@ -41,7 +44,9 @@ class Scored:
 
 @dataclass(frozen=True)
 class Summary:
-    """An evaluation in numbers. Accuracies are over responses with a verdict, the rest over all responses."""
+    """An evaluation in numbers. Accuracies are over responses with a verdict, the rest over all
+    responses.
+    """
 
     accuracy: Estimate | None  # avg@k; None: no response has a verdict
     pass_at: dict[int, Estimate]
@@ -66,7 +71,9 @@ class Paired:
 def summarize(problems: Sequence[Sequence[Scored]]) -> Summary:
     """Every number of one evaluation; one list of responses per problem."""
     responses = [s for samples in problems for s in samples]
-    counted = [[(s.answer, s.correct) for s in samples if s.correct is not None] for samples in problems]
+    counted = [
+        [(s.answer, s.correct) for s in samples if s.correct is not None] for samples in problems
+    ]
     correct = [[right for _, right in answers] for answers in counted]
     return Summary(
         accuracy=estimate(shares(correct)),
@@ -81,7 +88,7 @@ def summarize(problems: Sequence[Sequence[Scored]]) -> Summary:
     )
 
 
-# --- one evaluation ---------------------------------------------------------------------------------------------------
+# --- one evaluation -------------------------------------------------------------------------------
 
 
 def shares(correct: Sequence[Sequence[bool]]) -> list[float]:
@@ -95,7 +102,8 @@ def estimate(values: Sequence[float]) -> Estimate | None:
 
 
 def pass_at_k(n: int, c: int, k: int) -> float:
-    """Chance that at least one of k samples is right, unbiased, from c right ones of n >= k (arXiv:2107.03374).
+    """Chance that at least one of k samples is right, unbiased, from c right ones of n >= k
+    (arXiv:2107.03374).
 
     pass@k = 1 - C(n - c, k) / C(n, k)
     """
@@ -105,7 +113,9 @@ def pass_at_k(n: int, c: int, k: int) -> float:
 
 
 def pass_curve(correct: Sequence[Sequence[bool]]) -> dict[int, Estimate]:
-    """pass@k for every k up to the largest number of samples; at each k over the problems that have k (see `num_problems`)."""
+    """pass@k for every k up to the largest number of samples; at each k over the problems that have
+    k (see `num_problems`).
+    """
     counts = [(len(samples), sum(samples)) for samples in correct if samples]
     curve = {}
     for k in range(1, max((n for n, _ in counts), default=0) + 1):
@@ -116,10 +126,12 @@ def pass_curve(correct: Sequence[Sequence[bool]]) -> dict[int, Estimate]:
 
 
 def majority(answers: Sequence[tuple[str, bool]]) -> float:
-    """Whether the most frequent answer of one problem is right; (answer, right) of each sample. Equal strings are one answer.
+    """Whether the most frequent answer of one problem is right; (answer, right) of each sample.
+    Equal strings are one answer.
 
-    Tied answers count with their mean, what a fair draw among them would give; an answer that was judged both ways counts with its
-    share of right verdicts. Empty answers have no vote; without a vote the problem is wrong.
+    Tied answers count with their mean, what a fair draw among them would give; an answer that was
+    judged both ways counts with its share of right verdicts. Empty answers have no vote; without a
+    vote the problem is wrong.
     """
     votes: defaultdict[str, list[bool]] = defaultdict(list)
     for answer, right in answers:
@@ -130,7 +142,8 @@ def majority(answers: Sequence[tuple[str, bool]]) -> float:
 
 
 def wilson_interval(p: float, n: float) -> tuple[float, float]:
-    """Wilson's 95 % interval of a proportion p in n independent trials (statsmodels' `proportion_confint(method="wilson")`).
+    """Wilson's 95 % interval of a proportion p in n independent trials (statsmodels'
+    `proportion_confint(method="wilson")`).
 
     (p + z^2 / 2n -+ z sqrt(p (1 - p) / n + z^2 / 4n^2)) / (1 + z^2 / n)
     """
@@ -140,15 +153,19 @@ def wilson_interval(p: float, n: float) -> tuple[float, float]:
 
 
 def mean_interval(values: Sequence[float]) -> tuple[float, float]:
-    """95 % interval of the mean p over problems of n values in [0, 1], such as shares of right samples or pass@k.
+    """95 % interval of the mean p over problems of n values in [0, 1], such as shares of right
+    samples or pass@k.
 
-    D = s^2 / (p (1 - p)) <= 1,   D' = (u D + 1) / (u + 1),   Wilson's interval of p in n / D' trials
+    D = s^2 / (p (1 - p)) <= 1,   D' = (u D + 1) / (u + 1),   Wilson's interval of p in n / D'
+    trials
 
-    s^2: variance between problems, so that samples of one problem are one cluster. D: design effect against one right-or-wrong sample per
-    problem, for which it is 1 and the interval is Wilson's own. Wilson's form with n / D keeps its coverage near 0 and 1, where normal and
-    bootstrap intervals lose it (doi:10.1093/jssam/smy019). u: how many problems tell D from its largest value, the fewer of those with
-    a value above 0 and of those below 1. One such problem more, at D = 1, is our addition: without it coverage falls to 85 % at 30
-    problems of 16 samples with 2 % right. Measured in tests/evaluation/test_statistics.py.
+    s^2: variance between problems, so that samples of one problem are one cluster. D: design effect
+    against one right-or-wrong sample per problem, for which it is 1 and the interval is Wilson's
+    own. Wilson's form with n / D keeps its coverage near 0 and 1, where normal and bootstrap
+    intervals lose it (doi:10.1093/jssam/smy019). u: how many problems tell D from its largest
+    value, the fewer of those with a value above 0 and of those below 1. One such problem more, at D
+    = 1, is our addition: without it coverage falls to 85 % at 30 problems of 16 samples with 2 %
+    right. Measured in tests/evaluation/test_statistics.py.
     """
     if not len(values):
         return 0.0, 1.0
@@ -159,30 +176,40 @@ def mean_interval(values: Sequence[float]) -> tuple[float, float]:
     return wilson_interval(p, n * (telling + 1) / (telling * effect + 1))
 
 
-# --- two evaluations on the same problems -----------------------------------------------------------------------------
+# --- two evaluations on the same problems ---------------------------------------------------------
 
 
-def paired(before: Sequence[Sequence[bool]], after: Sequence[Sequence[bool]], seed: int = 0) -> Paired:
-    """Accuracy of `after` minus that of `before`; the same problems in the same order, each with at least one sample in both.
+def paired(
+    before: Sequence[Sequence[bool]], after: Sequence[Sequence[bool]], seed: int = 0
+) -> Paired:
+    """Accuracy of `after` minus that of `before`; the same problems in the same order, each with at
+    least one sample in both.
 
-    The p value is McNemar's, exact, where every problem has one sample in both, else that of a paired permutation test over problems.
+    The p value is McNemar's, exact, where every problem has one sample in both, else that of a
+    paired permutation test over problems.
     """
     if not before or any(not a or not b for a, b in zip(before, after, strict=True)):
         raise ValueError("a paired comparison needs problems with samples in both")
     differences = [b - a for a, b in zip(shares(before), shares(after), strict=True)]
     change = Estimate(_mean(differences), *difference_interval(differences), len(differences))
     if all(len(a) == len(b) == 1 for a, b in zip(before, after, strict=True)):
-        return Paired(change, mcnemar(sum(d < 0 for d in differences), sum(d > 0 for d in differences)), "McNemar, exact")
+        return Paired(
+            change,
+            mcnemar(sum(d < 0 for d in differences), sum(d > 0 for d in differences)),
+            "McNemar, exact",
+        )
     return Paired(change, permutation(differences, seed), "paired permutation")
 
 
 def difference_interval(differences: Sequence[float]) -> tuple[float, float]:
     """95 % interval of the mean of the n problems' differences d in [-1, 1].
 
-    d' = d with +g and -g appended,   mean(d') -+ z sqrt(var(d') / (n + 2)),   g^2 = (sum d^2 + 1) / (u + 1),   u: problems with d != 0
+    d' = d with +g and -g appended,   mean(d') -+ z sqrt(var(d') / (n + 2)),   g^2 = (sum d^2 + 1) /
+    (u + 1),   u: problems with d != 0
 
-    With one sample per problem g = 1, and it is the interval of Bonett and Price (doi:10.3102/1076998611411915), which does not shrink to
-    a point where no problem changed. With more, g is the size of a typical change, with one of size 1 added to those seen.
+    With one sample per problem g = 1, and it is the interval of Bonett and Price
+    (doi:10.3102/1076998611411915), which does not shrink to a point where no problem changed. With
+    more, g is the size of a typical change, with one of size 1 added to those seen.
     """
     array = np.asarray(differences, dtype=float)
     changed = int(np.count_nonzero(array))
@@ -193,7 +220,8 @@ def difference_interval(differences: Sequence[float]) -> tuple[float, float]:
 
 
 def mcnemar(lost: int, gained: int) -> float:
-    """Exact McNemar test: two-sided binomial p value of this split of the problems that changed, each way being as likely.
+    """Exact McNemar test: two-sided binomial p value of this split of the problems that changed,
+    each way being as likely.
 
     p = min(1, 2 sum_{i <= min(lost, gained)} C(n, i) / 2^n),   n = lost + gained
     """
@@ -206,7 +234,8 @@ def mcnemar(lost: int, gained: int) -> float:
 
 
 def permutation(differences: Sequence[float], seed: int = 0) -> float:
-    """Two-sided p value of a paired permutation test: the labels of the two models are swapped, or not, at each problem.
+    """Two-sided p value of a paired permutation test: the labels of the two models are swapped, or
+    not, at each problem.
 
     Exact where few problems differ; else (1 + extremes) / (1 + draws) of seeded draws.
     """

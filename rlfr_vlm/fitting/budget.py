@@ -1,4 +1,6 @@
-"""How many steps a fit takes and at which rate, where its field goes, and whether a fitted one suits a config: known without torch."""
+"""How many steps a fit takes and at which rate, where its field goes, and whether a fitted one
+suits a config: known without torch.
+"""
 
 from __future__ import annotations
 
@@ -23,12 +25,16 @@ def new_field_folder(cfg: Config) -> Path:
     """Where a fit puts its field. Raises UserError where a finished one is."""
     folder = Path(cfg.output_dir) / "flow"
     if (folder / FIELD_SPEC).exists():
-        raise UserError(f"{folder} holds a fitted field, which is not written over: remove it, or choose another output_dir")
+        raise UserError(
+            f"{folder} holds a fitted field, which is not written over: remove it, or choose "
+            "another output_dir"
+        )
     return folder
 
 
 def check_field(cfg: FlowConfig) -> None:
-    """Raises UserError where `flow.checkpoint` says that it was fitted otherwise than this config reads it.
+    """Raises UserError where `flow.checkpoint` says that it was fitted otherwise than this config
+    reads it.
 
     Loading it compares layers and backbone too; this comes before anything is loaded.
     """
@@ -36,18 +42,32 @@ def check_field(cfg: FlowConfig) -> None:
     try:
         found = json.loads(path.read_text())
         theirs = {name: found[name] for name in ("context", "shift", "times", "depth")}
-        theirs |= {"standardise": False, "prompt_context": False, "contrast": "none"} | {k: found[k] for k in EXTRAS if k in found}
+        theirs |= {"standardise": False, "prompt_context": False, "contrast": "none"} | {
+            k: found[k] for k in EXTRAS if k in found
+        }
     except OSError as error:
-        raise UserError(f"flow.checkpoint: {path}: {error.strerror}; fit a field first with `rlfr-vlm flow`") from None
+        raise UserError(
+            f"flow.checkpoint: {path}: {error.strerror}; fit a field first with `rlfr-vlm flow`"
+        ) from None
     except (ValueError, TypeError, KeyError) as error:
         raise UserError(f"flow.checkpoint: {path} is not a flow spec: {error!r}") from None
     modes, shifts = zip(*cfg.sides, strict=True)
-    ours = {"context": [*modes], "shift": [*shifts], "times": [*cfg.times], "depth": cfg.network.depth}
+    ours = {
+        "context": [*modes],
+        "shift": [*shifts],
+        "times": [*cfg.times],
+        "depth": cfg.network.depth,
+    }
     ours |= {name: getattr(cfg, name) for name in EXTRAS}
-    wrong = [f"{k}: checkpoint {_joined(theirs[k])}, run {_joined(ours[k])}" for k in ours if theirs[k] != ours[k]]
+    wrong = [
+        f"{k}: checkpoint {_joined(theirs[k])}, run {_joined(ours[k])}"
+        for k in ours
+        if theirs[k] != ours[k]
+    ]
     if wrong:
         raise UserError(
-            f"flow.checkpoint: {cfg.checkpoint} does not fit this run ({'; '.join(wrong)}); set flow.* as it was fitted, or fit another field"
+            f"flow.checkpoint: {cfg.checkpoint} does not fit this run ({'; '.join(wrong)}); set "
+            "flow.* as it was fitted, or fit another field"
         )
 
 
@@ -62,7 +82,9 @@ def num_heldout(rows: int) -> int:
 
 
 def fit_steps(cfg: Config, rows: int) -> tuple[int, int]:
-    """Expert solutions per step, and steps: `flow.fit.steps`, else the passes over the rows not held out."""
+    """Expert solutions per step, and steps: `flow.fit.steps`, else the passes over the rows not
+    held out.
+    """
     assert cfg.flow is not None
     fit = cfg.flow.fit
     train = rows - num_heldout(rows)
@@ -73,5 +95,7 @@ def fit_steps(cfg: Config, rows: int) -> tuple[int, int]:
 
 
 def fit_lr(fit: FlowFitConfig, size: int) -> float:
-    """`flow.fit.lr`, or what suits latents of this size: 3e-3 at 128, 1e-4 (as published) at 3,584."""
+    """`flow.fit.lr`, or what suits latents of this size: 3e-3 at 128, 1e-4 (as published) at
+    3,584.
+    """
     return fit.lr or LR_TIMES_SIZE / size

@@ -1,4 +1,6 @@
-"""What a field knows of right and wrong: its deviations, and what would be charged for them, on graded responses of the policy."""
+"""What a field knows of right and wrong: its deviations, and what would be charged for them, on
+graded responses of the policy.
+"""
 
 from __future__ import annotations
 
@@ -28,30 +30,48 @@ class Probe:
 
     def as_json(self) -> dict[str, Any]:
         """For the field's folder."""
-        found = {name: None if part is None else asdict(part) for name, part in self.separation.items()}
+        found = {
+            name: None if part is None else asdict(part) for name, part in self.separation.items()
+        }
         return {"responses": self.num_responses, "accuracy": self.accuracy, "auc": found}
 
     @property
     def line(self) -> str:
         """For the terminal."""
-        known = ",  ".join(f"{name} {part}" for name, part in self.separation.items() if part is not None)
+        known = ",  ".join(
+            f"{name} {part}" for name, part in self.separation.items() if part is not None
+        )
         if not known:
             return (
-                f"no group of the {self.num_responses} responses has right and wrong siblings: nothing can be said of what the field knows"
+                f"no group of the {self.num_responses} responses has right and wrong siblings: "
+                "nothing can be said of what the field knows"
             )
-        return f"wrong siblings have more (AUC, 95 %; {self.num_responses} responses, {self.accuracy:.0%} right):  {known}"
+        return (
+            f"wrong siblings have more (AUC, 95 %; {self.num_responses} responses, "
+            f"{self.accuracy:.0%} right):  {known}"
+        )
 
 
 def probe(cfg: Config, policy: Policy, field: FlowField, groups: Sequence[GradedGroup]) -> Probe:
-    """Mean deviation, mean of what is charged for (less the contrast's), what is charged, and surprisal, per response."""
+    """Mean deviation, mean of what is charged for (less the contrast's), what is charged, and
+    surprisal, per response.
+    """
     assert cfg.flow is not None
-    samples = make_samples([g.group for g in groups], [o for g in groups for o in g.outcomes], cfg.seed, 0, cfg.algorithm)
+    samples = make_samples(
+        [g.group for g in groups],
+        [o for g in groups for o in g.outcomes],
+        cfg.seed,
+        0,
+        cfg.algorithm,
+    )
     if not samples:
         return Probe(0, 0.0, {})
     scores = score_responses(cfg, policy, field, samples)
     lengths = torch.tensor([s.length for s in samples], device=scores.logprobs.device)
     charges = -token_rewards(cfg, samples, scores, lengths, field.types)
-    assert scores.deviations is not None and scores.valid is not None and scores.straying is not None
+    assert (
+        scores.deviations is not None and scores.valid is not None and scores.straying is not None
+    )
     means = {"deviation": per_response(scores.deviations, scores.valid, lengths)}
     if scores.contrast is not None:
         means["contrast"] = per_response(scores.straying, scores.valid, lengths)
@@ -63,17 +83,26 @@ def probe(cfg: Config, policy: Policy, field: FlowField, groups: Sequence[Graded
 
 
 @torch.no_grad()
-def score_responses(cfg: Config, policy: Policy, field: FlowField, samples: Sequence[Sample]) -> Scores:
+def score_responses(
+    cfg: Config, policy: Policy, field: FlowField, samples: Sequence[Sample]
+) -> Scores:
     """Scores of all of them, response by response."""
     assert cfg.flow is not None
     parts = []
     for indices in micro_batches([s.rollout for s in samples], cfg.train.tokens_per_microbatch):
         chosen = [samples[i] for i in indices]
-        output = policy.forward(pack([s.rollout for s in chosen], policy.device), cfg.rollout.temperature, field.request, with_entropy=True)
+        output = policy.forward(
+            pack([s.rollout for s in chosen], policy.device),
+            cfg.rollout.temperature,
+            field.request,
+            with_entropy=True,
+        )
         assert output.latents is not None and output.entropy is not None
         sizes, seeds = [s.length for s in chosen], [s.seed for s in chosen]
         deviations, contrast = field.score_both(output.latents, sizes, seeds, cfg.flow.reward.draws)
-        parts.append(Scores(output.logprobs, output.entropy, deviations, contrast, output.latents.scorable))
+        parts.append(
+            Scores(output.logprobs, output.entropy, deviations, contrast, output.latents.scorable)
+        )
     return join(parts)
 
 

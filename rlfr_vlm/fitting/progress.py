@@ -1,4 +1,6 @@
-"""What a fit of the flow field keeps while it goes on, so that a stopped one need not start anew; and how long it will take."""
+"""What a fit of the flow field keeps while it goes on, so that a stopped one need not start anew;
+and how long it will take.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +28,9 @@ class Work:
     """Weights, moments and the step, written now and then; and the log, a line per step."""
 
     def __init__(self, folder: Path, key: str, say: Callable[[str], None]) -> None:
-        """key: digest of what decides the fit's numbers; what was kept under another one is thrown away, and that is said."""
+        """key: digest of what decides the fit's numbers; what was kept under another one is thrown
+        away, and that is said.
+        """
         self.folder, self.key, self.say = folder / FOLDER, key, say
         self.folder.mkdir(parents=True, exist_ok=True)
         self.path, self.log = self.folder / "state.safetensors", folder / LOG_FILE
@@ -45,20 +49,42 @@ class Work:
         except (SafetensorError, OSError, ValueError):
             pass
         if not self.facts:
-            self.say(f"{self.path} is of a fit with other settings or rows, or damaged: this one starts anew")
+            self.say(
+                f"{self.path} is of a fit with other settings or rows, or damaged: this one starts "
+                "anew"
+            )
 
-    def keep(self, step: int, optimizers: Mapping[str, Optimizer], weights: Mapping[str, Mapping[str, Tensor]], **facts: object) -> None:
+    def keep(
+        self,
+        step: int,
+        optimizers: Mapping[str, Optimizer],
+        weights: Mapping[str, Mapping[str, Tensor]],
+        **facts: object,
+    ) -> None:
         """Keep this in place of what was kept before."""
-        parts = {**weights, **{MOMENTS + name: dict(optimizer.entries()) for name, optimizer in optimizers.items()}}
-        tensors = {f"{name}/{key}": t.detach().cpu().contiguous().clone() for name, part in parts.items() for key, t in part.items()}
-        metadata = {"key": self.key, "step": str(step)} | {name: json.dumps(value) for name, value in facts.items()}
+        parts = {
+            **weights,
+            **{MOMENTS + name: dict(optimizer.entries()) for name, optimizer in optimizers.items()},
+        }
+        tensors = {
+            f"{name}/{key}": t.detach().cpu().contiguous().clone()
+            for name, part in parts.items()
+            for key, t in part.items()
+        }
+        metadata = {"key": self.key, "step": str(step)} | {
+            name: json.dumps(value) for name, value in facts.items()
+        }
         temporary = self.path.with_suffix(".tmp")
         save_file(tensors, temporary, metadata=metadata)
         temporary.replace(self.path)
         faultpoint("fit_state")
 
-    def restore(self, optimizers: Mapping[str, Optimizer], networks: Mapping[str, torch.nn.Module]) -> int:
-        """Put weights and moments back, and the log to where it was then. Returns the step that was done, 0 for a fresh start."""
+    def restore(
+        self, optimizers: Mapping[str, Optimizer], networks: Mapping[str, torch.nn.Module]
+    ) -> int:
+        """Put weights and moments back, and the log to where it was then. Returns the step that was
+        done, 0 for a fresh start.
+        """
         step = int(self.facts.get("step", 0))
         lines = self.log.read_text().splitlines()[:step] if self.log.exists() else []
         self.log.write_text("".join(f"{line}\n" for line in lines))
@@ -73,7 +99,11 @@ class Work:
 
     def part(self, name: str) -> dict[str, Tensor]:
         """Tensors kept under a name."""
-        return {key.removeprefix(f"{name}/"): tensor for key, tensor in self._tensors.items() if key.startswith(f"{name}/")}
+        return {
+            key.removeprefix(f"{name}/"): tensor
+            for key, tensor in self._tensors.items()
+            if key.startswith(f"{name}/")
+        }
 
     def clear(self) -> None:
         """The fit is done."""

@@ -29,14 +29,20 @@ from rlfr_vlm.types import request_seed
 WEIGHTS_FILE = "flow.safetensors"
 SPEC_FILE = "flow_config.json"
 TILE_ELEMENTS = 2**20  # latents per forward of the network times their size: bounds its memory
-CONTRAST, SCALE, TYPES = "contrast.", "scale.", "types."  # what a field's file holds beside the published network's tensors
+CONTRAST, SCALE, TYPES = (
+    "contrast.",
+    "scale.",
+    "types.",
+)  # what a field's file holds beside the published network's tensors
 
 Contrast = Literal["none", "own", "wrong"]
 
 
 @dataclass(frozen=True)
 class FlowSpec:
-    """What a field was fitted on and how it is read; stored beside its weights, and compared with the run's before use."""
+    """What a field was fitted on and how it is read; stored beside its weights, and compared with
+    the run's before use.
+    """
 
     layers: tuple[int, ...]  # decoder layers
     num_layers: int  # of the backbone; layer k enters the network as k / num_layers
@@ -45,7 +51,8 @@ class FlowSpec:
     times: tuple[float, ...]
     depth: int
     backbone: dict[str, Any]
-    standardise: bool = False  # latents are read less their mean, over their standard deviation, by layer and dimension
+    # latents are read less their mean, over their standard deviation, by layer and dimension
+    standardise: bool = False
     prompt_context: bool = False  # the last prompt token's latent is a condition too
     contrast: Contrast = "none"  # what the second network was fitted on
     statistics: str = ""  # digest of mean and deviation; "": none yet
@@ -56,15 +63,32 @@ class FlowSpec:
         num_layers = int(backbone["num_layers"])
         layers = resolve_layers(cfg.layers, num_layers)
         if len(set(layers)) < len(layers):
-            raise UserError(f"flow.layers: {list(cfg.layers)} are the layers {list(layers)} of {num_layers}: one of them twice; name fewer")
+            raise UserError(
+                f"flow.layers: {list(cfg.layers)} are the layers {list(layers)} of {num_layers}: "
+                "one of them twice; name fewer"
+            )
         modes, shifts = zip(*cfg.sides, strict=True)
         own = (cfg.standardise, cfg.prompt_context, cfg.contrast)
-        return cls(layers, num_layers, modes, shifts, tuple(cfg.times), cfg.network.depth, dict(backbone), *own)
+        return cls(
+            layers,
+            num_layers,
+            modes,
+            shifts,
+            tuple(cfg.times),
+            cfg.network.depth,
+            dict(backbone),
+            *own,
+        )
 
     @classmethod
     def from_json(cls, tree: dict[str, Any]) -> FlowSpec:
         """Read back what `asdict` wrote."""
-        return cls(**{**tree, **{name: tuple(tree[name]) for name in ("layers", "context", "shift", "times")}})
+        return cls(
+            **{
+                **tree,
+                **{name: tuple(tree[name]) for name in ("layers", "context", "shift", "times")},
+            }
+        )
 
     @property
     def sides(self) -> tuple[Side, ...]:
@@ -74,7 +98,9 @@ class FlowSpec:
 
 @dataclass(frozen=True)
 class Scale:
-    """Where latents lie, by layer and dimension: half of a model's mean square can sit in a hundredth of its dimensions."""
+    """Where latents lie, by layer and dimension: half of a model's mean square can sit in a
+    hundredth of its dimensions.
+    """
 
     mean: Tensor  # [L, D]
     std: Tensor  # [L, D], above 0
@@ -107,7 +133,8 @@ class Tile:
 class FlowField:
     """Scores how far latents stray from the field, and learns from latents.
 
-    Attributes: `network` the field's own; `contrast` a second one, fitted on what is to be told from it, or None; `scale` of the latents;
+    Attributes: `network` the field's own; `contrast` a second one, fitted on what is to be told
+        from it, or None; `scale` of the latents;
     `types` what deviations are usual for a token, by its id.
     """
 
@@ -122,17 +149,24 @@ class FlowField:
         scale: Scale | None = None,
         types: TokenTypes | None = None,
     ) -> None:
-        """compute_dtype: of the network's products, the backbone's as published; weights, noise and errors stay in float32."""
+        """compute_dtype: of the network's products, the backbone's as published; weights, noise and
+        errors stay in float32.
+        """
         self.spec, self.compute_dtype = spec, compute_dtype
         if network is None:
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(seed)
                 network = VelocityNet(
-                    spec.backbone["hidden_size"], spec.depth, spec.backbone["rms_norm_eps"], prompt_context=spec.prompt_context
+                    spec.backbone["hidden_size"],
+                    spec.depth,
+                    spec.backbone["rms_norm_eps"],
+                    prompt_context=spec.prompt_context,
                 )
         self.network = network.to(device)
         if spec.contrast != "none" and contrast is None:
-            contrast = copy.deepcopy(network)  # from the same weights the difference starts at exactly 0
+            contrast = copy.deepcopy(
+                network
+            )  # from the same weights the difference starts at exactly 0
         self.contrast = None if contrast is None else contrast.to(device)
         self.device = torch.device(device)
         self.types = types
@@ -141,47 +175,71 @@ class FlowField:
             self.set_scale(scale)
 
     def set_scale(self, scale: Scale) -> None:
-        """Read latents less this mean and over this deviation from now on; the spec remembers their digest."""
-        self.scale = Scale(scale.mean.to(self.device, torch.float32), scale.std.to(self.device, torch.float32))
+        """Read latents less this mean and over this deviation from now on; the spec remembers their
+        digest.
+        """
+        self.scale = Scale(
+            scale.mean.to(self.device, torch.float32), scale.std.to(self.device, torch.float32)
+        )
         self.spec = replace(self.spec, statistics=self.scale.digest)
 
     @property
     def networks(self) -> dict[str, VelocityNet]:
         """The networks that there are, by name."""
-        return {"network": self.network} | ({} if self.contrast is None else {"contrast": self.contrast})
+        return {"network": self.network} | (
+            {} if self.contrast is None else {"contrast": self.contrast}
+        )
 
     @property
     def request(self) -> LatentRequest:
         """The latents this field reads."""
         return LatentRequest(self.spec.layers, self.spec.sides, self.spec.prompt_context)
 
-    def score(self, latents: Latents, lengths: Sequence[int], seeds: Sequence[int], draws: int = 1) -> Tensor:
-        """Deviation score of each response token: mean over layers, times, its sides and noise draws of t / (1 - t) * deviation
-        (arXiv:2510.10201).
+    def score(
+        self, latents: Latents, lengths: Sequence[int], seeds: Sequence[int], draws: int = 1
+    ) -> Tensor:
+        """Deviation score of each response token: mean over layers, times, its sides and noise
+        draws of t / (1 - t) * deviation (arXiv:2510.10201).
 
-        lengths, seeds: one per response of the packed batch. Returns [N] float32; 0 where the token has no context.
+        lengths, seeds: one per response of the packed batch. Returns [N] float32; 0 where the token
+            has no context.
         """
         return self._scores(latents, lengths, seeds, draws, [self.network])[0]
 
-    def score_both(self, latents: Latents, lengths: Sequence[int], seeds: Sequence[int], draws: int = 1) -> tuple[Tensor, Tensor | None]:
-        """The score of `score`, and the same of the contrast's network under the same noise; None where there is none. [N] each."""
+    def score_both(
+        self, latents: Latents, lengths: Sequence[int], seeds: Sequence[int], draws: int = 1
+    ) -> tuple[Tensor, Tensor | None]:
+        """The score of `score`, and the same of the contrast's network under the same noise; None
+        where there is none. [N] each.
+        """
         scores = self._scores(latents, lengths, seeds, draws, list(self.networks.values()))
         return scores[0], scores[1] if len(scores) > 1 else None
 
     @torch.no_grad()
     def _scores(
-        self, latents: Latents, lengths: Sequence[int], seeds: Sequence[int], draws: int, networks: Sequence[VelocityNet]
+        self,
+        latents: Latents,
+        lengths: Sequence[int],
+        seeds: Sequence[int],
+        draws: int,
+        networks: Sequence[VelocityNet],
     ) -> list[Tensor]:
         scores = [torch.zeros(len(latents.target), device=self.device) for _ in networks]
         for draw in range(draws):
             for tile in self.tiles(latents, lengths, [draw_seed(seed, draw) for seed in seeds]):
                 for network, column in zip(networks, scores, strict=True):
-                    column.index_add_(0, tile.tokens, self.weighted(tile, network) * tile.share / draws)
+                    column.index_add_(
+                        0, tile.tokens, self.weighted(tile, network) * tile.share / draws
+                    )
         return [poison("flow_score", column) for column in scores]
 
     def weighted(self, tile: Tile, network: VelocityNet) -> Tensor:
-        """Mean over layers and reward times of t / (1 - t) * deviation, of each token of a tile. Returns [n] float32."""
-        return torch.stack([debias_weight(t) * self.deviation(tile, t, network).mean(0) for t in self.spec.times]).mean(0)
+        """Mean over layers and reward times of t / (1 - t) * deviation, of each token of a tile.
+        Returns [n] float32.
+        """
+        return torch.stack(
+            [debias_weight(t) * self.deviation(tile, t, network).mean(0) for t in self.spec.times]
+        ).mean(0)
 
     def accumulate_gradient(
         self,
@@ -192,12 +250,15 @@ class FlowField:
         times: Literal["reward", "logit_normal"] = "reward",
         network: VelocityNet | None = None,
     ) -> float:
-        """Add the gradient of sum_n weights_n * deviation_n, undebiased, to a network's parameters (default: the field's own): at the reward
-        times, or random ones.
+        """Add the gradient of sum_n weights_n * deviation_n, undebiased, to a network's parameters
+        (default: the field's own): at the reward times, or random ones.
 
-        weights: [N]; responses whose tokens all weigh nothing are not touched: their latents are rejected. Returns the weighted loss.
+        weights: [N]; responses whose tokens all weigh nothing are not touched: their latents are
+            rejected. Returns the weighted loss.
         """
-        chosen = [b for b, part in enumerate(weights.split(list(lengths))) if bool((part > 0).any())]
+        chosen = [
+            b for b, part in enumerate(weights.split(list(lengths))) if bool((part > 0).any())
+        ]
         loss = 0.0
         for tile in self.tiles(latents, lengths, seeds, chosen):
             deviations = self.losses(tile, times, network)
@@ -206,32 +267,63 @@ class FlowField:
             loss += part.item()
         return loss
 
-    def losses(self, tile: Tile, times: Literal["reward", "logit_normal"], network: VelocityNet | None = None) -> Tensor:
-        """Deviation of each token of a tile, undebiased, over its layers and over the reward times, or at random ones. Returns [n] float32."""
-        at: Sequence[float | Tensor] = self.spec.times if times == "reward" else [logit_normal_times(tile.time_normal)]
+    def losses(
+        self,
+        tile: Tile,
+        times: Literal["reward", "logit_normal"],
+        network: VelocityNet | None = None,
+    ) -> Tensor:
+        """Deviation of each token of a tile, undebiased, over its layers and over the reward times,
+        or at random ones. Returns [n] float32.
+        """
+        at: Sequence[float | Tensor] = (
+            self.spec.times if times == "reward" else [logit_normal_times(tile.time_normal)]
+        )
         return torch.stack([self.deviation(tile, t, network).mean(0) for t in at]).mean(0)
 
-    def deviation(self, tile: Tile, t: float | Tensor, network: VelocityNet | None = None) -> Tensor:
-        """Deviation of each latent of a tile at one time, or at times [L, n], from a network (default: the field's). Returns [L, n] float32."""
+    def deviation(
+        self, tile: Tile, t: float | Tensor, network: VelocityNet | None = None
+    ) -> Tensor:
+        """Deviation of each latent of a tile at one time, or at times [L, n], from a network
+        (default: the field's). Returns [L, n] float32.
+        """
         times = t if isinstance(t, Tensor) else torch.full_like(tile.layer, t)
-        arguments = (x.flatten(0, 1) for x in (tile.target, tile.context, tile.noise, times, tile.layer))
+        arguments = (
+            x.flatten(0, 1) for x in (tile.target, tile.context, tile.noise, times, tile.layer)
+        )
         velocity: Any = network or self.network
         if tile.prompt is not None:
             velocity = partial(velocity, prompt=tile.prompt.flatten(0, 1))
-        with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.compute_dtype == torch.bfloat16):
+        with torch.autocast(
+            self.device.type, dtype=torch.bfloat16, enabled=self.compute_dtype == torch.bfloat16
+        ):
             return velocity_deviation(velocity, *arguments).view(tile.layer.shape)
 
-    def tiles(self, latents: Latents, lengths: Sequence[int], seeds: Sequence[int], chosen: Sequence[int] | None = None) -> Iterator[Tile]:
-        """Tokens of the chosen responses (default: all) that have a context, side by side, a bounded number of latents at a time.
+    def tiles(
+        self,
+        latents: Latents,
+        lengths: Sequence[int],
+        seeds: Sequence[int],
+        chosen: Sequence[int] | None = None,
+    ) -> Iterator[Tile]:
+        """Tokens of the chosen responses (default: all) that have a context, side by side, a
+        bounded number of latents at a time.
 
-        Noise is drawn per response from its own seed, one draw shared by all times and sides but not by layers, so that neighbours in the
-        batch and its split change nothing.
+        Noise is drawn per response from its own seed, one draw shared by all times and sides but
+        not by layers, so that neighbours in the batch and its split change nothing.
         """
         for side in range(len(self.spec.sides)):
-            yield from self._side_tiles(latents, side, lengths, seeds, range(len(lengths)) if chosen is None else chosen)
+            yield from self._side_tiles(
+                latents, side, lengths, seeds, range(len(lengths)) if chosen is None else chosen
+            )
 
     def _side_tiles(
-        self, latents: Latents, side: int, lengths: Sequence[int], seeds: Sequence[int], chosen: Sequence[int]
+        self,
+        latents: Latents,
+        side: int,
+        lengths: Sequence[int],
+        seeds: Sequence[int],
+        chosen: Sequence[int],
     ) -> Iterator[Tile]:
         room = max(1, TILE_ELEMENTS // (self.network.size * len(self.spec.layers)))
         starts = (torch.tensor(lengths).cumsum(0) - torch.tensor(lengths)).tolist()
@@ -254,36 +346,64 @@ class FlowField:
             yield self.tile(latents, side, torch.cat(tokens), torch.cat(draws, dim=1))
 
     def tile(self, latents: Latents, side: int, tokens: Tensor, draw: Tensor) -> Tile:
-        """These tokens, each with a context on this side, under this draw of noise. tokens: [n] int; draw: [L, n, D + 1]."""
-        rows = [latents.target, latents.context[side], *([latents.prompt] if latents.prompt is not None else [])]
+        """These tokens, each with a context on this side, under this draw of noise. tokens: [n]
+        int; draw: [L, n, D + 1].
+        """
+        rows = [
+            latents.target,
+            latents.context[side],
+            *([latents.prompt] if latents.prompt is not None else []),
+        ]
         target, context, *prompt = (self._read(latents.states, each[tokens]) for each in rows)
         share = (1.0 / latents.valid[:, tokens].sum(0)).to(self.device)
         depth = torch.tensor(self.spec.layers, device=self.device) / self.spec.num_layers
         noise, normal = draw[..., :-1], draw[..., -1]
-        return Tile(tokens, share, target, context, noise, normal, depth[:, None].expand(-1, len(tokens)), *prompt)
+        return Tile(
+            tokens,
+            share,
+            target,
+            context,
+            noise,
+            normal,
+            depth[:, None].expand(-1, len(tokens)),
+            *prompt,
+        )
 
     def _read(self, states: Tensor, rows: Tensor) -> Tensor:
         """Rows of latents as the networks see them. [L, R, D] -> [L, n, D] float32."""
-        found = states[:, rows.to(states.device)].to(self.device).float()  # index_select would copy all of a file's view first
+        found = (
+            states[:, rows.to(states.device)].to(self.device).float()
+        )  # index_select would copy all of a file's view first
         if self.spec.standardise:
             if self.scale is None:
-                raise ValueError("the field reads standardised latents, but nothing says where they lie: fit it first")
+                raise ValueError(
+                    "the field reads standardised latents, but nothing says where they lie: fit it "
+                    "first"
+                )
             found = self.scale.apply(found)
         return found
 
     def draw(self, length: int, seed: int) -> Tensor:
-        """[L, T, D + 1] standard normal: the noise, and in the last column the draw behind a random time."""
+        """[L, T, D + 1] standard normal: the noise, and in the last column the draw behind a random
+        time.
+        """
         generator = torch.Generator(self.device).manual_seed(seed)
         size = (len(self.spec.layers), length, self.network.size + 1)
         return torch.randn(size, generator=generator, device=self.device)
 
     def save(self, folder: str | Path) -> None:
-        """Write weights (safetensors) and then the spec (JSON) into a folder, each whole or not at all: beside a spec the weights are whole.
+        """Write weights (safetensors) and then the spec (JSON) into a folder, each whole or not at
+        all: beside a spec the weights are whole.
 
         Raises NonFiniteWeightError naming a weight that holds NaN or an infinity.
         """
-        network = {name: tensor.detach().cpu().contiguous() for name, tensor in self.tensors().items()}
-        check_finite({name: tensor for name, tensor in network.items() if tensor.is_floating_point()}, "a field's checkpoint")
+        network = {
+            name: tensor.detach().cpu().contiguous() for name, tensor in self.tensors().items()
+        }
+        check_finite(
+            {name: tensor for name, tensor in network.items() if tensor.is_floating_point()},
+            "a field's checkpoint",
+        )
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         (folder / SPEC_FILE).unlink(missing_ok=True)
@@ -299,15 +419,23 @@ class FlowField:
         """Everything in the field that is a number, by the name under which its file holds it."""
         found = dict(self.network.state_dict())
         if self.contrast is not None:
-            found |= {CONTRAST + name: tensor for name, tensor in self.contrast.state_dict().items()}
+            found |= {
+                CONTRAST + name: tensor for name, tensor in self.contrast.state_dict().items()
+            }
         for prefix, part in ((SCALE, self.scale), (TYPES, self.types)):
-            found |= {} if part is None else {prefix + name: tensor for name, tensor in vars(part).items()}
+            found |= (
+                {}
+                if part is None
+                else {prefix + name: tensor for name, tensor in vars(part).items()}
+            )
         return found
 
     def load_tensors(self, tensors: dict[str, Tensor]) -> None:
         """Take what `tensors` of a field of the same spec gave."""
         parts = {prefix: _part(tensors, prefix) for prefix in (CONTRAST, SCALE, TYPES)}
-        self.network.load_state_dict({name: t for name, t in tensors.items() if not name.startswith(tuple(parts))})
+        self.network.load_state_dict(
+            {name: t for name, t in tensors.items() if not name.startswith(tuple(parts))}
+        )
         if self.contrast is not None:
             self.contrast.load_state_dict(parts[CONTRAST])
         if parts[SCALE]:
@@ -316,12 +444,17 @@ class FlowField:
 
     @classmethod
     def load(
-        cls, folder: str | Path, expected: FlowSpec, device: torch.device | str = "cpu", compute_dtype: torch.dtype = torch.float32
+        cls,
+        folder: str | Path,
+        expected: FlowSpec,
+        device: torch.device | str = "cpu",
+        compute_dtype: torch.dtype = torch.float32,
     ) -> FlowField:
         """Read a field and check that it fits the run.
 
-        Raises UserError that names the file, or each setting that differs with both its values: a field read on another side, layer, time
-        or backbone than it was fitted on gives numbers without meaning.
+        Raises UserError that names the file, or each setting that differs with both its values: a
+        field read on another side, layer, time or backbone than it was fitted on gives numbers
+        without meaning.
         """
         folder = Path(folder)
         spec = read_spec(folder)
@@ -330,28 +463,37 @@ class FlowField:
         try:
             weights = load_file(folder / WEIGHTS_FILE)
         except (OSError, SafetensorError) as error:
-            raise UserError(f"flow.checkpoint: {folder / WEIGHTS_FILE} cannot be read: {error}") from None
+            raise UserError(
+                f"flow.checkpoint: {folder / WEIGHTS_FILE} cannot be read: {error}"
+            ) from None
         own = field.tensors()
         given = {name for name in weights if not name.startswith((SCALE, TYPES))}
         if given != own.keys():
             missing, extra = sorted(own.keys() - given), sorted(given - own.keys())
-            raise UserError(f"flow.checkpoint: {folder / WEIGHTS_FILE}: missing keys {missing[:3]}, unexpected keys {extra[:3]}")
+            raise UserError(
+                f"flow.checkpoint: {folder / WEIGHTS_FILE}: missing keys {missing[:3]}, unexpected "
+                f"keys {extra[:3]}"
+            )
         for name in sorted(given):
             if weights[name].shape != own[name].shape:
                 raise UserError(
-                    f"flow.checkpoint: {folder / WEIGHTS_FILE}: `{name}` is {tuple(weights[name].shape)}, the spec says {tuple(own[name].shape)}"
+                    f"flow.checkpoint: {folder / WEIGHTS_FILE}: `{name}` is "
+                    f"{tuple(weights[name].shape)}, the spec says {tuple(own[name].shape)}"
                 )
         field._check_parts(weights, folder)
         field.load_tensors(weights)
         if field.spec.statistics != spec.statistics:
             raise UserError(
-                f"flow.checkpoint: {folder / WEIGHTS_FILE} and {SPEC_FILE} are not of one fit: mean and deviation of the latents are "
-                f"{field.spec.statistics or 'missing'}, the spec says {spec.statistics or 'none'}; fit the field anew"
+                f"flow.checkpoint: {folder / WEIGHTS_FILE} and {SPEC_FILE} are not of one fit: "
+                f"mean and deviation of the latents are {field.spec.statistics or 'missing'}, the "
+                f"spec says {spec.statistics or 'none'}; fit the field anew"
             )
         return field
 
     def _check_parts(self, weights: dict[str, Tensor], folder: Path) -> None:
-        """Raises UserError naming what is missing or misshapen among the statistics of a checkpoint."""
+        """Raises UserError naming what is missing or misshapen among the statistics of a
+        checkpoint.
+        """
         shape = (len(self.spec.layers), self.network.size)
         scale, types = _part(weights, SCALE), _part(weights, TYPES)
         good = {name: tuple(tensor.shape) for name, tensor in scale.items()} == (
@@ -359,14 +501,24 @@ class FlowField:
         )
         if not good:
             raise UserError(
-                f"flow.checkpoint: {folder / WEIGHTS_FILE}: `scale.mean` and `scale.std` must be {shape} where standardise is set"
+                f"flow.checkpoint: {folder / WEIGHTS_FILE}: `scale.mean` and `scale.std` must be "
+                f"{shape} where standardise is set"
             )
-        if types and (types.keys() != {"ids", "mean", "std"} or not len(types["mean"]) == len(types["std"]) == len(types["ids"]) + 1):
-            raise UserError(f"flow.checkpoint: {folder / WEIGHTS_FILE}: `types.*` is no table of token types")
+        if types and (
+            types.keys() != {"ids", "mean", "std"}
+            or not len(types["mean"]) == len(types["std"]) == len(types["ids"]) + 1
+        ):
+            raise UserError(
+                f"flow.checkpoint: {folder / WEIGHTS_FILE}: `types.*` is no table of token types"
+            )
 
 
 def _part(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+    return {
+        name.removeprefix(prefix): tensor
+        for name, tensor in tensors.items()
+        if name.startswith(prefix)
+    }
 
 
 def draw_seed(seed: int, draw: int) -> int:
@@ -380,7 +532,9 @@ def read_spec(folder: Path) -> FlowSpec:
     try:
         return FlowSpec.from_json(json.loads(path.read_text()))
     except OSError as error:
-        raise UserError(f"flow.checkpoint: {path}: {error.strerror}; fit a field first with `rlfr-vlm flow`") from None
+        raise UserError(
+            f"flow.checkpoint: {path}: {error.strerror}; fit a field first with `rlfr-vlm flow`"
+        ) from None
     except (ValueError, TypeError, KeyError) as error:
         raise UserError(f"flow.checkpoint: {path} is not a flow spec: {error}") from None
 
@@ -388,10 +542,14 @@ def read_spec(folder: Path) -> FlowSpec:
 def check_spec(found: FlowSpec, expected: FlowSpec, folder: Path) -> None:
     """Raises UserError listing every setting in which a checkpoint and a run differ.
 
-    An imported checkpoint does not know the weights it was fitted on: its fingerprint is "", which fits every run.
+    An imported checkpoint does not know the weights it was fitted on: its fingerprint is "", which
+    fits every run.
     """
     if not isinstance(found.backbone, dict):
-        raise UserError(f"flow.checkpoint: {folder / SPEC_FILE} is not a flow spec: backbone is {found.backbone!r}")
+        raise UserError(
+            f"flow.checkpoint: {folder / SPEC_FILE} is not a flow spec: backbone is "
+            f"{found.backbone!r}"
+        )
     ours, theirs = asdict(expected), asdict(found)
     if expected.statistics == "":  # a config does not know them
         ours.pop("statistics")
@@ -400,11 +558,14 @@ def check_spec(found: FlowSpec, expected: FlowSpec, folder: Path) -> None:
     ours |= {f"backbone.{k}": v for k, v in ours.pop("backbone").items()}
     theirs |= {f"backbone.{k}": v for k, v in theirs.pop("backbone").items()}
     differences = [
-        f"{key}: checkpoint {_shown(theirs.get(key))}, run {_shown(value)}" for key, value in ours.items() if theirs.get(key) != value
+        f"{key}: checkpoint {_shown(theirs.get(key))}, run {_shown(value)}"
+        for key, value in ours.items()
+        if theirs.get(key) != value
     ]
     if differences:
         raise UserError(
-            f"flow.checkpoint: {folder} does not fit this run ({'; '.join(differences)}); fit a field for this backbone and config"
+            f"flow.checkpoint: {folder} does not fit this run ({'; '.join(differences)}); fit a "
+            "field for this backbone and config"
         )
 
 

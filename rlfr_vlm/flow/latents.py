@@ -14,7 +14,9 @@ ContextMode = Literal["token_pre", "token_post", "identity"]
 
 
 def resolve_layers(fractions: Sequence[float], num_layers: int) -> tuple[int, ...]:
-    """Decoder layers at these fractions of depth: round(p * L), half to even, the last layer for p = 1 (arXiv:2510.10201)."""
+    """Decoder layers at these fractions of depth: round(p * L), half to even, the last layer for p
+    = 1 (arXiv:2510.10201).
+    """
     return tuple(min(round(p * num_layers), num_layers - 1) for p in fractions)
 
 
@@ -22,10 +24,12 @@ def resolve_layers(fractions: Sequence[float], num_layers: int) -> tuple[int, ..
 def capture_latents(layers: Sequence[nn.Module], rows: Tensor | None) -> Iterator[list[Tensor]]:
     """Collect rows of the outputs of decoder layers during the forwards inside the block.
 
-    The states are detached: nothing computed from them reaches the policy. Gradient checkpointing recomputes layers during the backward,
+    The states are detached: nothing computed from them reaches the policy. Gradient checkpointing
+        recomputes layers during the backward,
     when this block has ended, so no state is captured twice. rows None captures nothing.
 
-    layers: modules whose output is [1, S, D] (or a tuple that starts with it); rows: [R] int positions. Yields a list that holds, after
+    layers: modules whose output is [1, S, D] (or a tuple that starts with it); rows: [R] int
+        positions. Yields a list that holds, after
     the forward, one [R, D] tensor per layer in call order.
     """
     captured: list[Tensor] = []
@@ -44,7 +48,9 @@ def capture_latents(layers: Sequence[nn.Module], rows: Tensor | None) -> Iterato
             handle.remove()
 
 
-Side = tuple[ContextMode, int]  # where a target's context stands: its mode, and how many tokens away
+Side = tuple[
+    ContextMode, int
+]  # where a target's context stands: its mode, and how many tokens away
 
 
 @dataclass(frozen=True)
@@ -58,7 +64,9 @@ class LatentRequest:
 
 @dataclass(frozen=True)
 class Latents:
-    """States of R rows of a packed batch and where its N response tokens find their target and context among them."""
+    """States of R rows of a packed batch and where its N response tokens find their target and
+    context among them.
+    """
 
     states: Tensor  # [L, R, D], detached
     target: Tensor  # [N] int
@@ -73,19 +81,27 @@ class Latents:
 
 
 def context_rows(
-    response_rows: Tensor, lengths: Tensor, prompt_start: Tensor, prompt_end: Tensor, mode: ContextMode, shift: int
+    response_rows: Tensor,
+    lengths: Tensor,
+    prompt_start: Tensor,
+    prompt_end: Tensor,
+    mode: ContextMode,
+    shift: int,
 ) -> tuple[Tensor, Tensor]:
     """Packed row of each response token's context.
 
     token_pre: the token `shift` after it, within the response (the target precedes its context);
     token_post: the token `shift` before it, reaching into its prompt; identity: the token itself.
 
-    response_rows: [N]; lengths, prompt_start, prompt_end: [B]. Returns rows [N] (the token's own where there is no context), valid [N] bool.
+    response_rows: [N]; lengths, prompt_start, prompt_end: [B]. Returns rows [N] (the token's own
+        where there is no context), valid [N] bool.
     """
     if mode == "identity":
         return response_rows, torch.ones_like(response_rows, dtype=torch.bool)
     first = lengths.cumsum(0) - lengths
-    offset = torch.arange(len(response_rows), device=response_rows.device) - first.repeat_interleave(lengths)
+    offset = torch.arange(
+        len(response_rows), device=response_rows.device
+    ) - first.repeat_interleave(lengths)
     if mode == "token_pre":
         valid = offset + shift < lengths.repeat_interleave(lengths)
         return torch.where(valid, response_rows + shift, response_rows), valid

@@ -1,4 +1,6 @@
-"""The velocity network: an MLP with adaptive layer norm, one for all hooked layers (MAR's diffusion head, arXiv:2406.11838)."""
+"""The velocity network: an MLP with adaptive layer norm, one for all hooked layers (MAR's diffusion
+head, arXiv:2406.11838).
+"""
 
 from __future__ import annotations
 
@@ -26,15 +28,21 @@ class RMSNorm(nn.Module):
 
 
 class ScalarEmbedding(nn.Module):
-    """Fourier features of a scalar, then a two-layer MLP. The scalar is taken as it is, without DiT's factor 1000, as in the published code."""
+    """Fourier features of a scalar, then a two-layer MLP. The scalar is taken as it is, without
+    DiT's factor 1000, as in the published code.
+    """
 
     freqs: Tensor
 
     def __init__(self, width: int) -> None:
         super().__init__()
         half = EMBEDDING_SIZE // 2
-        self.register_buffer("freqs", torch.exp(-math.log(10000.0) * torch.arange(half) / half)[None])
-        self.mlp = nn.Sequential(nn.Linear(EMBEDDING_SIZE, width), nn.SiLU(), nn.Linear(width, width))
+        self.register_buffer(
+            "freqs", torch.exp(-math.log(10000.0) * torch.arange(half) / half)[None]
+        )
+        self.mlp = nn.Sequential(
+            nn.Linear(EMBEDDING_SIZE, width), nn.SiLU(), nn.Linear(width, width)
+        )
 
     def forward(self, scalar: Tensor) -> Tensor:
         """scalar: [N]; returns [N, W]."""
@@ -44,7 +52,9 @@ class ScalarEmbedding(nn.Module):
 
 
 class ResidualBlock(nn.Module):
-    """x + gate * MLP(norm(x) * (1 + scale) + shift); shift, scale and gate come from the condition."""
+    """x + gate * MLP(norm(x) * (1 + scale) + shift); shift, scale and gate come from the
+    condition.
+    """
 
     def __init__(self, width: int, eps: float) -> None:
         super().__init__()
@@ -76,13 +86,22 @@ class FinalLayer(nn.Module):
 class VelocityNet(nn.Module):
     """v(x_t, t, layer | context): the velocity from noise to data at flow time t.
 
-    Parameter names follow the published network, so that its checkpoints map one to one. Modulations and the last projection start at
+    Parameter names follow the published network, so that its checkpoints map one to one.
+    Modulations and the last projection start at
     zero: a new field is v = 0 everywhere.
     """
 
-    def __init__(self, size: int, depth: int, eps: float = 1e-6, width: int | None = None, prompt_context: bool = False) -> None:
-        """size: D of the latents; width: of the network, by default D; eps: the backbone's rms_norm_eps; prompt_context: whether the
-        last prompt token's latent is a condition too."""
+    def __init__(
+        self,
+        size: int,
+        depth: int,
+        eps: float = 1e-6,
+        width: int | None = None,
+        prompt_context: bool = False,
+    ) -> None:
+        """size: D of the latents; width: of the network, by default D; eps: the backbone's
+        rms_norm_eps; prompt_context: whether the last prompt token's latent is a condition too.
+        """
         super().__init__()
         width = width or size
         self.size, self.depth, self.width, self.eps = size, depth, width, eps
@@ -104,10 +123,18 @@ class VelocityNet(nn.Module):
             if "adaLN_modulation" in name or name.startswith("final_layer.linear"):
                 nn.init.zeros_(parameter)
 
-    def forward(self, x_t: Tensor, t: Tensor, layer: Tensor, context: Tensor, prompt: Tensor | None = None) -> Tensor:
-        """x_t, context, prompt (where the network reads it): [N, D]; t in [0, 1] and layer depth in [0, 1]: [N]. Returns [N, D]."""
+    def forward(
+        self, x_t: Tensor, t: Tensor, layer: Tensor, context: Tensor, prompt: Tensor | None = None
+    ) -> Tensor:
+        """x_t, context, prompt (where the network reads it): [N, D]; t in [0, 1] and layer depth in
+        [0, 1]: [N]. Returns [N, D].
+        """
         dtype = self.input_proj.weight.dtype
-        condition = self.cond_embed(context.to(dtype)) + _embed_unique(self.time_embed, t) + _embed_unique(self.layer_embed, layer)
+        condition = (
+            self.cond_embed(context.to(dtype))
+            + _embed_unique(self.time_embed, t)
+            + _embed_unique(self.layer_embed, layer)
+        )
         if self.prompt_embed is not None:
             assert prompt is not None
             condition = condition + self.prompt_embed(prompt.to(dtype))
@@ -120,4 +147,6 @@ class VelocityNet(nn.Module):
 def _embed_unique(embedding: ScalarEmbedding, scalar: Tensor) -> Tensor:
     """Embed each distinct value once: at reward time a batch holds one time and a few layers."""
     values, index = torch.unique(scalar, return_inverse=True)
-    return embedding(values).index_select(0, index) if len(values) < len(scalar) else embedding(scalar)
+    return (
+        embedding(values).index_select(0, index) if len(values) < len(scalar) else embedding(scalar)
+    )

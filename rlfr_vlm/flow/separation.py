@@ -24,18 +24,23 @@ class Separation:
 
 
 def wins(values: Sequence[float], correct: Sequence[bool]) -> tuple[float, int]:
-    """Pairs of a wrong and a right response in which the wrong one has more, a tie counting one half; and how many pairs there are.
+    """Pairs of a wrong and a right response in which the wrong one has more, a tie counting one
+    half; and how many pairs there are.
 
     Values that are not finite have no part in it.
     """
-    known = [(value, right) for value, right in zip(values, correct, strict=True) if np.isfinite(value)]
+    known = [
+        (value, right) for value, right in zip(values, correct, strict=True) if np.isfinite(value)
+    ]
     right = np.sort([value for value, flag in known if flag])
     wrong = np.array([value for value, flag in known if not flag])
     below, upto = (np.searchsorted(right, wrong, side) for side in ("left", "right"))
     return float((below + upto).sum()) / 2, len(right) * len(wrong)
 
 
-def separation(values: Sequence[float], correct: Sequence[bool], group: Sequence[int], seed: int = 0) -> Separation | None:
+def separation(
+    values: Sequence[float], correct: Sequence[bool], group: Sequence[int], seed: int = 0
+) -> Separation | None:
     """How often a wrong response has more than a right sibling; None where no group has both.
 
     values, correct, group: one per response; higher is to mean wrong.
@@ -43,7 +48,9 @@ def separation(values: Sequence[float], correct: Sequence[bool], group: Sequence
     members: dict[int, list[int]] = {}
     for place, key in enumerate(group):
         members.setdefault(key, []).append(place)
-    counted = np.array([wins([values[i] for i in part], [correct[i] for i in part]) for part in members.values()])
+    counted = np.array(
+        [wins([values[i] for i in part], [correct[i] for i in part]) for part in members.values()]
+    )
     counted = counted[counted[:, 1] > 0] if len(counted) else counted
     if not len(counted):
         return None

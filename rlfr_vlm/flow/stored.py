@@ -1,4 +1,6 @@
-"""Latents of many responses, end to end, and the tiles of tokens that small steps are taken over."""
+"""Latents of many responses, end to end, and the tiles of tokens that small steps are taken
+over.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +20,9 @@ TILE_TOKENS = 1024
 
 @dataclass(frozen=True)
 class StoredLatents:
-    """Latents of responses end to end, and which token belongs to which. The states may lie in a file that is mapped into memory."""
+    """Latents of responses end to end, and which token belongs to which. The states may lie in a
+    file that is mapped into memory.
+    """
 
     latents: Latents
     token_ids: Tensor  # [N]
@@ -41,12 +45,18 @@ def join_latents(parts: Sequence[StoredLatents]) -> StoredLatents:
     """One after the other, in memory."""
     rows = torch.tensor([0, *(part.latents.states.shape[1] for part in parts)]).cumsum(0).tolist()
     responses = torch.tensor([0, *(part.num_responses for part in parts)]).cumsum(0).tolist()
-    prompts = [part.latents.prompt + row for part, row in zip(parts, rows, strict=False) if part.latents.prompt is not None]
+    prompts = [
+        part.latents.prompt + row
+        for part, row in zip(parts, rows, strict=False)
+        if part.latents.prompt is not None
+    ]
     return StoredLatents(
         Latents(
             torch.cat([part.latents.states for part in parts], dim=1),
             torch.cat([part.latents.target + row for part, row in zip(parts, rows, strict=False)]),
-            torch.cat([part.latents.context + row for part, row in zip(parts, rows, strict=False)], dim=1),
+            torch.cat(
+                [part.latents.context + row for part, row in zip(parts, rows, strict=False)], dim=1
+            ),
             torch.cat([part.latents.valid for part in parts], dim=1),
             torch.cat(prompts) if prompts else None,
         ),
@@ -56,19 +66,37 @@ def join_latents(parts: Sequence[StoredLatents]) -> StoredLatents:
 
 
 def small_tiles(field: FlowField, latents: Latents, tokens: Tensor, draw: Tensor) -> Iterator[Tile]:
-    """A batch of tokens, side by side, one draw of noise for all sides. tokens: [n] int; draw: [L, n, D + 1], as `FlowField.draw` gives."""
+    """A batch of tokens, side by side, one draw of noise for all sides. tokens: [n] int; draw: [L,
+    n, D + 1], as `FlowField.draw` gives.
+    """
     for side, valid in enumerate(latents.valid[:, tokens]):
         if bool(valid.any()):
             yield field.tile(latents, side, tokens[valid], draw[:, valid.to(draw.device)])
 
 
-def some_tiles(field: FlowField, stored: StoredLatents, tokens: Tensor, seed: int, most: int = STATISTICS_TOKENS) -> list[Tile]:
+def some_tiles(
+    field: FlowField,
+    stored: StoredLatents,
+    tokens: Tensor,
+    seed: int,
+    most: int = STATISTICS_TOKENS,
+) -> list[Tile]:
     """At most so many of these tokens, drawn at random, a bounded number at a time."""
     parts = some_of(tokens, seed, most).split(TILE_TOKENS)
-    draws = (field.draw(len(part), request_seed("some tokens", seed, k)) for k, part in enumerate(parts))
-    return [tile for part, draw in zip(parts, draws, strict=True) for tile in small_tiles(field, stored.latents, part, draw)]
+    draws = (
+        field.draw(len(part), request_seed("some tokens", seed, k)) for k, part in enumerate(parts)
+    )
+    return [
+        tile
+        for part, draw in zip(parts, draws, strict=True)
+        for tile in small_tiles(field, stored.latents, part, draw)
+    ]
 
 
 def some_of(tokens: Tensor, seed: int, most: int = STATISTICS_TOKENS) -> Tensor:
     """At most so many of these, drawn at random, in order."""
-    return tokens[torch.randperm(len(tokens), generator=torch.Generator().manual_seed(seed))[:most].sort().values]
+    return tokens[
+        torch.randperm(len(tokens), generator=torch.Generator().manual_seed(seed))[:most]
+        .sort()
+        .values
+    ]

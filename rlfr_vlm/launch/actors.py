@@ -1,4 +1,6 @@
-"""The processes of launcher=ray: what a training rank and a rollout engine are, whoever starts them."""
+"""The processes of launcher=ray: what a training rank and a rollout engine are, whoever starts
+them.
+"""
 
 from __future__ import annotations
 
@@ -33,30 +35,57 @@ class Actor:
     def place(self, node: str) -> Place:
         """Where this is. node: what the cluster calls the machine."""
         gpus = os.environ.get("CUDA_VISIBLE_DEVICES")
-        return Place(socket.gethostname(), node, os.getpid(), started(os.getpid()), f"GPU {gpus}" if gpus else "CPU")
+        return Place(
+            socket.gethostname(),
+            node,
+            os.getpid(),
+            started(os.getpid()),
+            f"GPU {gpus}" if gpus else "CPU",
+        )
 
 
 class TrainerActor(Actor):
     """A training rank."""
 
     def port(self, host: str) -> int | Problem:
-        """A port that rank 0 will listen on: bound until then, by a socket that lets this process bind it once more."""
-        self._held = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET, socket.SOCK_STREAM)
+        """A port that rank 0 will listen on: bound until then, by a socket that lets this process
+        bind it once more.
+        """
+        self._held = socket.socket(
+            socket.AF_INET6 if ":" in host else socket.AF_INET, socket.SOCK_STREAM
+        )
         self._held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             self._held.bind((host, 0))
         except OSError as error:
             self._held.close()
-            return Problem("UserError", f"ray.bind={host} is no address of {socket.gethostname()}, where rank 0 is: {error.strerror}")
+            return Problem(
+                "UserError",
+                f"ray.bind={host} is no address of {socket.gethostname()}, where rank 0 is: "
+                f"{error.strerror}",
+            )
         return self._held.getsockname()[1]
 
-    def run(self, cfg: Config, train_rank: Callable[..., Path], launch: Launch, workers: Workers | None) -> Ended:
-        """Train to the end. Errors are values here, so that the launcher can tell the first from those that follow from it."""
-        told = {"RANK": launch.rank, "WORLD_SIZE": launch.size, "LOCAL_RANK": launch.local_rank, "LOCAL_WORLD_SIZE": launch.local_size}
-        os.environ |= {name: str(value) for name, value in told.items()}  # DeepSpeed looks there as well
+    def run(
+        self, cfg: Config, train_rank: Callable[..., Path], launch: Launch, workers: Workers | None
+    ) -> Ended:
+        """Train to the end. Errors are values here, so that the launcher can tell the first from
+        those that follow from it.
+        """
+        told = {
+            "RANK": launch.rank,
+            "WORLD_SIZE": launch.size,
+            "LOCAL_RANK": launch.local_rank,
+            "LOCAL_WORLD_SIZE": launch.local_size,
+        }
+        os.environ |= {
+            name: str(value) for name, value in told.items()
+        }  # DeepSpeed looks there as well
         try:
             ranks = join(cfg, launch)
-            path = train_rank(cfg, ranks, partial(_remote_engine, cfg, workers) if workers is not None else None)
+            path = train_rank(
+                cfg, ranks, partial(_remote_engine, cfg, workers) if workers is not None else None
+            )
             ranks.leave()
             return Ended(path=str(path))
         except Exception as error:
@@ -68,7 +97,9 @@ def _remote_engine(cfg: Config, workers: Workers, policy: Policy, ranks: Ranks) 
 
 
 class EngineActor(Actor):
-    """A rollout worker. It loads at its first call, because an error in a constructor would only say that the actor died."""
+    """A rollout worker. It loads at its first call, because an error in a constructor would only
+    say that the actor died.
+    """
 
     def __init__(self, name: str, folder: str, cfg: Config) -> None:
         super().__init__(name, folder)

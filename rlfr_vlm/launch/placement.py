@@ -1,4 +1,6 @@
-"""What the actors of launcher=ray need of a cluster, and where it is: everything that can be said before Ray is started."""
+"""What the actors of launcher=ray need of a cluster, and where it is: everything that can be said
+before Ray is started.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +22,16 @@ from rlfr_vlm.launch.processes import end_leftovers, started
 PREFIX = "rlfr-ray-"
 CONNECT_SECONDS = 10.0  # for a cluster that is named to answer
 END_SECONDS = 10.0  # for Ray's own processes to end by themselves
-ENVIRONMENT = ("OMP_NUM_THREADS", "TOKENIZERS_PARALLELISM", "HF_", "TRANSFORMERS_", "VLLM_", "NCCL_", "GLOO_", "RLFR_")
+ENVIRONMENT = (
+    "OMP_NUM_THREADS",
+    "TOKENIZERS_PARALLELISM",
+    "HF_",
+    "TRANSFORMERS_",
+    "VLLM_",
+    "NCCL_",
+    "GLOO_",
+    "RLFR_",
+)
 ACTORS_PER_CORE = 8  # at most, where there are no GPUs
 
 
@@ -41,7 +52,10 @@ class Needs:
         engines, split, device = cfg.ray.engines, cfg.rollout.vllm.tensor_parallel, cfg.model.device
         asked = f"deepspeed.ranks={trainers} and ray.engines={engines}"
         if device not in ("auto", "cpu", "cuda"):
-            raise UserError(f"model.device={device}: with launcher=ray each actor sees its own GPU only; use auto")
+            raise UserError(
+                f"model.device={device}: with launcher=ray each actor sees its own GPU only; use "
+                "auto"
+            )
         if device == "cuda" and not gpus:
             raise UserError("model.device=cuda, but the cluster has no GPU")
         if gpus and device != "cpu":
@@ -52,7 +66,8 @@ class Needs:
             return cls(trainers, engines, min(1.0, _share(cpus, trainers + engines)), 1, split)
         if trainers + engines > ACTORS_PER_CORE * cpus:
             raise UserError(
-                f"{asked} are {trainers + engines} processes, but the cluster has {cpus:g} CPU cores, for {ACTORS_PER_CORE * cpus:g} at most"
+                f"{asked} are {trainers + engines} processes, but the cluster has {cpus:g} CPU "
+                f"cores, for {ACTORS_PER_CORE * cpus:g} at most"
             )
         return cls(trainers, engines, min(1.0, _share(cpus, trainers + engines)), 0, 0)
 
@@ -76,11 +91,14 @@ def _token() -> str:
 
 @contextmanager
 def private_folder() -> Iterator[Path]:
-    """A folder for the files of a cluster of one's own, and the environment that keeps others out of it.
+    """A folder for the files of a cluster of one's own, and the environment that keeps others out
+    of it.
 
     Afterwards every process that was started in this environment is gone, and so is the folder.
     """
-    parent = Path("/tmp" if len(tempfile.gettempdir()) > 24 else tempfile.gettempdir())  # names of sockets have at most 107 letters
+    parent = Path(
+        "/tmp" if len(tempfile.gettempdir()) > 24 else tempfile.gettempdir()
+    )  # names of sockets have at most 107 letters
     remove_orphans(parent)
     folder = Path(tempfile.mkdtemp(prefix=PREFIX, dir=parent))
     token = folder / "token"
@@ -90,14 +108,17 @@ def private_folder() -> Iterator[Path]:
         token.write_text(_token())
         os.environ.pop("RAY_AUTH_TOKEN", None)
         os.environ |= {
-            "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # where Ray has no clusters, all of its sockets listen on loopback
+            # where Ray has no clusters, all of its sockets listen on loopback
+            "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
             "RAY_AUTH_MODE": "token",
             "RAY_AUTH_TOKEN_PATH": str(token),
             "RAY_USAGE_STATS_ENABLED": "0",
-            "RAY_memory_monitor_refresh_ms": "0",  # would kill actors at 95 % of the memory, whoever else uses it
+            # would kill actors at 95 % of the memory, whoever else uses it
+            "RAY_memory_monitor_refresh_ms": "0",
             "RAY_NUM_REDIS_GET_RETRIES": "120",  # a busy machine takes its time
             "RAY_worker_register_timeout_seconds": "300",
-            "RAY_worker_niceness": "0",  # 15 by default: training would run in whatever time others leave
+            # 15 by default: training would run in whatever time others leave
+            "RAY_worker_niceness": "0",
             "RAY_COLOR_PREFIX": "0",
             "RAY_DEDUP_LOGS": "0",
             "TQDM_DISABLE": "1",
@@ -124,7 +145,9 @@ def passed_on() -> dict[str, str]:
 
 
 def store_bytes(cfg: Config) -> int:
-    """Size of the object store: the buckets of a weight sync that are under way, and some more; taken only as it is filled."""
+    """Size of the object store: the buckets of a weight sync that are under way, and some more;
+    taken only as it is filled.
+    """
     wanted = 2**28 + (4 * 2**20 * cfg.rollout.sync_bucket_mib if cfg.ray.engines else 0)
     with suppress(OSError):
         wanted = min(wanted, int(0.8 * shutil.disk_usage("/dev/shm").free))
@@ -132,24 +155,33 @@ def store_bytes(cfg: Config) -> int:
 
 
 def find_cluster(address: str) -> tuple[str, int]:
-    """Host and port of a cluster that answers. Raises UserError naming the address, within CONNECT_SECONDS."""
+    """Host and port of a cluster that answers. Raises UserError naming the address, within
+    CONNECT_SECONDS.
+    """
     found = address
     if address == "auto":
         found = os.environ.get("RAY_ADDRESS", "")
         with suppress(OSError):
             found = found or Path("/tmp/ray/ray_current_cluster").read_text().strip()
         if not found:
-            raise UserError("ray.address=auto: no cluster runs on this machine, and RAY_ADDRESS is not set; use local, or HOST:PORT")
+            raise UserError(
+                "ray.address=auto: no cluster runs on this machine, and RAY_ADDRESS is not set; "
+                "use local, or HOST:PORT"
+            )
     host, _, port = found.rpartition(":")
     if not host or not port.isdigit():
-        raise UserError(f"ray.address={address}: `{found}` is not of the form HOST:PORT (nor local, nor auto)")
+        raise UserError(
+            f"ray.address={address}: `{found}` is not of the form HOST:PORT (nor local, nor auto)"
+        )
     if not answers(host.strip("[]"), int(port)):
         raise UserError(f"ray.address={address}: no Ray cluster answers at {found}")
     return host, int(port)
 
 
 def answers(host: str, port: int) -> bool:
-    """Whether something speaks HTTP/2 there, as Ray's server does: Ray itself would try for over a minute."""
+    """Whether something speaks HTTP/2 there, as Ray's server does: Ray itself would try for over a
+    minute.
+    """
     try:
         with socket.create_connection((host, port), CONNECT_SECONDS / 2) as connection:
             connection.settimeout(CONNECT_SECONDS / 2)

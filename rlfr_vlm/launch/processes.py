@@ -1,4 +1,6 @@
-"""Processes of a run as their launcher sees them: where each is, how it ended, and making sure that it has."""
+"""Processes of a run as their launcher sees them: where each is, how it ended, and making sure that
+it has.
+"""
 
 from __future__ import annotations
 
@@ -56,12 +58,17 @@ class Ended:
 
 
 def verdict(ended: Mapping[int, Ended], died: Mapping[int, str], silent: list[int]) -> str | None:
-    """Why all ranks have to start again; None where all are done. silent: ranks that still run though others have failed.
+    """Why all ranks have to start again; None where all are done. silent: ranks that still run
+    though others have failed.
 
     Raises what one of the ranks stopped at: a second run would stop there as well.
     """
     own = [(rank, end) for rank, end in sorted(ended.items()) if end.path is None and not end.peer]
-    own.sort(key=lambda found: found[1].problem is None or re.match(r"rank \d+: ", found[1].problem.text) is not None)
+    own.sort(
+        key=lambda found: (
+            found[1].problem is None or re.match(r"rank \d+: ", found[1].problem.text) is not None
+        )
+    )
     for rank, end in own:
         if end.problem is not None and not end.stopped:
             raise end.problem.error()
@@ -75,7 +82,11 @@ def verdict(ended: Mapping[int, Ended], died: Mapping[int, str], silent: list[in
     lost = [(rank, end) for rank, end in sorted(ended.items()) if end.peer]
     if lost:
         rank, end = lost[0]
-        what = end.problem.text if end.problem is not None else f"rank {rank}: {end.trace.strip().splitlines()[-1][:300]}"
+        what = (
+            end.problem.text
+            if end.problem is not None
+            else f"rank {rank}: {end.trace.strip().splitlines()[-1][:300]}"
+        )
         return f"{', '.join(f'rank {rank}' for rank in silent) or 'a rank'} did not answer ({what})"
     return None
 
@@ -100,7 +111,9 @@ def send(pid: int, since: str | None, number: int) -> bool:
 
 
 def end_process(pid: int, since: str | None, grace_s: float = 0.0) -> bool:
-    """Wait until a process of this machine is gone; kill it after `grace_s`, even a stopped one. False where it still is not."""
+    """Wait until a process of this machine is gone; kill it after `grace_s`, even a stopped one.
+    False where it still is not.
+    """
     begun = time.monotonic()
     while started(pid) == since is not None:
         waited = time.monotonic() - begun
@@ -113,7 +126,9 @@ def end_process(pid: int, since: str | None, grace_s: float = 0.0) -> bool:
 
 
 def end_leftovers(entry: str, grace_s: float) -> None:
-    """Let the processes of `processes_with` end by themselves for a while, and kill those that do not."""
+    """Let the processes of `processes_with` end by themselves for a while, and kill those that do
+    not.
+    """
     deadline = time.monotonic() + grace_s
     while (left := processes_with(entry)) and time.monotonic() < deadline:
         time.sleep(0.05)
@@ -124,7 +139,9 @@ def end_leftovers(entry: str, grace_s: float) -> None:
 
 
 def processes_with(entry: str) -> list[tuple[int, str | None]]:
-    """This user's processes, other than this one, that were started with an environment variable of this value (`NAME=value`)."""
+    """This user's processes, other than this one, that were started with an environment variable of
+    this value (`NAME=value`).
+    """
     found = []
     for path in Path("/proc").glob("[0-9]*/environ"):
         pid = int(path.parent.name)
@@ -137,4 +154,7 @@ def processes_with(entry: str) -> list[tuple[int, str | None]]:
 def brief(error: Exception) -> str:
     """Ray's message on one line, less its advice."""
     text = " ".join(str(error).split())
-    return text.partition("Worker exit detail: ")[2].partition(" Some common causes")[0][:160] or text[:160]
+    return (
+        text.partition("Worker exit detail: ")[2].partition(" Some common causes")[0][:160]
+        or text[:160]
+    )

@@ -1,10 +1,13 @@
-"""launcher=ray: training ranks and rollout engines as actors, placed, watched and started again. The only module that imports ray.
+"""launcher=ray: training ranks and rollout engines as actors, placed, watched and started again.
+The only module that imports ray.
 
-Trainers are started again by this module, as a whole and from the last checkpoint: their process group cannot do without one of them.
-Engines are started again by Ray, one by one and in place: the trainers' handles stay good, and a call made meanwhile waits or says so. An
-engine that was started anew samples nothing before it was given weights (rollout/worker.py).
+Trainers are started again by this module, as a whole and from the last checkpoint: their process
+group cannot do without one of them. Engines are started again by Ray, one by one and in place: the
+trainers' handles stay good, and a call made meanwhile waits or says so. An engine that was started
+anew samples nothing before it was given weights (rollout/worker.py).
 
-Ray reads its settings from the environment when it is imported, so that no import stands at the top.
+Ray reads its settings from the environment when it is imported, so that no import stands at the
+top.
 """
 
 from __future__ import annotations
@@ -26,7 +29,15 @@ import torch
 from rlfr_vlm.config import Config
 from rlfr_vlm.errors import Preempted, StoppedError, UserError
 from rlfr_vlm.launch.actors import Actor, EngineActor, TrainerActor
-from rlfr_vlm.launch.placement import Needs, answers, find_cluster, own_address, passed_on, private_folder, store_bytes
+from rlfr_vlm.launch.placement import (
+    Needs,
+    answers,
+    find_cluster,
+    own_address,
+    passed_on,
+    private_folder,
+    store_bytes,
+)
 from rlfr_vlm.launch.processes import Ended, Place, brief, end_process, send, verdict
 from rlfr_vlm.ranks import LOOPBACK, Launch
 from rlfr_vlm.rollout.remote import WorkerLost
@@ -84,12 +95,14 @@ class RayWorkers:
         ray.kill(self._engines[worker], no_restart=False)
 
 
-# -- the cluster -------------------------------------------------------------------------------------------------------------
+# -- the cluster -----------------------------------------------------------------------------------
 
 
 @contextmanager
 def cluster(cfg: Config) -> Iterator[Needs]:
-    """Connect to a cluster that has room for the run. Raises UserError naming what is missing, or the address."""
+    """Connect to a cluster that has room for the run. Raises UserError naming what is missing, or
+    the address.
+    """
     before, handler = dict(os.environ), signal.getsignal(signal.SIGTERM)
     try:
         with _own_cluster(cfg) if cfg.ray.address == "local" else _other_cluster(cfg.ray.address):
@@ -106,7 +119,9 @@ def cluster(cfg: Config) -> Iterator[Needs]:
 
 @contextmanager
 def _own_cluster(cfg: Config) -> Iterator[None]:
-    """A cluster of this run's own: on loopback only, behind a token, and gone without a trace afterwards."""
+    """A cluster of this run's own: on loopback only, behind a token, and gone without a trace
+    afterwards.
+    """
     cpus, gpus = len(os.sched_getaffinity(0)), torch.cuda.device_count()
     found = Needs.of(cfg, cpus, gpus)
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cpus // (found.trainers + found.engines))))
@@ -114,18 +129,28 @@ def _own_cluster(cfg: Config) -> Iterator[None]:
         import ray
 
         if ray._private.ray_constants.ENABLE_RAY_CLUSTER:
-            raise UserError("ray.address=local: ray was imported before, with settings that listen on every interface; start a new process")
-        size: dict[str, Any] = {"num_cpus": cpus, "num_gpus": gpus, "object_store_memory": store_bytes(cfg)}
+            raise UserError(
+                "ray.address=local: ray was imported before, with settings that listen on every "
+                "interface; start a new process"
+            )
+        size: dict[str, Any] = {
+            "num_cpus": cpus,
+            "num_gpus": gpus,
+            "object_store_memory": store_bytes(cfg),
+        }
         size |= {"include_dashboard": False, "logging_level": logging.ERROR}
         try:
             for attempt in range(START_ATTEMPTS):
                 try:
                     ray.init("local", **size, _node_ip_address="127.0.0.1", _temp_dir=str(folder))
                     break
-                except Exception as error:  # of no kind of its own; a machine may be too busy for the 30 s that Ray waits
+                # of no kind of its own; a machine may be too busy for the 30 s that Ray waits
+                except Exception as error:
                     ray.shutdown()
                     if attempt == START_ATTEMPTS - 1:
-                        raise StoppedError(f"Ray does not start: {' '.join(str(error).split())[:300]}") from error
+                        raise StoppedError(
+                            f"Ray does not start: {' '.join(str(error).split())[:300]}"
+                        ) from error
             yield
         finally:
             ray.shutdown()
@@ -135,35 +160,47 @@ def _own_cluster(cfg: Config) -> Iterator[None]:
 def _other_cluster(address: str) -> Iterator[None]:
     """A cluster that somebody else started, and that stays."""
     host, port = find_cluster(address)
-    if host.startswith(LOOPBACK) and not answers(own_address(), port):  # listens on loopback alone, as the one above
+    if host.startswith(LOOPBACK) and not answers(
+        own_address(), port
+    ):  # listens on loopback alone, as the one above
         os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
     os.environ |= {"RAY_COLOR_PREFIX": "0", "RAY_DEDUP_LOGS": "0", "RAY_NUM_REDIS_GET_RETRIES": "3"}
     import ray
     from ray.exceptions import RayError
 
     try:
-        ray.init(f"{host}:{port}", logging_level=logging.ERROR, runtime_env={"env_vars": passed_on()})
+        ray.init(
+            f"{host}:{port}", logging_level=logging.ERROR, runtime_env={"env_vars": passed_on()}
+        )
     except (ConnectionError, RuntimeError, ValueError, RayError, SystemExit) as error:
         why = " ".join(str(error.__cause__ or error).split())
-        token = "it wants its token: set RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN_PATH to the file that holds it"
-        raise UserError(f"ray.address={address}: {token if 'uthenticat' in why else why[:300]}") from None
+        token = (
+            "it wants its token: set RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN_PATH to the file "
+            "that holds it"
+        )
+        raise UserError(
+            f"ray.address={address}: {token if 'uthenticat' in why else why[:300]}"
+        ) from None
     try:
         yield
     finally:
         ray.shutdown()
 
 
-# -- the run -----------------------------------------------------------------------------------------------------------------
+# -- the run ---------------------------------------------------------------------------------------
 
 
 def launch(cfg: Config, train_rank: Callable[..., Path]) -> Path:
     """Train by actors; returns the run's folder. `train_rank` is what each training process does.
 
-    Raises UserError naming what the cluster lacks, whatever a rank stops at, StoppedError naming the actor that died once too often, and
-    Preempted once the ranks have saved after SIGTERM.
+    Raises UserError naming what the cluster lacks, whatever a rank stops at, StoppedError naming
+    the actor that died once too often, and Preempted once the ranks have saved after SIGTERM.
     """
     if not cfg.ray.bind.startswith(LOOPBACK):
-        say(f"warning: ray.bind={cfg.ray.bind}: training ranks meet at this address, and whoever reaches it can talk to them")
+        say(
+            f"warning: ray.bind={cfg.ray.bind}: training ranks meet at this address, and whoever "
+            "reaches it can talk to them"
+        )
     with cluster(cfg) as needs:
         run = _Run(cfg, train_rank, needs)
         try:
@@ -195,11 +232,15 @@ class _Run:
         if not self._group.wait(PLACE_SECONDS):
             free = ray.available_resources()
             raise UserError(
-                f"deepspeed.ranks={needs.trainers} and ray.engines={needs.engines}: the cluster is too busy; "
+                f"deepspeed.ranks={needs.trainers} and ray.engines={needs.engines}: the cluster is "
+                "too busy; "
                 f"{free.get('CPU', 0):g} CPU cores and {free.get('GPU', 0):g} GPUs are free"
             )
         self._nodes: dict[int, str] = placement_group_table(self._group)["bundles_to_node_id"]
-        self.engines = [self._start(EngineActor, f"engine {i}", needs.trainers + i, cfg) for i in range(needs.engines)]
+        self.engines = [
+            self._start(EngineActor, f"engine {i}", needs.trainers + i, cfg)
+            for i in range(needs.engines)
+        ]
         self.engine_pids: list[int] = []
         self._pings: dict[int, Any] = {}
         self._pinged = 0.0
@@ -215,7 +256,9 @@ class _Run:
             "num_gpus": self.needs.engine_gpus if engine else self.needs.trainer_gpus,
             "max_restarts": self.cfg.ray.max_restarts if engine else 0,
             "max_task_retries": 0,
-            "scheduling_strategy": PlacementGroupSchedulingStrategy(self._group, placement_group_bundle_index=bundle),
+            "scheduling_strategy": PlacementGroupSchedulingStrategy(
+                self._group, placement_group_bundle_index=bundle
+            ),
         }
         return ray.remote(kind).options(**options).remote(name, os.getcwd(), *arguments)
 
@@ -238,17 +281,24 @@ class _Run:
         size, bind = self.needs.trainers, self.cfg.ray.bind
         self.places = []
         self.trainers = [self._start(TrainerActor, f"rank {rank}", rank) for rank in range(size)]
-        self.places = places = self._wait([actor.place.remote(self._nodes[rank]) for rank, actor in enumerate(self.trainers)])
+        self.places = places = self._wait(
+            [actor.place.remote(self._nodes[rank]) for rank, actor in enumerate(self.trainers)]
+        )
         if not self.engine_pids:
-            found = self._wait([actor.place.remote(self._nodes[size + number]) for number, actor in enumerate(self.engines)])
+            found = self._wait(
+                [
+                    actor.place.remote(self._nodes[size + number])
+                    for number, actor in enumerate(self.engines)
+                ]
+            )
             self.engine_pids = [place.pid for place in found]
             self._describe("engine", found)
         self._describe("rank", places)
         nodes = [place.node for place in places]
         if len(set(nodes)) > 1 and bind.startswith(LOOPBACK):
             raise UserError(
-                f"ray.bind={bind}: the training ranks are on {len(set(nodes))} machines, which this address does not join; "
-                "set it to one of this machine that the others reach"
+                f"ray.bind={bind}: the training ranks are on {len(set(nodes))} machines, which "
+                "this address does not join; set it to one of this machine that the others reach"
             )
         (port,) = self._wait([self.trainers[0].port.remote(bind)])
         if isinstance(port, Problem):
@@ -256,12 +306,22 @@ class _Run:
         workers = RayWorkers(self.engines) if self.engines else None
         calls = []
         for rank, actor in enumerate(self.trainers):  # with a GPU of its own, a rank sees no other
-            local = (0, 1) if self.needs.trainer_gpus else (nodes[:rank].count(nodes[rank]), nodes.count(nodes[rank]))
-            calls.append(actor.run.remote(self.cfg, self.train_rank, Launch(rank, size, *local, bind, port), workers))
+            local = (
+                (0, 1)
+                if self.needs.trainer_gpus
+                else (nodes[:rank].count(nodes[rank]), nodes.count(nodes[rank]))
+            )
+            calls.append(
+                actor.run.remote(
+                    self.cfg, self.train_rank, Launch(rank, size, *local, bind, port), workers
+                )
+            )
         return calls
 
     def _wait(self, calls: Sequence[Any]) -> list[Any]:
-        """What actors that are starting answer. Raises StoppedError for one that does not, Preempted after SIGTERM."""
+        """What actors that are starting answer. Raises StoppedError for one that does not,
+        Preempted after SIGTERM.
+        """
         import ray
 
         deadline = time.monotonic() + START_SECONDS
@@ -269,9 +329,15 @@ class _Run:
         while waiting:
             _, waiting = ray.wait(waiting, num_returns=len(waiting), timeout=POLL_SECONDS)
             if self.asked_to_stop:
-                raise Preempted("stopped on SIGTERM while processes were starting; run the same command to go on")
+                raise Preempted(
+                    "stopped on SIGTERM while processes were starting; run the same command to go "
+                    "on"
+                )
             if waiting and time.monotonic() > deadline:
-                raise StoppedError(f"{len(waiting)} of {len(calls)} actors did not start within {START_SECONDS:.0f} s")
+                raise StoppedError(
+                    f"{len(waiting)} of {len(calls)} actors did not start within "
+                    f"{START_SECONDS:.0f} s"
+                )
         return ray.get(list(calls))
 
     def _describe(self, role: str, places: Sequence[Place]) -> None:
@@ -279,7 +345,9 @@ class _Run:
             say(f"{role} {number}: process {place.pid} on {place.host}, {place.device}")
 
     def _watch(self, calls: Sequence[Any]) -> Path | None:
-        """Until the ranks have ended. Returns the run's folder; None where they have to start again."""
+        """Until the ranks have ended. Returns the run's folder; None where they have to start
+        again.
+        """
         import ray
         from ray.exceptions import RayActorError
 
@@ -299,7 +367,10 @@ class _Run:
             self._pass_on_sigterm()
             self._check_engines()
         if died and self.asked_to_stop:
-            raise Preempted("stopped on SIGTERM before every rank had saved; run the same command to go on from the last checkpoint")
+            raise Preempted(
+                "stopped on SIGTERM before every rank had saved; run the same command to go on "
+                "from the last checkpoint"
+            )
         reason = verdict(ended, died, sorted(running.values()))
         if reason is None:
             return Path(ended[0].path or "")
@@ -308,7 +379,9 @@ class _Run:
         return None
 
     def _check_engines(self) -> None:
-        """Ask every engine who it is: one that is another process than before has died in between."""
+        """Ask every engine who it is: one that is another process than before has died in
+        between.
+        """
         import ray
         from ray.exceptions import ActorDiedError, RayActorError
 
@@ -317,7 +390,11 @@ class _Run:
             for number, engine in enumerate(self.engines):
                 if number not in self._pings:  # an engine that samples answers afterwards
                     self._pings[number] = engine.call.remote("state")
-        answered = ray.wait(list(self._pings.values()), num_returns=len(self._pings), timeout=0)[0] if self._pings else []
+        answered = (
+            ray.wait(list(self._pings.values()), num_returns=len(self._pings), timeout=0)[0]
+            if self._pings
+            else []
+        )
         for number, ping in list(self._pings.items()):
             if ping not in answered:
                 continue
@@ -326,14 +403,19 @@ class _Run:
                 state = ray.get(ping)
             except ActorDiedError as error:
                 self.deaths.append(brief(error))
-                raise StoppedError(f"engine {number} died and is not started again ({brief(error)}); {self._so_far()}") from None
+                raise StoppedError(
+                    f"engine {number} died and is not started again ({brief(error)}); "
+                    f"{self._so_far()}"
+                ) from None
             except RayActorError:
                 continue  # it is being started again
             if isinstance(state, Problem):
                 raise state.error()
             if state.pid != self.engine_pids[number]:
                 before, self.engine_pids[number] = self.engine_pids[number], state.pid
-                self._note_death(f"engine {number} (process {before}) died; process {state.pid} stands in for it")
+                self._note_death(
+                    f"engine {number} (process {before}) died; process {state.pid} stands in for it"
+                )
 
     def _note_death(self, what: str) -> None:
         """Raises StoppedError where it is one too many."""
@@ -343,7 +425,10 @@ class _Run:
         say(f"warning: {what}; {self._so_far()}")
 
     def _so_far(self) -> str:
-        return f"death {len(self.deaths)} of this run, which survives ray.max_restarts={self.cfg.ray.max_restarts}"
+        return (
+            f"death {len(self.deaths)} of this run, which survives "
+            f"ray.max_restarts={self.cfg.ray.max_restarts}"
+        )
 
     def _on_sigterm(self, _signal: int, _frame: FrameType | None) -> None:
         self.asked_to_stop += 1
@@ -365,7 +450,11 @@ class _Run:
             return function(place.pid, place.started, *arguments)
         there = NodeAffinitySchedulingStrategy(place.node, soft=False)
         try:
-            call = ray.remote(function).options(num_cpus=0, scheduling_strategy=there).remote(place.pid, place.started, *arguments)
+            call = (
+                ray.remote(function)
+                .options(num_cpus=0, scheduling_strategy=there)
+                .remote(place.pid, place.started, *arguments)
+            )
             return ray.get(call, timeout=NODE_SECONDS)
         except RayError:  # the machine itself is gone
             return True
@@ -378,7 +467,9 @@ class _Run:
             ray.kill(actor, no_restart=True)
         for rank, place in enumerate(self.places):
             if not self._on_node(place, end_process, KILL_SECONDS):
-                raise StoppedError(f"rank {rank} (process {place.pid} on {place.host}) cannot be ended")
+                raise StoppedError(
+                    f"rank {rank} (process {place.pid} on {place.host}) cannot be ended"
+                )
         self.trainers, self.places = [], []
 
     def close(self) -> None:

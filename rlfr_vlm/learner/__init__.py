@@ -1,1 +1,3 @@
-"""What learns: the policy, its heads and the flow field with their optimisers, in one process or sharded, in step."""
+"""What learns: the policy, its heads and the flow field with their optimisers, in one process or
+sharded, in step.
+"""

@@ -1,4 +1,6 @@
-"""Training sharded over ranks by DeepSpeed's ZeRO (arXiv:1910.02054). The only module that imports deepspeed."""
+"""Training sharded over ranks by DeepSpeed's ZeRO (arXiv:1910.02054). The only module that imports
+deepspeed.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +19,14 @@ from torch import Tensor, nn
 from rlfr_vlm.config import DeepSpeedConfig
 from rlfr_vlm.errors import StoppedError, UserError
 from rlfr_vlm.flow.network import VelocityNet
-from rlfr_vlm.learner.optim import COUNT, MOMENTS, OptimizerSettings, not_finite, sampled, stored_moment
+from rlfr_vlm.learner.optim import (
+    COUNT,
+    MOMENTS,
+    OptimizerSettings,
+    not_finite,
+    sampled,
+    stored_moment,
+)
 from rlfr_vlm.models.policy import Policy
 from rlfr_vlm.ranks import Ranks
 
@@ -31,11 +40,15 @@ def import_deepspeed(device: str) -> Any:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     os.environ.setdefault("DS_SKIP_CUDA_CHECK", "1")
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
-    warnings.filterwarnings("ignore", category=FutureWarning, module=r"(deepspeed|torch\.distributed)\.")
+    warnings.filterwarnings(
+        "ignore", category=FutureWarning, module=r"(deepspeed|torch\.distributed)\."
+    )
     try:
         import deepspeed
     except ImportError as error:
-        raise UserError(f"deepspeed: DeepSpeed cannot be imported ({error}); pip install 'rlfr-vlm[deepspeed]'") from None
+        raise UserError(
+            f"deepspeed: DeepSpeed cannot be imported ({error}); pip install 'rlfr-vlm[deepspeed]'"
+        ) from None
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     # Its shared-memory reduction is for inference only, and compiles C++ at first use.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
@@ -45,7 +58,8 @@ def import_deepspeed(device: str) -> Any:
 class ShardedOptimizer:
     """A module whose training DeepSpeed shards; see PolicyOptimizer.
 
-    Losses are this rank's shares, which add up over ranks, while DeepSpeed averages: each is multiplied by the number of ranks.
+    Losses are this rank's shares, which add up over ranks, while DeepSpeed averages: each is
+    multiplied by the number of ranks.
     """
 
     def __init__(
@@ -59,8 +73,15 @@ class ShardedOptimizer:
         dtype: torch.dtype,
         backward_elsewhere: bool = False,
     ) -> None:
-        """parameters: those of `module` that learn, by name. backward_elsewhere: gradients come without a call of `backward` (stage 1)."""
-        self.parameters, self.settings, self.stage, self.ranks = dict(parameters), settings, stage, ranks
+        """parameters: those of `module` that learn, by name. backward_elsewhere: gradients come
+        without a call of `backward` (stage 1).
+        """
+        self.parameters, self.settings, self.stage, self.ranks = (
+            dict(parameters),
+            settings,
+            stage,
+            ranks,
+        )
         self.steps, self.backward_elsewhere = 0, backward_elsewhere
         device = next(iter(parameters.values())).device
         self._library = import_deepspeed(device.type)
@@ -68,7 +89,9 @@ class ShardedOptimizer:
         if cfg.offload != "none" and device.type != "cpu":
             from deepspeed.ops.adam import DeepSpeedCPUAdam
 
-            optimizer: Any = DeepSpeedCPUAdam(trained, settings.lr, betas=settings.betas, weight_decay=settings.weight_decay)
+            optimizer: Any = DeepSpeedCPUAdam(
+                trained, settings.lr, betas=settings.betas, weight_decay=settings.weight_decay
+            )
         else:
             optimizer = settings.make(trained)
         self.engine, *_ = self._library.initialize(
@@ -86,7 +109,9 @@ class ShardedOptimizer:
         return self.settings.lr_at(self.steps)
 
     def backward(self, loss: Tensor) -> None:
-        """See PolicyOptimizer; stages 2 and 3 reduce here, so every rank must call it equally often."""
+        """See PolicyOptimizer; stages 2 and 3 reduce here, so every rank must call it equally
+        often.
+        """
         self.ranks.at(f"backward, update {self.steps}")
         self.engine.backward(loss * self.ranks.size)
 
@@ -98,7 +123,10 @@ class ShardedOptimizer:
                 if parameter.grad is None:  # another rank may have one, and reducing is for all
                     parameter.grad = torch.zeros_like(parameter)
         if self.backward_elsewhere:
-            torch._foreach_mul_([p.grad for p in self.parameters.values() if p.grad is not None], float(self.ranks.size))
+            torch._foreach_mul_(
+                [p.grad for p in self.parameters.values() if p.grad is not None],
+                float(self.ranks.size),
+            )
         for group in self.engine.optimizer.param_groups:
             group["lr"] = self.current_lr
         self.engine.step()
@@ -117,7 +145,7 @@ class ShardedOptimizer:
         """See PolicyOptimizer: of this rank's shard."""
         return sampled(self._flat_tensors())
 
-    # -- whole tensors ---------------------------------------------------------------------------------------------
+    # -- whole tensors -----------------------------------------------------------------------------
 
     def entries(self) -> Iterator[tuple[str, Tensor]]:
         """See PolicyOptimizer: a collective of all ranks."""
@@ -128,15 +156,23 @@ class ShardedOptimizer:
         for name, parameter in self.parameters.items():
             self.ranks.at(f"gathering `{name}`")
             if low:
-                yield f"master/{name}", _view(safe_get_full_fp32_param(parameter), self.shape_of(parameter))
+                yield (
+                    f"master/{name}",
+                    _view(safe_get_full_fp32_param(parameter), self.shape_of(parameter)),
+                )
             for part in MOMENTS if started and self.settings.name == "adamw" else ():
-                yield f"{part}/{name}", _view(safe_get_full_optimizer_state(parameter, part), self.shape_of(parameter))
+                yield (
+                    f"{part}/{name}",
+                    _view(safe_get_full_optimizer_state(parameter, part), self.shape_of(parameter)),
+                )
         if "step" in (state := self._flat_state()):
             yield COUNT, torch.as_tensor(state["step"], dtype=torch.float32)
 
     @torch.no_grad()
     def load_entries(self, read: Callable[[str], Tensor | None], steps: int) -> None:
-        """See PolicyOptimizer: a collective of all ranks. Call it after the weights themselves are in place."""
+        """See PolicyOptimizer: a collective of all ranks. Call it after the weights themselves are
+        in place.
+        """
         from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
 
         if (count := read(COUNT)) is not None:
@@ -144,7 +180,11 @@ class ShardedOptimizer:
         for name, parameter in self.parameters.items():
             stored = read(f"master/{name}")
             with self.whole([parameter]):
-                value = parameter.detach().float().clone() if stored is None else stored.to(parameter.device, torch.float32)
+                value = (
+                    parameter.detach().float().clone()
+                    if stored is None
+                    else stored.to(parameter.device, torch.float32)
+                )
             safe_set_full_fp32_param(parameter, value)
             for part in MOMENTS if count is not None else ():
                 moment = stored_moment(read, part, name).to(parameter.device, torch.float32)
@@ -160,19 +200,30 @@ class ShardedOptimizer:
 
     def _flat_state(self) -> dict[str, Any]:
         inner = self.engine.optimizer.optimizer
-        return next((inner.state[flat] for flat in self._flat_tensors() if inner.state.get(flat)), {})
+        return next(
+            (inner.state[flat] for flat in self._flat_tensors() if inner.state.get(flat)), {}
+        )
 
     def _start_state(self, count: float) -> None:
-        """Moments of zeros, as after a first step, for DeepSpeed to know where each parameter's stand."""
+        """Moments of zeros, as after a first step, for DeepSpeed to know where each parameter's
+        stand.
+        """
         sharded = self.engine.optimizer
         for flat in self._flat_tensors():
             zeros = {part: torch.zeros_like(flat, dtype=torch.float32) for part in MOMENTS}
-            sharded.optimizer.state[flat] = {"step": torch.tensor(count, device=flat.device), **zeros}
+            sharded.optimizer.state[flat] = {
+                "step": torch.tensor(count, device=flat.device),
+                **zeros,
+            }
         if hasattr(sharded, "_lazy_init_hp_params_optimizer_state"):
             sharded._lazy_init_hp_params_optimizer_state()
 
-    def whole(self, parameters: Sequence[nn.Parameter], source: int | None = None) -> AbstractContextManager[Any]:
-        """While open, these parameters are whole on every rank; with `source`, what that rank makes of them counts afterwards."""
+    def whole(
+        self, parameters: Sequence[nn.Parameter], source: int | None = None
+    ) -> AbstractContextManager[Any]:
+        """While open, these parameters are whole on every rank; with `source`, what that rank makes
+        of them counts afterwards.
+        """
         if self.stage < 3:
             return nullcontext()
         return self._library.zero.GatheredParameters(list(parameters), modifier_rank=source)
@@ -182,7 +233,9 @@ class ShardedOptimizer:
         return torch.Size(getattr(tensor, "ds_shape", tensor.shape))
 
     def destroy(self) -> None:
-        """See PolicyOptimizer: hooks, buffers, and at stage 3 DeepSpeed's list of the modules that it is in the middle of."""
+        """See PolicyOptimizer: hooks, buffers, and at stage 3 DeepSpeed's list of the modules that
+        it is in the middle of.
+        """
         self.engine.destroy()
         if self.stage == 3:
             from deepspeed.runtime.zero import parameter_offload
@@ -192,18 +245,33 @@ class ShardedOptimizer:
 
 def _view(tensor: Tensor | None, shape: torch.Size) -> Tensor:
     if tensor is None:
-        raise StoppedError("DeepSpeed does not give back a parameter's optimiser state; another version than 0.19.8?")
+        raise StoppedError(
+            "DeepSpeed does not give back a parameter's optimiser state; another version than "
+            "0.19.8?"
+        )
     return tensor.detach().view(shape)
 
 
-def engine_config(cfg: DeepSpeedConfig, stage: int, dtype: torch.dtype, max_grad_norm: float) -> dict[str, Any]:
-    """DeepSpeed's configuration. Gradients add up in float32, whatever the model's dtype, and a step comes when the caller says so."""
-    zero: dict[str, Any] = {"stage": stage, "overlap_comm": False, "contiguous_gradients": True, "reduce_bucket_size": REDUCE_BUCKET}
+def engine_config(
+    cfg: DeepSpeedConfig, stage: int, dtype: torch.dtype, max_grad_norm: float
+) -> dict[str, Any]:
+    """DeepSpeed's configuration. Gradients add up in float32, whatever the model's dtype, and a
+    step comes when the caller says so.
+    """
+    zero: dict[str, Any] = {
+        "stage": stage,
+        "overlap_comm": False,
+        "contiguous_gradients": True,
+        "reduce_bucket_size": REDUCE_BUCKET,
+    }
     pinned = torch.cuda.is_available()
     if cfg.offload != "none":
         zero["offload_optimizer"] = {"device": "cpu", "pin_memory": pinned}
     if stage == 3:
-        zero |= {"stage3_param_persistence_threshold": PERSISTENT, "stage3_gather_16bit_weights_on_model_save": False}
+        zero |= {
+            "stage3_param_persistence_threshold": PERSISTENT,
+            "stage3_gather_16bit_weights_on_model_save": False,
+        }
         if cfg.offload == "all":
             zero["offload_param"] = {"device": "cpu", "pin_memory": pinned}
     return {
@@ -221,9 +289,15 @@ def engine_config(cfg: DeepSpeedConfig, stage: int, dtype: torch.dtype, max_grad
     }
 
 
-def shard_policy(policy: Policy, settings: OptimizerSettings, cfg: DeepSpeedConfig, ranks: Ranks) -> ShardedOptimizer:
-    """Hand the policy's weights to DeepSpeed; its forward, engines' weights and exports go through it from now on."""
-    optimizer = ShardedOptimizer(policy.module, policy.trained(), settings, cfg, cfg.zero_stage, ranks, policy.dtype)
+def shard_policy(
+    policy: Policy, settings: OptimizerSettings, cfg: DeepSpeedConfig, ranks: Ranks
+) -> ShardedOptimizer:
+    """Hand the policy's weights to DeepSpeed; its forward, engines' weights and exports go through
+    it from now on.
+    """
+    optimizer = ShardedOptimizer(
+        policy.module, policy.trained(), settings, cfg, cfg.zero_stage, ranks, policy.dtype
+    )
     policy.run = optimizer.engine
     if cfg.zero_stage == 3:
         head = policy.model.get_output_embeddings().weight
@@ -233,19 +307,31 @@ def shard_policy(policy: Policy, settings: OptimizerSettings, cfg: DeepSpeedConf
         policy.shape_of = optimizer.shape_of
 
         def whole(parameters: Sequence[nn.Parameter]) -> AbstractContextManager[Any]:
-            ranks.at(f"gathering {len(parameters)} weights from `{names.get(id(parameters[0]), '?') if parameters else '?'}`")
+            ranks.at(
+                f"gathering {len(parameters)} weights from "
+                f"`{names.get(id(parameters[0]), '?') if parameters else '?'}`"
+            )
             return optimizer.whole(parameters)
 
-        names = {id(p): re.sub(r"^model\.", "", name, count=1) for name, p in policy.module.named_parameters()}
+        names = {
+            id(p): re.sub(r"^model\.", "", name, count=1)
+            for name, p in policy.module.named_parameters()
+        }
         policy.whole = whole
         policy.whole_for_writing = lambda parameters: optimizer.whole(parameters, source=0)
     return optimizer
 
 
-def shard_field(network: VelocityNet, settings: OptimizerSettings, cfg: DeepSpeedConfig, ranks: Ranks) -> ShardedOptimizer:
-    """A second engine, for the flow field: its moments are sharded, its weights whole on every rank.
+def shard_field(
+    network: VelocityNet, settings: OptimizerSettings, cfg: DeepSpeedConfig, ranks: Ranks
+) -> ShardedOptimizer:
+    """A second engine, for the flow field: its moments are sharded, its weights whole on every
+    rank.
 
-    Ranks go backwards through it as often as they have latents to follow; its gradients meet at the step (stage 1).
+    Ranks go backwards through it as often as they have latents to follow; its gradients meet at the
+    step (stage 1).
     """
     parameters = dict(network.named_parameters())
-    return ShardedOptimizer(network, parameters, settings, cfg, 1, ranks, torch.float32, backward_elsewhere=True)
+    return ShardedOptimizer(
+        network, parameters, settings, cfg, 1, ranks, torch.float32, backward_elsewhere=True
+    )

@@ -1,4 +1,6 @@
-"""Latents of the last steps' responses: what a field that learns online takes its small steps over."""
+"""Latents of the last steps' responses: what a field that learns online takes its small steps
+over.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +15,9 @@ from rlfr_vlm.flow.latents import Latents
 from rlfr_vlm.flow.stored import StoredLatents
 from rlfr_vlm.types import request_seed
 
-Key = tuple[int, int, int, int]  # update, position of the group, sample, whether it is right: in the order of all ranks
+Key = tuple[
+    int, int, int, int
+]  # update, position of the group, sample, whether it is right: in the order of all ranks
 
 
 @dataclass(frozen=True)
@@ -37,18 +41,33 @@ class LatentWindow:
         self.updates, self.tokens = updates, tokens
         self.kept: list[Kept] = []
 
-    def add(self, update: int, latents: Latents, samples: Sequence[Sample], num_tokens: int) -> None:
-        """Keep tokens of these responses of the update's `num_tokens`: all, or each with the probability that leaves `tokens` of them."""
+    def add(
+        self, update: int, latents: Latents, samples: Sequence[Sample], num_tokens: int
+    ) -> None:
+        """Keep tokens of these responses of the update's `num_tokens`: all, or each with the
+        probability that leaves `tokens` of them.
+        """
         share = self.tokens / max(1, num_tokens)
-        for sample, own in zip(samples, responses_of(latents, [s.length for s in samples]), strict=True):
+        for sample, own in zip(
+            samples, responses_of(latents, [s.length for s in samples]), strict=True
+        ):
             token_ids = torch.tensor(sample.rollout.token_ids)
             chosen = own.scorable.nonzero().flatten()
             if share < 1:
                 generator = torch.Generator().manual_seed(request_seed("window", sample.seed))
                 chosen = chosen[torch.rand(len(chosen), generator=generator) < share]
             if len(chosen):
-                key = (update, sample.position, sample.rollout.sample_index, int(sample.outcome.correct))
-                stored = StoredLatents(compact(own, chosen), token_ids[chosen], torch.zeros(len(chosen), dtype=torch.long))
+                key = (
+                    update,
+                    sample.position,
+                    sample.rollout.sample_index,
+                    int(sample.outcome.correct),
+                )
+                stored = StoredLatents(
+                    compact(own, chosen),
+                    token_ids[chosen],
+                    torch.zeros(len(chosen), dtype=torch.long),
+                )
                 self.kept.append(Kept(key, stored))
         self.kept = [kept for kept in self.kept if kept.key[0] > update - self.updates]
 
@@ -59,7 +78,13 @@ def responses_of(latents: Latents, lengths: Sequence[int]) -> Iterable[Latents]:
     for start, length in zip(starts, lengths, strict=False):
         inside = slice(start, start + length)
         prompt = None if latents.prompt is None else latents.prompt[inside]
-        yield Latents(latents.states, latents.target[inside], latents.context[:, inside], latents.valid[:, inside], prompt)
+        yield Latents(
+            latents.states,
+            latents.target[inside],
+            latents.context[:, inside],
+            latents.valid[:, inside],
+            prompt,
+        )
 
 
 def compact(latents: Latents, tokens: Tensor) -> Latents:

@@ -1,4 +1,6 @@
-"""AdamW or SGD with gradient clipping, a schedule, and float32 master weights where the model is in bfloat16."""
+"""AdamW or SGD with gradient clipping, a schedule, and float32 master weights where the model is in
+bfloat16.
+"""
 
 from __future__ import annotations
 
@@ -15,11 +17,14 @@ from rlfr_vlm.errors import CheckpointError, NonFiniteError
 
 MOMENTS = ("exp_avg", "exp_avg_sq")  # of AdamW
 SAMPLED = 2**18  # weights that are watched
-COUNT = "adamw/step"  # the entry that says how often the moments were updated: skipped updates are not among them
+# the entry that says how often the moments were updated: skipped updates are not among them
+COUNT = "adamw/step"
 
 
 def cosine_schedule(step: int, total: int, warmup_frac: float, min_ratio: float) -> float:
-    """Factor of the peak learning rate for the step-th update (from 0) of `total`: linear warm-up, then cosine down to `min_ratio`."""
+    """Factor of the peak learning rate for the step-th update (from 0) of `total`: linear warm-up,
+    then cosine down to `min_ratio`.
+    """
     warmup = int(total * warmup_frac)
     if step < warmup:
         return (step + 1) / (warmup + 1)
@@ -47,17 +52,23 @@ class OptimizerSettings:
         optim = cfg.optim
         schedule = (updates, optim.warmup_frac, optim.min_lr_ratio)
         lr = optim.lr * cfg.monitors.roll_back_lr**cfg.monitors.roll_backs
-        return cls(lr, optim.betas, optim.weight_decay, optim.max_grad_norm, *schedule, name=optim.name)
+        return cls(
+            lr, optim.betas, optim.weight_decay, optim.max_grad_norm, *schedule, name=optim.name
+        )
 
     def lr_at(self, step: int) -> float:
         """Learning rate of the step-th update, from 0."""
-        return self.lr * cosine_schedule(step, self.total_steps, self.warmup_frac, self.min_lr_ratio)
+        return self.lr * cosine_schedule(
+            step, self.total_steps, self.warmup_frac, self.min_lr_ratio
+        )
 
     def make(self, parameters: Sequence[Tensor]) -> torch.optim.Optimizer:
         """torch's optimiser over these tensors."""
         if self.name == "sgd":
             return torch.optim.SGD(parameters, lr=self.lr, weight_decay=self.weight_decay)
-        return torch.optim.AdamW(parameters, lr=self.lr, betas=self.betas, weight_decay=self.weight_decay, fused=True)
+        return torch.optim.AdamW(
+            parameters, lr=self.lr, betas=self.betas, weight_decay=self.weight_decay, fused=True
+        )
 
 
 class PolicyOptimizer(Protocol):
@@ -71,36 +82,52 @@ class PolicyOptimizer(Protocol):
         ...
 
     def backward(self, loss: Tensor) -> None:
-        """Add the gradient of this rank's share of the loss; shares of all ranks and micro-batches add up."""
+        """Add the gradient of this rank's share of the loss; shares of all ranks and micro-batches
+        add up.
+        """
         ...
 
     def step(self) -> float:
-        """Clip, update, clear the gradients. Returns the norm before clipping. Raises NonFiniteError when it is not finite."""
+        """Clip, update, clear the gradients. Returns the norm before clipping. Raises
+        NonFiniteError when it is not finite.
+        """
         ...
 
     def skip(self) -> float:
-        """Let an update pass in which there was nothing to learn: the weights stay, the schedule goes on. Returns 0.0."""
+        """Let an update pass in which there was nothing to learn: the weights stay, the schedule
+        goes on. Returns 0.0.
+        """
         ...
 
     def sample(self) -> Tensor:
-        """Every so-many-th of the weights that this rank steps, about 2^18 of them, [K] float32: to see how far they move."""
+        """Every so-many-th of the weights that this rank steps, about 2^18 of them, [K] float32: to
+        see how far they move.
+        """
         ...
 
     def entries(self) -> Iterator[tuple[str, Tensor]]:
-        """Master weights and moments, whole, as (`part/parameter`, tensor). Where they are sharded, all ranks iterate together."""
+        """Master weights and moments, whole, as (`part/parameter`, tensor). Where they are sharded,
+        all ranks iterate together.
+        """
         ...
 
     def load_entries(self, read: Callable[[str], Tensor | None], steps: int) -> None:
-        """Restore what `entries` gave, at any number of ranks; `read` returns None for what was not stored."""
+        """Restore what `entries` gave, at any number of ranks; `read` returns None for what was not
+        stored.
+        """
         ...
 
     def destroy(self) -> None:
-        """Let go of whatever keeps model and state in memory. The optimiser is of no use afterwards."""
+        """Let go of whatever keeps model and state in memory. The optimiser is of no use
+        afterwards.
+        """
         ...
 
 
 class Optimizer:
-    """One optimiser over named parameters that every rank holds whole; its state is everything that a resumed run needs of it."""
+    """One optimiser over named parameters that every rank holds whole; its state is everything that
+    a resumed run needs of it.
+    """
 
     def __init__(
         self,
@@ -115,7 +142,11 @@ class Optimizer:
         self.steps = 0
         self.master: dict[str, Tensor] = {}
         if master_weights:
-            self.master = {name: p.detach().float() for name, p in self.parameters.items() if p.dtype != torch.float32}
+            self.master = {
+                name: p.detach().float()
+                for name, p in self.parameters.items()
+                if p.dtype != torch.float32
+            }
         self.torch = settings.make(list(self._trained.values()))
 
     @property
@@ -133,7 +164,9 @@ class Optimizer:
         self.accumulate()
 
     def accumulate(self) -> None:
-        """After each backward: add low-precision gradients to float32 ones, so that their sum does not depend on the micro-batches."""
+        """After each backward: add low-precision gradients to float32 ones, so that their sum does
+        not depend on the micro-batches.
+        """
         for name, master in self.master.items():
             gradient = self.parameters[name].grad
             if gradient is None:
@@ -147,21 +180,32 @@ class Optimizer:
     def step(self) -> float:
         """Clip, update, clear the gradients. Returns the gradient's norm before clipping.
 
-        Raises NonFiniteError, with nothing changed, when the norm is not finite: no such value may reach the weights.
+        Raises NonFiniteError, with nothing changed, when the norm is not finite: no such value may
+        reach the weights.
         """
         self.accumulate()
         trained = self._trained
         if self.add_up is not None or any(p.grad is not None for p in trained.values()):
             for parameter in trained.values():
-                if parameter.grad is None:  # another rank may have one; and where there is but one, the numbers are to be the same
+                if (
+                    parameter.grad is None
+                    # another rank may have one; and where there is but one, the numbers are to be
+                    # the same
+                ):
                     parameter.grad = torch.zeros_like(parameter)
         if self.add_up is not None:
             self.add_up([p.grad for p in trained.values() if p.grad is not None])
         gradients = [p.grad for p in trained.values() if p.grad is not None]
         norm = float(torch.nn.utils.get_total_norm(gradients)) if gradients else 0.0
         if not math.isfinite(norm):
-            broken = [name for name, p in trained.items() if p.grad is not None and not p.grad.isfinite().all()]
-            raise not_finite(self.steps, self.settings, f" (first: `{broken[0] if broken else '?'}`)")
+            broken = [
+                name
+                for name, p in trained.items()
+                if p.grad is not None and not p.grad.isfinite().all()
+            ]
+            raise not_finite(
+                self.steps, self.settings, f" (first: `{broken[0] if broken else '?'}`)"
+            )
         if norm > self.settings.max_grad_norm:
             torch._foreach_mul_(gradients, self.settings.max_grad_norm / (norm + 1e-6))
         for group in self.torch.param_groups:
@@ -193,7 +237,9 @@ class Optimizer:
             for part in MOMENTS:
                 if part in state:
                     yield f"{part}/{name}", state[part]
-        count = next((state["step"] for state in self.torch.state.values() if "step" in state), None)
+        count = next(
+            (state["step"] for state in self.torch.state.values() if "step" in state), None
+        )
         if count is not None:
             yield COUNT, count
 
@@ -206,8 +252,16 @@ class Optimizer:
         count = read(COUNT)
         if count is not None:
             for name, parameter in self._trained.items():
-                state = {part: stored_moment(read, part, name).to(parameter.device, torch.float32, copy=True) for part in MOMENTS}
-                self.torch.state[parameter] = {"step": count.to(parameter.device, copy=True), **state}
+                state = {
+                    part: stored_moment(read, part, name).to(
+                        parameter.device, torch.float32, copy=True
+                    )
+                    for part in MOMENTS
+                }
+                self.torch.state[parameter] = {
+                    "step": count.to(parameter.device, copy=True),
+                    **state,
+                }
         self.steps = steps
 
     def destroy(self) -> None:
@@ -218,7 +272,9 @@ def stored_moment(read: Callable[[str], Tensor | None], part: str, name: str) ->
     """A moment that was stored. Raises CheckpointError where it was not."""
     found = read(f"{part}/{name}")
     if found is None:
-        raise CheckpointError(f"the checkpoint has no `{part}` of parameter `{name}`: it is of another model")
+        raise CheckpointError(
+            f"the checkpoint has no `{part}` of parameter `{name}`: it is of another model"
+        )
     return found
 
 
@@ -231,4 +287,6 @@ def sampled(tensors: Sequence[Tensor]) -> Tensor:
 
 def not_finite(steps: int, settings: OptimizerSettings, where: str = "") -> NonFiniteError:
     """What to say of a gradient that is not finite."""
-    return NonFiniteError(f"the gradient is not finite at update {steps}{where}; lower {settings.setting}")
+    return NonFiniteError(
+        f"the gradient is not finite at update {steps}{where}; lower {settings.setting}"
+    )

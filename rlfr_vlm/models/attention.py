@@ -1,7 +1,9 @@
-"""Attention over packed sequences, plugged into transformers as one attention implementation for every family.
+"""Attention over packed sequences, plugged into transformers as one attention implementation for
+every family.
 
-The models call `packed_attention` with the `layout` that was passed to their forward; the layout knows which tokens see which. Passing it as
-an argument, not as global state, keeps recomputation under gradient checkpointing right.
+The models call `packed_attention` with the `layout` that was passed to their forward; the layout
+knows which tokens see which. Passing it as an argument, not as global state, keeps recomputation
+under gradient checkpointing right.
 """
 
 from __future__ import annotations
@@ -21,7 +23,9 @@ from rlfr_vlm.errors import UserError
 
 IMPLEMENTATION = "rlfr_packed"
 SHORT_KEYS = 512  # up to here the scores of a sequence fit the cache
-WATCHED_WEIGHTS = 2**24  # attention weights, over all heads, that exist at once where someone watches
+WATCHED_WEIGHTS = (
+    2**24
+)  # attention weights, over all heads, that exist at once where someone watches
 
 
 class Layout(Protocol):
@@ -35,7 +39,9 @@ class Layout(Protocol):
 
 @dataclass(frozen=True)
 class Segment:
-    """Tokens [start, end) that see the prefix [prefix_start, prefix_end) and, causally, one another."""
+    """Tokens [start, end) that see the prefix [prefix_start, prefix_end) and, causally, one
+    another.
+    """
 
     start: int
     end: int
@@ -49,39 +55,58 @@ class Segment:
 
 
 def causal_mask(num_queries: int, num_keys: int, device: torch.device) -> Tensor:
-    """Queries are the last `num_queries` of `num_keys` tokens. Returns [num_queries, num_keys] bool, true where visible."""
-    return torch.ones(num_queries, num_keys, dtype=torch.bool, device=device).tril(num_keys - num_queries)
+    """Queries are the last `num_queries` of `num_keys` tokens. Returns [num_queries, num_keys]
+    bool, true where visible.
+    """
+    return torch.ones(num_queries, num_keys, dtype=torch.bool, device=device).tril(
+        num_keys - num_queries
+    )
 
 
 def grouped_sdpa(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scale: float) -> Tensor:
     """Scaled dot-product attention with shared key/value heads, without repeating them.
 
     The query heads that share a key/value head are laid out as further query rows.
-    query: [n, H, R, D]; key, value: [n, H_kv, K, D]; mask: [R, K] or [n, 1, R, K] bool. Returns [n, H, R, D].
+    query: [n, H, R, D]; key, value: [n, H_kv, K, D]; mask: [R, K] or [n, 1, R, K] bool. Returns [n,
+        H, R, D].
     """
     n, heads, rows, size = query.shape
     kv_heads = key.shape[1]
     repeats = heads // kv_heads
     folded = query.reshape(n, kv_heads, repeats * rows, size)
     tiled = mask.repeat(*([1] * (mask.dim() - 2)), repeats, 1)
-    if query.device.type == "cpu" and query.dtype == torch.bfloat16 and mask.dim() == 2 and mask.shape[1] <= SHORT_KEYS:
+    if (
+        query.device.type == "cpu"
+        and query.dtype == torch.bfloat16
+        and mask.dim() == 2
+        and mask.shape[1] <= SHORT_KEYS
+    ):
         return _short_attention(folded, key, value, tiled, scale).view(n, heads, rows, size)
-    return F.scaled_dot_product_attention(folded, key, value, attn_mask=tiled, scale=scale).reshape(n, heads, rows, size)
+    return F.scaled_dot_product_attention(folded, key, value, attn_mask=tiled, scale=scale).reshape(
+        n, heads, rows, size
+    )
 
 
-def _short_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scale: float) -> Tensor:
-    """The same with plain products: for short sequences in bfloat16 on CPU, torch's fused kernel takes 3 to 8 times longer in the backward.
+def _short_attention(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scale: float
+) -> Tensor:
+    """The same with plain products: for short sequences in bfloat16 on CPU, torch's fused kernel
+    takes 3 to 8 times longer in the backward.
 
     query: [n, H, R, D]; key, value: [n, H, K, D]; mask: [R, K] bool. Returns [n * H, R, D].
     """
     bias = torch.zeros(mask.shape, dtype=query.dtype).masked_fill_(~mask, float("-inf"))
     queries, keys, values = (x.flatten(0, 1) for x in (query, key, value))
-    scores = torch.baddbmm(bias.expand(len(queries), -1, -1), queries, keys.transpose(1, 2), alpha=scale)
+    scores = torch.baddbmm(
+        bias.expand(len(queries), -1, -1), queries, keys.transpose(1, 2), alpha=scale
+    )
     return torch.bmm(scores.softmax(-1), values)
 
 
 class PackedLayout:
-    """Sequences end to end, where several may share one prefix: the prompt of a group stands once, followed by its responses."""
+    """Sequences end to end, where several may share one prefix: the prompt of a group stands once,
+    followed by its responses.
+    """
 
     def __init__(self, segments: Sequence[Segment], device: torch.device) -> None:
         self.segments = tuple(segments)
@@ -92,7 +117,9 @@ class PackedLayout:
 
     @cached_property
     def _plan(self) -> tuple[list[tuple[Tensor, Tensor, Tensor]], Tensor]:
-        """Segments of one shape are attended together: (query rows, key rows, mask) per shape, and where each output row belongs."""
+        """Segments of one shape are attended together: (query rows, key rows, mask) per shape, and
+        where each output row belongs.
+        """
         device = self.device
         by_shape: dict[tuple[int, int], list[Segment]] = defaultdict(list)
         for segment in self.segments:
@@ -100,7 +127,10 @@ class PackedLayout:
         blocks = []
         for (own, prefix), members in by_shape.items():
             query_rows = torch.tensor([[*range(s.start, s.end)] for s in members], device=device)
-            key_rows = torch.tensor([[*range(s.prefix_start, s.prefix_end), *range(s.start, s.end)] for s in members], device=device)
+            key_rows = torch.tensor(
+                [[*range(s.prefix_start, s.prefix_end), *range(s.start, s.end)] for s in members],
+                device=device,
+            )
             blocks.append((query_rows, key_rows, causal_mask(own, own + prefix, device)))
         order = torch.cat([rows.flatten() for rows, _, _ in blocks])
         inverse = torch.empty_like(order)
@@ -114,35 +144,54 @@ class PackedLayout:
         outputs = []
         blocks, inverse = self._plan
         for query_rows, key_rows, mask in blocks:
-            attended = grouped_sdpa(_rows(query, query_rows), _rows(key, key_rows), _rows(value, key_rows), mask, scale)
+            attended = grouped_sdpa(
+                _rows(query, query_rows), _rows(key, key_rows), _rows(value, key_rows), mask, scale
+            )
             outputs.append(attended.transpose(1, 2).flatten(0, 1))  # [n * R, H, D]
         return torch.cat(outputs).index_select(0, inverse)[None]
 
     def _prepare_varlen(self, device: torch.device) -> None:
-        keys = [torch.tensor([*range(s.prefix_start, s.prefix_end), *range(s.start, s.end)]) for s in self.segments]
+        keys = [
+            torch.tensor([*range(s.prefix_start, s.prefix_end), *range(s.start, s.end)])
+            for s in self.segments
+        ]
         self._key_rows = torch.cat(keys).to(device)
         lengths = torch.tensor([[s.shape[0], sum(s.shape)] for s in self.segments])
         self._max_query = int(lengths[:, 0].max())
         self._starts = F.pad(lengths.cumsum(0), (0, 0, 1, 0)).to(device=device, dtype=torch.int32)
 
     def _attend_varlen(self, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
-        """Flash attention over ragged sequences; causal masks are aligned at the last key, as a shared prefix needs."""
+        """Flash attention over ragged sequences; causal masks are aligned at the last key, as a
+        shared prefix needs.
+        """
         from torch.nn.attention.varlen import varlen_attn  # CUDA only
 
         repeats = query.shape[1] // key.shape[1]
-        keys, values = (x[0].transpose(0, 1).index_select(0, self._key_rows).repeat_interleave(repeats, 1) for x in (key, value))
+        keys, values = (
+            x[0].transpose(0, 1).index_select(0, self._key_rows).repeat_interleave(repeats, 1)
+            for x in (key, value)
+        )
         queries = query[0].transpose(0, 1).contiguous()
         starts = self._starts
         attended: Any = varlen_attn(
-            queries, keys, values, starts[:, 0].contiguous(), starts[:, 1].contiguous(), self._max_query, self.max_keys,
-            scale=scale, window_size=(-1, 0),
-        )  # fmt: skip
+            queries,
+            keys,
+            values,
+            starts[:, 0].contiguous(),
+            starts[:, 1].contiguous(),
+            self._max_query,
+            self.max_keys,
+            scale=scale,
+            window_size=(-1, 0),
+        )
         return attended[None]
 
 
 @dataclass(frozen=True)
 class Watch:
-    """Tokens whose attention is wanted: the last `num_queries` of a sequence whose tokens see one another causally."""
+    """Tokens whose attention is wanted: the last `num_queries` of a sequence whose tokens see one
+    another causally.
+    """
 
     tokens: Tensor  # [K] rows of the packed batch
     num_queries: int  # R
@@ -150,7 +199,8 @@ class Watch:
 
 
 class WatchedLayout:
-    """A layout that also keeps where some tokens look. What it computes for the model is what the layout inside it computes.
+    """A layout that also keeps where some tokens look. What it computes for the model is what the
+    layout inside it computes.
 
     It is for forwards without gradients: recomputation would be counted twice.
     """
@@ -166,22 +216,31 @@ class WatchedLayout:
         if layer in self.layers:
             for number, watch in enumerate(self.watches):
                 rows = watch.tokens[-watch.num_queries :]
-                found = weights_on(query[0].index_select(1, rows), key[0].index_select(1, watch.tokens), watch.columns, scale)
+                found = weights_on(
+                    query[0].index_select(1, rows),
+                    key[0].index_select(1, watch.tokens),
+                    watch.columns,
+                    scale,
+                )
                 before = self._sums[number]
                 self._sums[number] = found if before is None else before + found
         return self.inner.attend(layer, query, key, value, scale)
 
     @property
     def weights(self) -> list[Tensor]:
-        """Per watch, after a forward: [R, C] float32 attention weights, mean over heads and layers."""
+        """Per watch, after a forward: [R, C] float32 attention weights, mean over heads and
+        layers.
+        """
         return [total / len(self.layers) for total in self._sums if total is not None]
 
 
 @torch.no_grad()
 def weights_on(query: Tensor, key: Tensor, columns: Tensor, scale: float) -> Tensor:
-    """Softmax attention weights on some keys, mean over heads. A few queries at a time: all R x K weights of all heads may be too many.
+    """Softmax attention weights on some keys, mean over heads. A few queries at a time: all R x K
+    weights of all heads may be too many.
 
-    query: [H, R, D], the last R of K tokens; key: [H_kv, K, D]; columns: [C]. Returns [R, C] float32.
+    query: [H, R, D], the last R of K tokens; key: [H_kv, K, D]; columns: [C]. Returns [R, C]
+        float32.
     """
     heads, num_queries, size = query.shape
     kv_heads, num_keys, _ = key.shape
@@ -192,8 +251,12 @@ def weights_on(query: Tensor, key: Tensor, columns: Tensor, scale: float) -> Ten
         rows = query[:, first : first + step].float()
         count = rows.shape[1]
         scores = (rows.reshape(kv_heads, -1, size) @ keys).view(heads, count, num_keys) * scale
-        hidden = position > position[num_keys - num_queries + first :][:count, None]  # [count, K]: tokens that come later
-        parts.append(scores.masked_fill_(hidden, float("-inf")).softmax(-1).mean(0).index_select(1, columns))
+        hidden = (
+            position > position[num_keys - num_queries + first :][:count, None]
+        )  # [count, K]: tokens that come later
+        parts.append(
+            scores.masked_fill_(hidden, float("-inf")).softmax(-1).mean(0).index_select(1, columns)
+        )
     return torch.cat(parts)
 
 
@@ -216,13 +279,21 @@ def packed_attention(
     softcap: float | None = None,
     **_unused: Any,
 ) -> tuple[Tensor, None]:
-    """The attention implementation that transformers calls. Raises UserError for attention it would compute wrongly."""
+    """The attention implementation that transformers calls. Raises UserError for attention it would
+    compute wrongly.
+    """
     if layout is None:
-        raise ValueError("this model was loaded by rlfr_vlm for packed batches: call it through Policy, or load it again with transformers")
+        raise ValueError(
+            "this model was loaded by rlfr_vlm for packed batches: call it through Policy, or load "
+            "it again with transformers"
+        )
     if softcap is not None:
         raise UserError("this model caps its attention scores, which packed attention does not do")
     if sliding_window is not None and layout.max_keys > sliding_window:
-        raise UserError(f"sequences of {layout.max_keys} tokens exceed this model's sliding attention window of {sliding_window}")
+        raise UserError(
+            f"sequences of {layout.max_keys} tokens exceed this model's sliding attention window "
+            f"of {sliding_window}"
+        )
     return layout.attend(module.layer_idx, query, key, value, scaling), None
 
 

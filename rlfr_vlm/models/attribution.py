@@ -24,10 +24,12 @@ Grid = tuple[int, int]  # rows, columns
 
 @dataclass(frozen=True)
 class Attribution:
-    """The attention of a response's T tokens to the pictures of its prompt, C cells in all, row by row and picture by picture.
+    """The attention of a response's T tokens to the pictures of its prompt, C cells in all, row by
+    row and picture by picture.
 
-    Of a token, it is the attention of the position that predicts it, its predecessor: what the model looked at when it chose the token.
-    Softmax weights of the language tower over all visible tokens, mean over heads and over the layers asked for.
+    Of a token, it is the attention of the position that predicts it, its predecessor: what the
+    model looked at when it chose the token. Softmax weights of the language tower over all visible
+    tokens, mean over heads and over the layers asked for.
     """
 
     grids: tuple[Grid, ...]  # per picture
@@ -35,8 +37,12 @@ class Attribution:
     share: Tensor  # [T] float32: weight of all image tokens together
 
     def encoded(self) -> dict[str, Any]:
-        """As JSON holds it: base64 of zlib of T x C bytes, 255 at the cell where a token looked most."""
-        scaled = self.cells / self.cells.amax(1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)
+        """As JSON holds it: base64 of zlib of T x C bytes, 255 at the cell where a token looked
+        most.
+        """
+        scaled = self.cells / self.cells.amax(1, keepdim=True).clamp(
+            min=torch.finfo(torch.float32).tiny
+        )
         raw = (255 * scaled).round().to(torch.uint8).numpy().tobytes()
         return {
             "grids": [list(grid) for grid in self.grids],
@@ -46,8 +52,11 @@ class Attribution:
 
 
 @torch.no_grad()
-def attribute(policy: Policy, batch: PackedBatch, rollouts: Sequence[Rollout], layers: Sequence[int]) -> list[Attribution | None]:
-    """One forward of a packed batch whose responses are these rollouts; None for those without pictures.
+def attribute(
+    policy: Policy, batch: PackedBatch, rollouts: Sequence[Rollout], layers: Sequence[int]
+) -> list[Attribution | None]:
+    """One forward of a packed batch whose responses are these rollouts; None for those without
+    pictures.
 
     A batch without rollouts goes through the model all the same, as ranks that keep step need it.
     """
@@ -69,18 +78,29 @@ def attribute(policy: Policy, batch: PackedBatch, rollouts: Sequence[Rollout], l
 def _watch(batch: PackedBatch, response: int, columns: Tensor) -> Watch:
     """The positions that predict a response, and its prompt's image tokens."""
     device = batch.token_ids.device
-    prompt = torch.arange(int(batch.prompt_start[response]), int(batch.prompt_end[response]), device=device)
+    prompt = torch.arange(
+        int(batch.prompt_start[response]), int(batch.prompt_end[response]), device=device
+    )
     start, length = int(batch.starts[response]), int(batch.lengths[response])
-    read = torch.arange(start, start + length - 1, device=device)  # nothing is predicted from the last token
+    read = torch.arange(
+        start, start + length - 1, device=device
+    )  # nothing is predicted from the last token
     return Watch(torch.cat([prompt, read]), length, columns.to(device))
 
 
 def picture_grids(prompt: EncodedPrompt, merge_size: int) -> tuple[Grid, ...]:
-    """Rows and columns of each picture's image tokens, which stand row by row: patches of the processor, `merge_size` squared per token."""
-    return tuple((height // merge_size, width // merge_size) for _, height, width in prompt.vision["image_grid_thw"].tolist())
+    """Rows and columns of each picture's image tokens, which stand row by row: patches of the
+    processor, `merge_size` squared per token.
+    """
+    return tuple(
+        (height // merge_size, width // merge_size)
+        for _, height, width in prompt.vision["image_grid_thw"].tolist()
+    )
 
 
-def pooled(weights: Tensor, grids: Sequence[Grid], most: int = MOST_CELLS) -> tuple[Tensor, tuple[Grid, ...]]:
+def pooled(
+    weights: Tensor, grids: Sequence[Grid], most: int = MOST_CELLS
+) -> tuple[Tensor, tuple[Grid, ...]]:
     """Average grids down to at most `most` cells a side.
 
     weights: [T, sum of rows x columns]. Returns [T, C] and the grids that are left.

@@ -9,7 +9,9 @@ from rlfr_vlm.errors import UserError
 
 @dataclass(frozen=True)
 class Family:
-    """Dotted paths from the Hugging Face model to its parts, and what its rotary positions look like."""
+    """Dotted paths from the Hugging Face model to its parts, and what its rotary positions look
+    like.
+    """
 
     language: str = "model"  # the module with `layers` and `norm`
     vision: str | None = None  # the vision tower
@@ -32,5 +34,8 @@ FAMILIES: dict[str, Family] = {
 def find_family(model_type: str) -> Family:
     """The family of a config's `model_type`. Raises UserError naming the known ones."""
     if model_type not in FAMILIES:
-        raise UserError(f"model.path: model type `{model_type}` is not known; known: {', '.join(sorted(FAMILIES))}")
+        raise UserError(
+            f"model.path: model type `{model_type}` is not known; known: "
+            f"{', '.join(sorted(FAMILIES))}"
+        )
     return FAMILIES[model_type]

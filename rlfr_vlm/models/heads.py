@@ -1,4 +1,6 @@
-"""Small networks on the policy's last states: the value of a state, and FlowRL's partition function. Their weights stay in float32."""
+"""Small networks on the policy's last states: the value of a state, and FlowRL's partition
+function. Their weights stay in float32.
+"""
 
 from __future__ import annotations
 
@@ -20,15 +22,23 @@ class ValueHead(nn.Module):
 
 
 class LogPartitionHead(nn.Module):
-    """log Z(x): a three-layer MLP on the mean of the prompt's last states (FlowRL, arXiv:2509.15207).
+    """log Z(x): a three-layer MLP on the mean of the prompt's last states (FlowRL,
+    arXiv:2509.15207).
 
-    The published network has dropout between its layers, also while the loss is taken; this one has none, so that a run can be repeated.
+    The published network has dropout between its layers, also while the loss is taken; this one has
+    none, so that a run can be repeated.
     """
 
     def __init__(self, size: int) -> None:
         super().__init__()
         self.mlp = nn.Sequential(
-            nn.Linear(size, size), nn.GELU(), nn.LayerNorm(size), nn.Linear(size, size), nn.GELU(), nn.LayerNorm(size), nn.Linear(size, 1)
+            nn.Linear(size, size),
+            nn.GELU(),
+            nn.LayerNorm(size),
+            nn.Linear(size, size),
+            nn.GELU(),
+            nn.LayerNorm(size),
+            nn.Linear(size, 1),
         )
 
     def forward(self, prompt_means: Tensor) -> Tensor:
@@ -37,10 +47,13 @@ class LogPartitionHead(nn.Module):
 
 
 def prompt_means(states: Tensor, prompt_start: Tensor, prompt_end: Tensor) -> Tensor:
-    """Mean state over ALL tokens of each response's prompt, in float32; responses that share a prompt share its mean.
+    """Mean state over ALL tokens of each response's prompt, in float32; responses that share a
+    prompt share its mean.
 
     states: [S, D]; prompt_start, prompt_end: [B] rows. Returns [B, D].
     """
-    spans, index = torch.unique(torch.stack([prompt_start, prompt_end], dim=1), dim=0, return_inverse=True)
+    spans, index = torch.unique(
+        torch.stack([prompt_start, prompt_end], dim=1), dim=0, return_inverse=True
+    )
     means = [states[start:end].float().mean(0) for start, end in spans.tolist()]
     return torch.stack(means).index_select(0, index)

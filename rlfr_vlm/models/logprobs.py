@@ -12,8 +12,12 @@ TOKEN_TILE = 2048
 VOCAB_TILE = 8192
 
 
-def _tile_logits(hidden: Tensor, weight: Tensor, start: int, temperature: float, banned: Tensor) -> Tensor:
-    """Float32 logits of one vocabulary tile, divided by the temperature, banned tokens at -inf. Returns [n, V_tile]."""
+def _tile_logits(
+    hidden: Tensor, weight: Tensor, start: int, temperature: float, banned: Tensor
+) -> Tensor:
+    """Float32 logits of one vocabulary tile, divided by the temperature, banned tokens at -inf.
+    Returns [n, V_tile].
+    """
     logits = torch.matmul(hidden, weight[start : start + VOCAB_TILE].t()).float()
     if temperature != 1.0:
         logits /= temperature
@@ -24,11 +28,19 @@ def _tile_logits(hidden: Tensor, weight: Tensor, start: int, temperature: float,
 
 
 class _TokenLogprobs(Function):
-    """Vocabulary tiles are the outer loop of the backward, so each tile's weight gradient is written once."""
+    """Vocabulary tiles are the outer loop of the backward, so each tile's weight gradient is
+    written once.
+    """
 
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, tokens: Tensor, banned: Tensor, temperature: float, with_entropy: bool
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        tokens: Tensor,
+        banned: Tensor,
+        temperature: float,
+        with_entropy: bool,
     ) -> tuple[Tensor, Tensor]:
         num = len(hidden)
         log_sum = torch.empty(num, device=hidden.device)
@@ -40,13 +52,17 @@ class _TokenLogprobs(Function):
             for v in range(0, len(weight), VOCAB_TILE):
                 logits = _tile_logits(hidden[rows], weight, v, temperature, banned)
                 inside = (tokens[rows] >= v) & (tokens[rows] < v + VOCAB_TILE)
-                picked = logits.gather(1, (tokens[rows] - v).clamp(0, logits.shape[1] - 1)[:, None])[:, 0]
+                picked = logits.gather(
+                    1, (tokens[rows] - v).clamp(0, logits.shape[1] - 1)[:, None]
+                )[:, 0]
                 chosen[rows] = torch.where(inside, picked, chosen[rows])
                 tile_sum = logits.logsumexp(-1)
                 sums.append(tile_sum)
                 if with_entropy:
                     finite = torch.where(tile_sum.isfinite(), tile_sum, torch.zeros_like(tile_sum))
-                    expected.append(((logits - finite[:, None]).exp_() * logits.clamp_(min=-1e30)).sum(-1))
+                    expected.append(
+                        ((logits - finite[:, None]).exp_() * logits.clamp_(min=-1e30)).sum(-1)
+                    )
             stacked = torch.stack(sums)
             log_sum[rows] = stacked.logsumexp(0)
             if with_entropy:
@@ -59,7 +75,9 @@ class _TokenLogprobs(Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_logprobs: Tensor, _grad_entropy: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(
+        ctx: Any, grad_logprobs: Tensor, _grad_entropy: Tensor
+    ) -> tuple[Tensor | None, ...]:
         hidden, weight, tokens, banned, log_sum = ctx.saved_tensors
         grad_hidden = torch.zeros(hidden.shape, dtype=torch.float32, device=hidden.device)
         grad_weight = torch.empty_like(weight) if ctx.needs_input_grad[1] else None
@@ -84,14 +102,25 @@ class _TokenLogprobs(Function):
 
 
 def token_logprobs(
-    hidden: Tensor, weight: Tensor, tokens: Tensor, banned: Tensor, temperature: float = 1.0, with_entropy: bool = False
+    hidden: Tensor,
+    weight: Tensor,
+    tokens: Tensor,
+    banned: Tensor,
+    temperature: float = 1.0,
+    with_entropy: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
-    """log softmax(hidden W^T / temperature)[token], and optionally the entropy of that distribution.
+    """log softmax(hidden W^T / temperature)[token], and optionally the entropy of that
+    distribution.
 
-    The extra memory is one tile of at most TOKEN_TILE x VOCAB_TILE float32 values, whatever the vocabulary.
+    The extra memory is one tile of at most TOKEN_TILE x VOCAB_TILE float32 values, whatever the
+    vocabulary.
 
-    hidden: [N, D]; weight: [V, D]; tokens: [N] int; banned: [M] int, tokens of probability zero. Returns logprobs [N] float32, with
-    gradient to hidden and weight, and entropy [N] float32 in nats without gradient (None unless asked for).
+    hidden: [N, D]; weight: [V, D]; tokens: [N] int; banned: [M] int, tokens of probability zero.
+        Returns logprobs [N] float32, with
+    gradient to hidden and weight, and entropy [N] float32 in nats without gradient (None unless
+    asked for).
     """
-    logprobs, entropy = _TokenLogprobs.apply(hidden, weight, tokens, banned, temperature, with_entropy)
+    logprobs, entropy = _TokenLogprobs.apply(
+        hidden, weight, tokens, banned, temperature, with_entropy
+    )
     return logprobs, entropy if with_entropy else None

@@ -22,7 +22,9 @@ class PackedBatch:
     vision: dict[str, Tensor]  # of the prompts in order, concatenated
     response_ids: Tensor  # [N]
     response_rows: Tensor  # [N] where each response token stands
-    predict_rows: Tensor  # [N] whose state predicts it: the token before, for the first one the prompt's last
+    predict_rows: (
+        Tensor  # [N] whose state predicts it: the token before, for the first one the prompt's last
+    )
     lengths: Tensor  # [B] response tokens
     prompt_start: Tensor  # [B] first row of the response's prompt
     prompt_end: Tensor  # [B] one past its last row
@@ -33,10 +35,16 @@ class PackedBatch:
         return self.response_rows[self.lengths.cumsum(0) - self.lengths]
 
 
-def pack(rollouts: Sequence[Rollout], device: torch.device | str = "cpu", unanswered: EncodedPrompt | None = None) -> PackedBatch:
-    """Lay rollouts end to end. Neighbours that share one EncodedPrompt object share its tokens; their responses start at its next position.
+def pack(
+    rollouts: Sequence[Rollout],
+    device: torch.device | str = "cpu",
+    unanswered: EncodedPrompt | None = None,
+) -> PackedBatch:
+    """Lay rollouts end to end. Neighbours that share one EncodedPrompt object share its tokens;
+    their responses start at its next position.
 
-    unanswered: a prompt that stands at the end by itself and changes nothing: its pictures take the batch through the vision tower.
+    unanswered: a prompt that stands at the end by itself and changes nothing: its pictures take the
+        batch through the vision tower.
     """
     device = torch.device(device)
     tokens: list[int] = []
@@ -65,7 +73,9 @@ def pack(rollouts: Sequence[Rollout], device: torch.device | str = "cpu", unansw
         positions.append(unanswered.position_ids)
     lengths = torch.tensor([len(r.token_ids) for r in rollouts])
     prompt_starts, prompt_ends, starts = torch.tensor(spans).t()
-    response_rows = torch.cat([torch.arange(s, s + n) for s, n in zip(starts.tolist(), lengths.tolist(), strict=True)])
+    response_rows = torch.cat(
+        [torch.arange(s, s + n) for s, n in zip(starts.tolist(), lengths.tolist(), strict=True)]
+    )
     predict_rows = response_rows - 1
     predict_rows[lengths.cumsum(0) - lengths] = prompt_ends - 1
     token_ids = torch.tensor(tokens)
@@ -84,7 +94,9 @@ def pack(rollouts: Sequence[Rollout], device: torch.device | str = "cpu", unansw
 
 
 def response_positions(prompt: EncodedPrompt, length: int) -> Tensor:
-    """Rotary positions of a response: one step after the largest of its prompt, the same on every axis. Returns [A, length]."""
+    """Rotary positions of a response: one step after the largest of its prompt, the same on every
+    axis. Returns [A, length].
+    """
     first = int(prompt.position_ids.max()) + 1
     return torch.arange(first, first + length).expand(len(prompt.position_ids), length)
 
@@ -92,11 +104,16 @@ def response_positions(prompt: EncodedPrompt, length: int) -> Tensor:
 def concatenate_vision(prompts: Sequence[EncodedPrompt]) -> dict[str, Tensor]:
     """The vision tensors of the prompts in order; prompts without pictures add nothing."""
     bundles = [p.vision for p in prompts if p.vision]
-    return {key: torch.cat([bundle[key] for bundle in bundles]) for key in (bundles[0] if bundles else ())}
+    return {
+        key: torch.cat([bundle[key] for bundle in bundles])
+        for key in (bundles[0] if bundles else ())
+    }
 
 
 def micro_batches(rollouts: Sequence[Rollout], token_budget: int) -> list[list[int]]:
-    """Split rollouts, in order, into runs of indices of at most `token_budget` packed tokens; a longer single rollout goes alone."""
+    """Split rollouts, in order, into runs of indices of at most `token_budget` packed tokens; a
+    longer single rollout goes alone.
+    """
     parts: list[list[int]] = []
     used = token_budget + 1
     for index, rollout in enumerate(rollouts):

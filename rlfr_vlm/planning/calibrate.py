@@ -1,8 +1,10 @@
-"""How long a step will take, from single layers of the model's sizes timed on this machine. Random weights; nothing is downloaded.
+"""How long a step will take, from single layers of the model's sizes timed on this machine. Random
+weights; nothing is downloaded.
 
-A layer is timed in training and without gradient on a packed batch, and in decoding, one token of each request; beside it a tile of the
-log-prob head, a tile of the sampler, the velocity network and the optimiser. What a run does more often, or on longer sequences, is scaled by
-its floating-point operations. Pictures, grading, saving and evaluation are left out.
+A layer is timed in training and without gradient on a packed batch, and in decoding, one token of
+each request; beside it a tile of the log-prob head, a tile of the sampler, the velocity network and
+the optimiser. What a run does more often, or on longer sequences, is scaled by its floating-point
+operations. Pictures, grading, saving and evaluation are left out.
 """
 
 from __future__ import annotations
@@ -21,7 +23,15 @@ from rlfr_vlm.flow.network import RMSNorm, VelocityNet
 from rlfr_vlm.models.attention import PackedLayout, Segment, grouped_sdpa
 from rlfr_vlm.models.logprobs import token_logprobs
 from rlfr_vlm.planning.footprint import num_ranks
-from rlfr_vlm.planning.memory import FIELD_TILE, PREFILL_TOKENS, VOCAB_TILE, Machine, MicroBatch, micro_batch, num_trained
+from rlfr_vlm.planning.memory import (
+    FIELD_TILE,
+    PREFILL_TOKENS,
+    VOCAB_TILE,
+    Machine,
+    MicroBatch,
+    micro_batch,
+    num_trained,
+)
 from rlfr_vlm.planning.shapes import ModelShape
 
 BUDGET = {"cpu": 1e10, "cuda": 2e13}  # floating-point operations of one timed call, about
@@ -61,28 +71,45 @@ class _Layer(nn.Module):
         super().__init__()
         self.shape = shape
         self.norms = nn.ModuleList(RMSNorm(shape.hidden, 1e-6) for _ in range(2))
-        widths = [(shape.hidden, shape.queries), (shape.hidden, shape.keys), (shape.hidden, shape.keys), (shape.queries, shape.hidden)]
-        widths += [(shape.hidden, shape.intermediate), (shape.hidden, shape.intermediate), (shape.intermediate, shape.hidden)]
+        widths = [
+            (shape.hidden, shape.queries),
+            (shape.hidden, shape.keys),
+            (shape.hidden, shape.keys),
+            (shape.queries, shape.hidden),
+        ]
+        widths += [
+            (shape.hidden, shape.intermediate),
+            (shape.hidden, shape.intermediate),
+            (shape.intermediate, shape.hidden),
+        ]
         self.linears = nn.ModuleList(nn.Linear(a, b, bias=False) for a, b in widths)
 
     def forward(self, x: Tensor, attend: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Tensor:
         """x: [S, D]; attend: [1, H, S, d] of queries, keys and values to [1, S, H, d]."""
         q, k, v, o, gate, up, down = self.linears
         states = self.norms[0](x)
-        heads = [linear(states).view(1, len(x), -1, self.shape.head_size).transpose(1, 2) for linear in (q, k, v)]
+        heads = [
+            linear(states).view(1, len(x), -1, self.shape.head_size).transpose(1, 2)
+            for linear in (q, k, v)
+        ]
         x = x + o(attend(*heads).flatten(2)[0])
         states = self.norms[1](x)
         return x + down(F.silu(gate(states)) * up(states))
 
 
-def step_seconds(cfg: Config, shape: ModelShape, machine: Machine, vllm: bool) -> dict[str, float] | None:
-    """Seconds of a training step by part, with every prompt and response at the config's limits; None where no such device is here to be timed.
+def step_seconds(
+    cfg: Config, shape: ModelShape, machine: Machine, vllm: bool
+) -> dict[str, float] | None:
+    """Seconds of a training step by part, with every prompt and response at the config's limits;
+    None where no such device is here to be timed.
 
     Prompts are mostly shorter: give it a config whose limit is a typical one's length.
     """
     if machine.kind == "cuda" and not torch.cuda.is_available():
         return None
-    bench = Bench(shape, torch.device(machine.kind), getattr(torch, cfg.model.dtype), BUDGET[machine.kind])
+    bench = Bench(
+        shape, torch.device(machine.kind), getattr(torch, cfg.model.dtype), BUDGET[machine.kind]
+    )
     generator = torch.get_rng_state()
     try:
         return _step(cfg, bench, vllm)
@@ -99,16 +126,28 @@ def _step(cfg: Config, bench: Bench, vllm: bool) -> dict[str, float]:
     logprobs, logprobs_both = head_seconds(bench, cfg.model.lora is None)
     work = bench.shape.layers * layer_operations(bench.shape, batch) * batches
     tokens = samples * rollout.max_new_tokens
-    passes = {"forward": work * forward + tokens * logprobs, "both": work * both + tokens * logprobs_both}
+    passes = {
+        "forward": work * forward + tokens * logprobs,
+        "both": work * both + tokens * logprobs_both,
+    }
     engines = cfg.ray.engines or ranks
-    parts = {"rollout": rollout_seconds(cfg, bench, vllm, rollout.num_prompts * rollout.group_size / engines, forward)}
+    parts = {
+        "rollout": rollout_seconds(
+            cfg, bench, vllm, rollout.num_prompts * rollout.group_size / engines, forward
+        )
+    }
     if scores_first(cfg) or compares_siblings(cfg):
         parts["score"] = passes["forward"]
     if cfg.algorithm.needs_reference:
         parts["reference"] = passes["forward"]
     again = work * forward if cfg.model.gradient_checkpointing != "off" else 0.0
     sharded = ranks if cfg.deepspeed is not None and cfg.deepspeed.zero_stage else 1
-    stepping = optimiser_seconds(bench) * num_trained(cfg, bench.shape) / sharded * cfg.algorithm.updates_per_rollout
+    stepping = (
+        optimiser_seconds(bench)
+        * num_trained(cfg, bench.shape)
+        / sharded
+        * cfg.algorithm.updates_per_rollout
+    )
     parts["update"] = passes["both"] + again + stepping
     if cfg.flow is not None:
         score, learn = field_seconds(cfg, bench)
@@ -116,17 +155,25 @@ def _step(cfg: Config, bench: Bench, vllm: bool) -> dict[str, float]:
         online, networks = cfg.flow.online, 1 if cfg.flow.contrast == "none" else 2
         learnt = 0.0 if not online.enabled else each * learn
         if online.enabled and online.window:
-            learnt = online.updates * online.batch_tokens * len(cfg.flow.layers) * learn * cfg.algorithm.updates_per_rollout
+            learnt = (
+                online.updates
+                * online.batch_tokens
+                * len(cfg.flow.layers)
+                * learn
+                * cfg.algorithm.updates_per_rollout
+            )
         parts["flow"] = networks * (each * score * cfg.flow.reward.draws + learnt)
     return parts
 
 
-# -- forward and backward -----------------------------------------------------------------------------------------------
+# -- forward and backward --------------------------------------------------------------------------
 
 
 def layer_operations(shape: ModelShape, batch: MicroBatch) -> float:
     """Floating-point operations of one layer's forward."""
-    pairs = batch.prompts * batch.prompt**2 + batch.samples * batch.response * (batch.prompt + batch.response)
+    pairs = batch.prompts * batch.prompt**2 + batch.samples * batch.response * (
+        batch.prompt + batch.response
+    )
     return 2.0 * shape.layer * batch.tokens + 4.0 * shape.queries * pairs
 
 
@@ -135,9 +182,14 @@ def layer_rates(cfg: Config, bench: Bench, batch: MicroBatch) -> tuple[float, fl
     group = max(1, min(cfg.rollout.group_size, round(batch.samples)))
     tokens = bench.budget / (6.0 * bench.shape.layer)
     scale = min(1.0, tokens / (batch.prompt + group * batch.response))
-    small = MicroBatch(max(1, int(batch.prompt * scale)), max(1, int(batch.response * scale)), 1, group, 1)
+    small = MicroBatch(
+        max(1, int(batch.prompt * scale)), max(1, int(batch.response * scale)), 1, group, 1
+    )
     starts = [small.prompt + i * small.response for i in range(group)]
-    segments = [Segment(0, small.prompt), *(Segment(a, a + small.response, 0, small.prompt) for a in starts)]
+    segments = [
+        Segment(0, small.prompt),
+        *(Segment(a, a + small.response, 0, small.prompt) for a in starts),
+    ]
     layout = PackedLayout(segments, bench.device)
     layer = _Layer(bench.shape).to(bench.device, bench.dtype)
     x = bench.random(int(small.tokens), bench.shape.hidden, grad=True)
@@ -150,7 +202,9 @@ def layer_rates(cfg: Config, bench: Bench, batch: MicroBatch) -> tuple[float, fl
             layer(x, attend)
 
     done = layer_operations(bench.shape, small)
-    return bench.seconds(forward) / done, bench.seconds(lambda: layer(x, attend).sum().backward()) / done
+    return bench.seconds(forward) / done, bench.seconds(
+        lambda: layer(x, attend).sum().backward()
+    ) / done
 
 
 def head_seconds(bench: Bench, trained: bool) -> tuple[float, float]:
@@ -167,7 +221,9 @@ def head_seconds(bench: Bench, trained: bool) -> tuple[float, float]:
             token_logprobs(hidden, weight, tokens, banned, 1.0, True)
 
     share = bench.shape.vocab / columns / rows
-    both = bench.seconds(lambda: token_logprobs(hidden, weight, tokens, banned, 1.0, True)[0].sum().backward())
+    both = bench.seconds(
+        lambda: token_logprobs(hidden, weight, tokens, banned, 1.0, True)[0].sum().backward()
+    )
     return bench.seconds(forward) * share, both * share
 
 
@@ -190,46 +246,70 @@ def field_seconds(cfg: Config, bench: Bench) -> tuple[float, float]:
     at, layer = (torch.full((rows,), 0.5, device=bench.device) for _ in range(2))
 
     def forward() -> Tensor:
-        with torch.autocast(bench.device.type, dtype=torch.bfloat16, enabled=bench.dtype == torch.bfloat16):
+        with torch.autocast(
+            bench.device.type, dtype=torch.bfloat16, enabled=bench.dtype == torch.bfloat16
+        ):
             return network(noise, at, layer, x)
 
     def score() -> None:
         with torch.no_grad():
             forward()
 
-    return bench.seconds(score) / rows, bench.seconds(lambda: forward().float().square().mean().backward()) / rows
+    return bench.seconds(score) / rows, bench.seconds(
+        lambda: forward().float().square().mean().backward()
+    ) / rows
 
 
-# -- sampling -----------------------------------------------------------------------------------------------------------
+# -- sampling --------------------------------------------------------------------------------------
 
 
 def rollout_seconds(cfg: Config, bench: Bench, vllm: bool, samples: float, forward: float) -> float:
-    """Prompts once each, then one token of every request at a time. forward: seconds of an operation of a layer's forward."""
+    """Prompts once each, then one token of every request at a time. forward: seconds of an
+    operation of a layer's forward.
+    """
     shape, rollout = bench.shape, cfg.rollout
     prompt, response, group = cfg.data.max_prompt_tokens, rollout.max_new_tokens, rollout.group_size
     if vllm:
         requests = min(samples, rollout.vllm.max_num_seqs)
     else:
-        prompts = min(samples / group, max(1, rollout.hf_batch_size // group), max(1, PREFILL_TOKENS // prompt))
+        prompts = min(
+            samples / group,
+            max(1, rollout.hf_batch_size // group),
+            max(1, PREFILL_TOKENS // prompt),
+        )
         requests = max(1.0, prompts) * group
-    prefill = samples / group * shape.layers * layer_operations(shape, MicroBatch(prompt, response, 1, 0, 0)) * forward
-    token = shape.layers * decode_seconds(cfg, bench, int(requests)) + sampler_seconds(bench, int(requests))
+    prefill = (
+        samples
+        / group
+        * shape.layers
+        * layer_operations(shape, MicroBatch(prompt, response, 1, 0, 0))
+        * forward
+    )
+    token = shape.layers * decode_seconds(cfg, bench, int(requests)) + sampler_seconds(
+        bench, int(requests)
+    )
     return prefill + samples / requests * response * token
 
 
 @torch.no_grad()
 def decode_seconds(cfg: Config, bench: Bench, requests: int) -> float:
-    """Seconds of one token of every request in one layer, with half of the response in the cache."""
+    """Seconds of one token of every request in one layer, with half of the response in the
+    cache.
+    """
     shape = bench.shape
     length = cfg.data.max_prompt_tokens + cfg.rollout.max_new_tokens // 2
-    timed = max(1, min(requests, int(bench.budget / (2.0 * shape.layer + 4.0 * shape.queries * length))))
+    timed = max(
+        1, min(requests, int(bench.budget / (2.0 * shape.layer + 4.0 * shape.queries * length)))
+    )
     layer = _Layer(shape).to(bench.device, bench.dtype)
     x = bench.random(timed, shape.hidden)
     keys, values = (bench.random(timed, shape.kv_heads, length, shape.head_size) for _ in range(2))
     mask = torch.ones(timed, 1, 1, length, dtype=torch.bool, device=bench.device)
 
     def attend(query: Tensor, _key: Tensor, _value: Tensor) -> Tensor:
-        return grouped_sdpa(query[0].transpose(0, 1)[:, :, None], keys, values, mask, shape.head_size**-0.5)[:, :, 0][None]
+        return grouped_sdpa(
+            query[0].transpose(0, 1)[:, :, None], keys, values, mask, shape.head_size**-0.5
+        )[:, :, 0][None]
 
     return bench.seconds(lambda: layer(x, attend)) * requests / timed
 
@@ -238,7 +318,10 @@ def decode_seconds(cfg: Config, bench: Bench, requests: int) -> float:
 def sampler_seconds(bench: Bench, requests: int) -> float:
     """Seconds of the head and the draw for one token of every request."""
     columns = min(VOCAB_TILE, bench.shape.vocab)
-    weight, hidden = bench.random(columns, bench.shape.hidden), bench.random(requests, bench.shape.hidden)
+    weight, hidden = (
+        bench.random(columns, bench.shape.hidden),
+        bench.random(requests, bench.shape.hidden),
+    )
 
     def draw() -> Tensor:
         return F.linear(hidden, weight).float().log_softmax(-1).double().exp_().cumsum(-1)

@@ -1,4 +1,6 @@
-"""`rlfr-vlm plan`: what a run will need before anything starts, and the smallest change that makes one fit which does not."""
+"""`rlfr-vlm plan`: what a run will need before anything starts, and the smallest change that makes
+one fit which does not.
+"""
 
 from __future__ import annotations
 
@@ -21,13 +23,35 @@ from rlfr_vlm.planning.memory import GIB, Machine, Parts, Table
 from rlfr_vlm.planning.shapes import ModelShape, read_shape
 from rlfr_vlm.planning.workload import typical_prompt
 
-LATER = 60 * 2**20  # resident bytes of what a process loads and touches after its imports, before the model; measured
-PROCESS, VLLM_PROCESS = 590 * 2**20, 850 * 2**20  # resident bytes of the libraries, where they are not measured: torch 2.13, vLLM 0.32
+LATER = (
+    60 * 2**20
+    # resident bytes of what a process loads and touches after its imports, before the model;
+    # measured
+)
+PROCESS, VLLM_PROCESS = (
+    590 * 2**20,
+    850 * 2**20,
+)  # resident bytes of the libraries, where they are not measured: torch 2.13, vLLM 0.32
 IMPORTS = ("rlfr_vlm.commands", "torch.utils.tensorboard")
-VLLM_IMPORTS = {"cpu": ("vllm.entrypoints.llm", "vllm.v1.worker.cpu_worker"), "cuda": ("vllm.entrypoints.llm",)}
+VLLM_IMPORTS = {
+    "cpu": ("vllm.entrypoints.llm", "vllm.v1.worker.cpu_worker"),
+    "cuda": ("vllm.entrypoints.llm",),
+}
 SMALLEST_BATCH = 512  # tokens_per_microbatch is not proposed below it
 RANKS = (2, 4, 8, 16, 32, 64)
-SHARES = (0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.25, 0.2, 0.15, 0.1)  # of a GPU, that are tried for vLLM
+SHARES = (
+    0.9,
+    0.8,
+    0.7,
+    0.6,
+    0.5,
+    0.4,
+    0.3,
+    0.25,
+    0.2,
+    0.15,
+    0.1,
+)  # of a GPU, that are tried for vLLM
 
 Vary = Callable[[Sequence[str]], Config]  # the config with further overrides
 Knob = tuple[str, ...]  # overrides that belong together
@@ -59,7 +83,12 @@ class Plan:
         return not self.shortfalls
 
 
-def plan(vary: Vary, device_memory: float | None = None, model_config: str | None = None, calibrate: bool = True) -> Plan:
+def plan(
+    vary: Vary,
+    device_memory: float | None = None,
+    model_config: str | None = None,
+    calibrate: bool = True,
+) -> Plan:
     """Predict a run. vary(()) is its config; device_memory in GiB.
 
     Raises UserError where the model's sizes or the device's memory are not known.
@@ -76,7 +105,9 @@ def plan(vary: Vary, device_memory: float | None = None, model_config: str | Non
     if calibrate:
         from rlfr_vlm.planning.calibrate import step_seconds
 
-        shorter = cfg.model_copy(update={"data": cfg.data.model_copy(update={"max_prompt_tokens": prompt})})
+        shorter = cfg.model_copy(
+            update={"data": cfg.data.model_copy(update={"max_prompt_tokens": prompt})}
+        )
         seconds = step_seconds(shorter, shape, machine, uses_vllm(cfg, machine))
     return Plan(
         model=cfg.model.path,
@@ -97,23 +128,43 @@ def plan(vary: Vary, device_memory: float | None = None, model_config: str | Non
     )
 
 
-# -- the machine ----------------------------------------------------------------------------------------------------------
+# -- the machine -----------------------------------------------------------------------------------
 
 
 def find_machine(cfg: Config, device_memory: float | None, measure: bool) -> Machine:
-    """The device that model.device names, with `device_memory` GiB where given. Raises UserError for a GPU of unknown memory."""
+    """The device that model.device names, with `device_memory` GiB where given. Raises UserError
+    for a GPU of unknown memory.
+    """
     kind: Literal["cpu", "cuda"] = "cpu"
     gpu = None if cfg.model.device == "cpu" else gpu_memory()
     if cfg.model.device.startswith("cuda") or gpu is not None:
         kind = "cuda"
-    memory = device_memory * GIB if device_memory is not None else gpu if kind == "cuda" else host_memory()
+    memory = (
+        device_memory * GIB
+        if device_memory is not None
+        else gpu
+        if kind == "cuda"
+        else host_memory()
+    )
     if memory is None:
-        raise UserError(f"model.device={cfg.model.device}: no GPU is found here: say what one holds with --device-memory GIB")
-    machine = Machine(kind, float(memory), float(PROCESS + LATER), float(VLLM_PROCESS + LATER), find_spec("vllm") is not None)
+        raise UserError(
+            f"model.device={cfg.model.device}: no GPU is found here: say what one holds with "
+            "--device-memory GIB"
+        )
+    machine = Machine(
+        kind,
+        float(memory),
+        float(PROCESS + LATER),
+        float(VLLM_PROCESS + LATER),
+        find_spec("vllm") is not None,
+    )
     if not measure:
         return machine
     if uses_vllm(cfg, machine) and machine.has_vllm:
-        return replace(machine, vllm_process=LATER + (imported_bytes(IMPORTS + VLLM_IMPORTS[kind]) or VLLM_PROCESS))
+        return replace(
+            machine,
+            vllm_process=LATER + (imported_bytes(IMPORTS + VLLM_IMPORTS[kind]) or VLLM_PROCESS),
+        )
     return replace(machine, process=LATER + (imported_bytes(IMPORTS) or PROCESS))
 
 
@@ -141,8 +192,18 @@ def imported_bytes(modules: Sequence[str]) -> float | None:
     code = f"import {', '.join(modules)}\nprint(open('/proc/self/statm').read().split()[1])"
     environment = {**os.environ, "VLLM_LOGGING_LEVEL": "ERROR", "HF_HUB_OFFLINE": "1"}
     try:
-        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300, env=environment)
-        return float(int(done.stdout.split()[-1]) * os.sysconf("SC_PAGE_SIZE")) if done.returncode == 0 else None
+        done = subprocess.run(
+            [sys.executable, "-c", code],
+            capture_output=True,
+            text=True,
+            timeout=300,
+            env=environment,
+        )
+        return (
+            float(int(done.stdout.split()[-1]) * os.sysconf("SC_PAGE_SIZE"))
+            if done.returncode == 0
+            else None
+        )
     except (OSError, ValueError, IndexError, subprocess.TimeoutExpired):
         return None
 
@@ -154,26 +215,35 @@ def _free(folder: Path) -> int:
     return shutil.disk_usage(folder).free
 
 
-# -- does it fit? -----------------------------------------------------------------------------------------------------------
+# -- does it fit? ----------------------------------------------------------------------------------
 
 
-def find_shortfalls(cfg: Config, shape: ModelShape, machine: Machine, tables: Sequence[Table]) -> list[str]:
+def find_shortfalls(
+    cfg: Config, shape: ModelShape, machine: Machine, tables: Sequence[Table]
+) -> list[str]:
     """What lacks memory, as lines; CPU devices share the machine's."""
     found = []
     if machine.kind == "cpu":
         needed = sum(table.count * table.peak for table in tables)
         if needed > machine.memory:
-            found.append(f"{gib(needed)} of main memory are needed, {gib(machine.memory)} are there")
+            found.append(
+                f"{gib(needed)} of main memory are needed, {gib(machine.memory)} are there"
+            )
     else:
         for table in tables:
             if table.name != "host" and table.peak > machine.memory:
-                found.append(f"each {table.name} device needs {gib(table.peak)} and has {gib(machine.memory)}")
+                found.append(
+                    f"each {table.name} device needs {gib(table.peak)} and has "
+                    f"{gib(machine.memory)}"
+                )
     problem = engine_problem(cfg, shape, machine)
     return [*found, problem] if problem else found
 
 
 def find_overrides(vary: Vary, shape: ModelShape, machine: Machine) -> list[str] | None:
-    """The first knob that makes the run fit; where none does alone, as few as do together. None where nothing does."""
+    """The first knob that makes the run fit; where none does alone, as few as do together. None
+    where nothing does.
+    """
 
     def fits(overrides: Sequence[str]) -> bool:
         try:
@@ -205,7 +275,9 @@ def _needed(chosen: list[Knob], fits: Callable[[Sequence[str]], bool]) -> list[s
 
 
 def knobs(cfg: Config, machine: Machine) -> Iterator[list[Knob]]:
-    """Groups of overrides, the cheapest first; within a group from the gentlest to the strongest."""
+    """Groups of overrides, the cheapest first; within a group from the gentlest to the
+    strongest.
+    """
     least = max(SMALLEST_BATCH, cfg.data.max_prompt_tokens + cfg.rollout.max_new_tokens)
     budgets, size = [], cfg.train.tokens_per_microbatch // 2
     while size >= least:
@@ -245,7 +317,9 @@ def _engine_knobs(cfg: Config, machine: Machine) -> Iterator[Knob]:
 
 
 def _sharding_knobs(cfg: Config, machine: Machine) -> Iterator[Knob]:
-    """More devices, then stronger sharding, then the host's memory; on CPU ranks share one memory, so that none of it helps."""
+    """More devices, then stronger sharding, then the host's memory; on CPU ranks share one memory,
+    so that none of it helps.
+    """
     if machine.kind == "cpu":
         return
     now, stage = num_ranks(cfg), cfg.deepspeed.zero_stage if cfg.deepspeed else 0
@@ -261,7 +335,7 @@ def _sharding_knobs(cfg: Config, machine: Machine) -> Iterator[Knob]:
     yield (f"deepspeed.ranks={now}", "deepspeed.zero_stage=3", "deepspeed.offload=all")
 
 
-# -- telling ----------------------------------------------------------------------------------------------------------------
+# -- telling ---------------------------------------------------------------------------------------
 
 
 def gib(size: float) -> str:
@@ -282,18 +356,21 @@ def as_text(found: Plan) -> str:
     machine, shape = found.machine, found.shape
     device = "GPU" if machine.kind == "cuda" else "CPU"
     lines = [
-        f"model    {found.model}: {shape.parameters / 1e6:,.1f}M parameters, {shape.layers} layers of width {shape.hidden}, "
-        f"{shape.vocab:,} tokens",
+        f"model    {found.model}: {shape.parameters / 1e6:,.1f}M parameters, {shape.layers} layers "
+        f"of width {shape.hidden}, {shape.vocab:,} tokens",
         f"device   {device} with {gib(machine.memory)}; rollouts by {found.engine}",
-        f"step     {found.samples:,} samples, at most {found.tokens:,} tokens, {found.response_tokens:,} of them responses; "
-        f"{found.steps:,} steps",
+        f"step     {found.samples:,} samples, at most {found.tokens:,} tokens, "
+        f"{found.response_tokens:,} of them responses; {found.steps:,} steps",
     ]
     for table in found.tables:
         lines += ["", *_table_lines(table)]
     lines += ["", "disk (output_dir)"]
     lines += [f"  {name:34} {gib(size):>12}" for name, size in found.disk.items()]
     needed = sum(found.disk.values())
-    lines.append(f"  {'free here':34} {gib(found.disk_free):>12}{'   too little' if needed > found.disk_free else ''}")
+    lines.append(
+        f"  {'free here':34} "
+        f"{gib(found.disk_free):>12}{'   too little' if needed > found.disk_free else ''}"
+    )
     lines += ["", *_time_lines(found), "", *_verdict(found)]
     return "\n".join(lines) + "\n"
 
@@ -302,13 +379,24 @@ def _table_lines(table: Table) -> list[str]:
     """Parts as rows, the largest first; phases as columns."""
     phases = list(table.phases)
     names = {name for parts in table.phases.values() for name in parts}
-    rows = sorted(names, key=lambda name: -max(parts.get(name, 0.0) for parts in table.phases.values()))
-    title = {"trainer": "memory of each trainer device", "engine": "memory of each engine device", "host": "host memory"}[table.name]
-    lines = [f"{title + (f' ({table.count} of them)' if table.count > 1 else ''):36}" + "".join(f"{phase:>14}" for phase in phases)]
+    rows = sorted(
+        names, key=lambda name: -max(parts.get(name, 0.0) for parts in table.phases.values())
+    )
+    title = {
+        "trainer": "memory of each trainer device",
+        "engine": "memory of each engine device",
+        "host": "host memory",
+    }[table.name]
+    lines = [
+        f"{title + (f' ({table.count} of them)' if table.count > 1 else ''):36}"
+        + "".join(f"{phase:>14}" for phase in phases)
+    ]
     for name in rows:
         sizes = [parts.get(name, 0.0) for parts in table.phases.values()]
         if max(sizes) >= 0.005 * GIB:
-            lines.append(f"  {name:34}" + "".join(f"{gib(size) if size else '-':>14}" for size in sizes))
+            lines.append(
+                f"  {name:34}" + "".join(f"{gib(size) if size else '-':>14}" for size in sizes)
+            )
     totals = [sum(parts.values()) for parts in table.phases.values()]
     return [*lines, f"  {'together':34}" + "".join(f"{gib(total):>14}" for total in totals)]
 
@@ -319,8 +407,10 @@ def _time_lines(found: Plan) -> list[str]:
     total = sum(found.seconds.values())
     parts = ", ".join(f"{name} {seconds:,.1f} s" for name, seconds in found.seconds.items())
     return [
-        f"time per step, about {total:,.1f} s ({parts}); {total * found.steps / 3600:,.1f} h for all steps",
-        f"  an estimate from single layers timed on this machine: prompts of about {found.typical_prompt:,} tokens, every response at its limit,",
+        f"time per step, about {total:,.1f} s ({parts}); {total * found.steps / 3600:,.1f} h for "
+        "all steps",
+        "  an estimate from single layers timed on this machine: prompts of about "
+        f"{found.typical_prompt:,} tokens, every response at its limit,",
         "  nothing else running; pictures, grading, saving and evaluation are not in it",
     ]
 
@@ -330,5 +420,9 @@ def _verdict(found: Plan) -> list[str]:
         return ["fits"]
     lines = [f"does not fit: {reason}" for reason in found.shortfalls]
     if found.overrides is None:
-        return [*lines, "no setting that was tried makes it fit: take a larger device, a smaller model or shorter sequences"]
+        return [
+            *lines,
+            "no setting that was tried makes it fit: take a larger device, a smaller model or "
+            "shorter sequences",
+        ]
     return [*lines, f"with this it fits: {' '.join(found.overrides)}"]

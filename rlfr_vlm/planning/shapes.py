@@ -1,4 +1,6 @@
-"""Sizes of a model from its config alone: hidden states, layers, heads, vocabulary, vision tower, and how many weights they make."""
+"""Sizes of a model from its config alone: hidden states, layers, heads, vocabulary, vision tower,
+and how many weights they make.
+"""
 
 from __future__ import annotations
 
@@ -11,11 +13,29 @@ from typing import Any
 from rlfr_vlm.config import FlowConfig
 from rlfr_vlm.errors import UserError
 
-# From the config.json that each model is published with; read where no folder of that name is at hand.
-_VISION = {"depth": 32, "hidden_size": 1280, "intermediate_size": 3420, "num_heads": 16, "patch_size": 14, "spatial_merge_size": 2}
+# From the config.json that each model is published with; read where no folder of that name is at
+# hand.
+_VISION = {
+    "depth": 32,
+    "hidden_size": 1280,
+    "intermediate_size": 3420,
+    "num_heads": 16,
+    "patch_size": 14,
+    "spatial_merge_size": 2,
+}
 
 
-def _published(kind: str, hidden: int, layers: int, heads: int, kv: int, inner: int, vocab: int, tied: bool, limit: int) -> dict[str, Any]:
+def _published(
+    kind: str,
+    hidden: int,
+    layers: int,
+    heads: int,
+    kv: int,
+    inner: int,
+    vocab: int,
+    tied: bool,
+    limit: int,
+) -> dict[str, Any]:
     return {
         "model_type": kind,
         "hidden_size": hidden,
@@ -34,8 +54,12 @@ PUBLISHED: dict[str, dict[str, Any]] = {
     "Qwen/Qwen2.5-Math-7B": _published("qwen2", 3584, 28, 28, 4, 18944, 152064, False, 4096),
     "Qwen/Qwen2.5-7B": _published("qwen2", 3584, 28, 28, 4, 18944, 152064, False, 131072),
     "meta-llama/Llama-3.1-8B": _published("llama", 4096, 32, 32, 8, 14336, 128256, False, 131072),
-    "Qwen/Qwen2.5-VL-3B-Instruct": _published("qwen2_5_vl", 2048, 36, 16, 2, 11008, 151936, True, 128000),
-    "Qwen/Qwen2.5-VL-7B-Instruct": _published("qwen2_5_vl", 3584, 28, 28, 4, 18944, 152064, False, 128000),
+    "Qwen/Qwen2.5-VL-3B-Instruct": _published(
+        "qwen2_5_vl", 2048, 36, 16, 2, 11008, 151936, True, 128000
+    ),
+    "Qwen/Qwen2.5-VL-7B-Instruct": _published(
+        "qwen2_5_vl", 3584, 28, 28, 4, 18944, 152064, False, 128000
+    ),
 }
 
 
@@ -111,7 +135,11 @@ class ModelShape:
             "v_proj": self.hidden + self.keys,
             "o_proj": self.hidden + self.queries,
         }
-        return self.layers * rank * sum(ends.get(name, self.hidden + self.intermediate) for name in targets)
+        return (
+            self.layers
+            * rank
+            * sum(ends.get(name, self.hidden + self.intermediate) for name in targets)
+        )
 
 
 def num_field_parameters(hidden: int, depth: int) -> int:
@@ -122,11 +150,15 @@ def num_field_parameters(hidden: int, depth: int) -> int:
 def num_flow_parameters(hidden: int, cfg: FlowConfig) -> int:
     """Weights of a field and of its contrast, where it has one."""
     prompt = hidden**2 + hidden if cfg.prompt_context else 0
-    return (num_field_parameters(hidden, cfg.network.depth) + prompt) * (1 if cfg.contrast == "none" else 2)
+    return (num_field_parameters(hidden, cfg.network.depth) + prompt) * (
+        1 if cfg.contrast == "none" else 2
+    )
 
 
 def text_config(model: str) -> dict[str, Any]:
-    """Config of the language part of a local model, or of one of the published table; empty for other names and folders without one."""
+    """Config of the language part of a local model, or of one of the published table; empty for
+    other names and folders without one.
+    """
     config = _find_config(model)
     try:
         return {**config, **config.get("text_config", {})}
@@ -141,7 +173,9 @@ def hidden_size(model: str) -> int | None:
 
 
 def num_parameters(model: str) -> int | None:
-    """Weights of a model's language part, but for a few biases and norms; None where they are not known, as with experts."""
+    """Weights of a model's language part, but for a few biases and norms; None where they are not
+    known, as with experts.
+    """
     try:
         return shape_of(_find_config(model)).language
     except (KeyError, TypeError, ValueError, AttributeError, ZeroDivisionError):
@@ -157,7 +191,8 @@ def _find_config(model: str) -> dict[str, Any]:
 
 
 def read_shape(model: str, config_file: str | None = None) -> ModelShape:
-    """Sizes from `config_file`, else from the folder `model`, else from the table of published ones.
+    """Sizes from `config_file`, else from the folder `model`, else from the table of published
+    ones.
 
     Raises UserError naming the file, or model.path and the option that helps.
     """
@@ -170,7 +205,10 @@ def read_shape(model: str, config_file: str | None = None) -> ModelShape:
         except ValueError as error:
             raise UserError(f"--model-config {config_file}: not JSON: {error}") from None
     elif not (config := _find_config(model)):
-        raise UserError(f"model.path: the sizes of `{model}` are not known here: give its config.json with --model-config FILE")
+        raise UserError(
+            f"model.path: the sizes of `{model}` are not known here: give its config.json with "
+            "--model-config FILE"
+        )
     try:
         return shape_of(config)
     except (KeyError, TypeError, ValueError, AttributeError, ZeroDivisionError) as error:
@@ -178,7 +216,9 @@ def read_shape(model: str, config_file: str | None = None) -> ModelShape:
 
 
 def shape_of(config: Mapping[str, Any]) -> ModelShape:
-    """Sizes from a Hugging Face config. Raises KeyError, TypeError or ValueError where it has none, as for a mixture of experts."""
+    """Sizes from a Hugging Face config. Raises KeyError, TypeError or ValueError where it has none,
+    as for a mixture of experts.
+    """
     text = {**config, **config.get("text_config", {})}
     if any("expert" in key for key in text):
         raise ValueError("a mixture of experts")
@@ -212,5 +252,10 @@ def _vision_shape(config: Mapping[str, Any], out: int, kind: str) -> VisionShape
     mergers = 1 + len(config.get("deepstack_visual_indexes") or ())
     block = 4 * hidden**2 + (3 if gated else 2) * hidden * inner
     positions = config.get("num_position_embeddings", 0) * hidden
-    total = 6 * patch**2 * hidden + config["depth"] * block + mergers * (wide**2 + wide * out) + positions
+    total = (
+        6 * patch**2 * hidden
+        + config["depth"] * block
+        + mergers * (wide**2 + wide * out)
+        + positions
+    )
     return VisionShape(hidden, config["depth"], inner, gated, patch, merge, total)

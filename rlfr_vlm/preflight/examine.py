@@ -1,4 +1,6 @@
-"""One row as training would read it, and what else is odd about it. Runs in worker processes; loads no weights."""
+"""One row as training would read it, and what else is odd about it. Runs in worker processes; loads
+no weights.
+"""
 
 from __future__ import annotations
 
@@ -33,7 +35,9 @@ MAX_ASPECT = 200  # where no model says it; the processors' own limit
 CLEAR_SHARE = 0.01  # of a picture's pixels that may be transparent
 CACHED_PICTURES = 4096
 ORIENTATION = 0x0112  # EXIF
-COMMON_SPECIAL = re.compile(r"<\|[A-Za-z_]{2,40}\|>")  # where no model says which tokens are special
+COMMON_SPECIAL = re.compile(
+    r"<\|[A-Za-z_]{2,40}\|>"
+)  # where no model says which tokens are special
 
 
 @dataclass(frozen=True)
@@ -67,17 +71,27 @@ class Examiner:
         """Never raises for what a row holds."""
         notices = [] if task.row is None else column_notices(task.row, self.need)
         try:
-            prompt = read_prompt(task.row, task.problem, task.where, self.cfg.data, self.need, task.name)
+            prompt = read_prompt(
+                task.row, task.problem, task.where, self.cfg.data, self.need, task.name
+            )
         except RowError as error:
             own = "" if task.row is None else str(task.row.get("id") or "")[:200]
-            return Facts(task.number, task.name, task.where, own, ((error.fault, str(error)), *notices))
+            return Facts(
+                task.number, task.name, task.where, own, ((error.fault, str(error)), *notices)
+            )
         text = own_text(prompt, self._added)
         notices += text_notices(prompt, text, self._special_in(text))
         if self.need == "answer" and self.cfg.reward.function is None:
             notices += answer_notices(prompt, text)
         if self.need == "response" and prompt.response:
-            vision = self.renderer is not None and self.renderer.vision_text.search(prompt.response)  # an error, told below
-            notices += response_notices(prompt.response, self.cfg.reward, None if vision else self._special_in(prompt.response))
+            vision = self.renderer is not None and self.renderer.vision_text.search(
+                prompt.response
+            )  # an error, told below
+            notices += response_notices(
+                prompt.response,
+                self.cfg.reward,
+                None if vision else self._special_in(prompt.response),
+            )
         opened: list[Picture] = []
         tokens = None
         try:
@@ -98,7 +112,9 @@ class Examiner:
             name=task.name,
             where=task.where,
             id=prompt.id,
-            notices=tuple({kind: (kind, reason) for kind, reason in reversed(notices)}.values())[::-1],  # of several of a kind the first
+            notices=tuple({kind: (kind, reason) for kind, reason in reversed(notices)}.values())[
+                ::-1
+            ],  # of several of a kind the first
             parsed=True,
             tokens=tokens,
             text=digest_of(plain.encode()),
@@ -112,17 +128,25 @@ class Examiner:
         )
 
     def _special_in(self, text: str) -> str | None:
-        found = COMMON_SPECIAL.search(text) if self.renderer is None else self.renderer.special.search(text)
+        found = (
+            COMMON_SPECIAL.search(text)
+            if self.renderer is None
+            else self.renderer.special.search(text)
+        )
         return found[0] if found else None
 
     def _count(self, prompt: Prompt, sizes: list[tuple[int, int]]) -> int | None:
-        """Tokens of the prompt; None where no model is at hand. Raises RowError for a picture out of shape."""
+        """Tokens of the prompt; None where no model is at hand. Raises RowError for a picture out
+        of shape.
+        """
         if self.renderer is not None:
             return self.renderer.count_tokens(prompt, sizes)
         for width, height in sizes:
             if max(width, height) > MAX_ASPECT * min(width, height):
                 problem = ImageError(
-                    f"a picture of {width} x {height} pixels: one side is over {MAX_ASPECT} times the other", "image_shape"
+                    f"a picture of {width} x {height} pixels: one side is over {MAX_ASPECT} times "
+                    "the other",
+                    "image_shape",
                 )
                 raise bad_picture(prompt, problem)
         return None
@@ -135,13 +159,29 @@ class Examiner:
         except RowError as error:
             return [(error.fault, str(error))]
         if self.need == "response" and prompt.response:
-            whole = tokens + len(self.renderer.tokenizer(prompt.response, add_special_tokens=False)["input_ids"]) + 1  # EOS
+            whole = (
+                tokens
+                + len(
+                    self.renderer.tokenizer(prompt.response, add_special_tokens=False)["input_ids"]
+                )
+                + 1
+            )  # EOS
             if whole > self._max_tokens:
-                return [("expert_too_long", f"{prompt.origin}: {whole} tokens exceed flow.fit.max_tokens={self._max_tokens}")]
+                return [
+                    (
+                        "expert_too_long",
+                        f"{prompt.origin}: {whole} tokens exceed "
+                        f"flow.fit.max_tokens={self._max_tokens}",
+                    )
+                ]
         return []
 
     def _picture(self, prompt: Prompt, source: Any) -> Picture:
-        found = self._cached(source) if isinstance(source, str) and len(source) <= 512 else self._open(source)
+        found = (
+            self._cached(source)
+            if isinstance(source, str) and len(source) <= 512
+            else self._open(source)
+        )
         if isinstance(found, ImageError):
             raise bad_picture(prompt, found)
         return found
@@ -155,11 +195,23 @@ class Examiner:
             return error.with_traceback(None)
         notices: list[Notice] = []
         if all(high - low <= FLAT for low, high in pixels.getextrema()):  # type: ignore[misc, union-attr]
-            notices.append(("image_blank", f"the {pixels.width} x {pixels.height} pixels have one colour, about {pixels.getpixel((0, 0))}"))
+            notices.append(
+                (
+                    "image_blank",
+                    f"the {pixels.width} x {pixels.height} pixels have one colour, about "
+                    f"{pixels.getpixel((0, 0))}",
+                )
+            )
         if clear := _clear_share(image):
-            notices.append(("image_transparent", f"{100 * clear:.0f} % of the picture is transparent"))
-        notices += header_notices(image)  # last: to count frames moves the picture on, and a damaged one need not come back
-        return Picture(pixels.size, digest_of(repr(pixels.size).encode() + pixels.tobytes()), tuple(notices))
+            notices.append(
+                ("image_transparent", f"{100 * clear:.0f} % of the picture is transparent")
+            )
+        notices += header_notices(
+            image
+        )  # last: to count frames moves the picture on, and a damaged one need not come back
+        return Picture(
+            pixels.size, digest_of(repr(pixels.size).encode() + pixels.tobytes()), tuple(notices)
+        )
 
 
 def header_notices(image: Image.Image) -> list[Notice]:
@@ -180,7 +232,9 @@ def header_notices(image: Image.Image) -> list[Notice]:
 
 
 def _clear_share(image: Image.Image) -> float:
-    """Share of a decoded picture's pixels that are more transparent than not; 0 where it is too small to matter."""
+    """Share of a decoded picture's pixels that are more transparent than not; 0 where it is too
+    small to matter.
+    """
     if image.mode not in ("RGBA", "LA", "PA") and "transparency" not in image.info:
         return 0.0
     histogram = image.convert("RGBA").getchannel("A").histogram()
@@ -189,14 +243,20 @@ def _clear_share(image: Image.Image) -> float:
 
 
 def make_examiners(cfg: Config, sources: dict[Role, str], with_model: bool) -> dict[Role, Examiner]:
-    """One for each data file, on one tokenizer and processor. Raises UserError where the model's do not load."""
+    """One for each data file, on one tokenizer and processor. Raises UserError where the model's do
+    not load.
+    """
     policy = None
     if with_model:
-        from rlfr_vlm.models.policy import Policy  # here: without a model nobody waits for its libraries
+        from rlfr_vlm.models.policy import (
+            Policy,
+        )  # here: without a model nobody waits for its libraries
 
         reader = {"device": "cpu", "lora": None, "gradient_checkpointing": "off"}
         policy = Policy(cfg.model.model_copy(update=reader), weights=False)
     return {
-        role: Examiner(cfg, source, role, None if policy is None else Renderer(policy, cfg.data, source))
+        role: Examiner(
+            cfg, source, role, None if policy is None else Renderer(policy, cfg.data, source)
+        )
         for role, source in sources.items()
     }

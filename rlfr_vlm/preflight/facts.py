@@ -1,4 +1,6 @@
-"""What goes to the processes that look at rows, and what comes back: light, for the side that only puts it together."""
+"""What goes to the processes that look at rows, and what comes back: light, for the side that only
+puts it together.
+"""
 
 from __future__ import annotations
 
@@ -36,7 +38,9 @@ class Facts:
     tokens: int | None = None  # of the prompt, pictures included
     text: bytes = b""  # digest of the question
     text_length: int = 0
-    pictures: tuple[bytes, ...] | None = None  # digests of their pixels; None where one cannot be opened
+    pictures: tuple[bytes, ...] | None = (
+        None  # digests of their pixels; None where one cannot be opened
+    )
     sizes: tuple[tuple[int, int], ...] = ()
     num_pictures: int = 0
     marked: bool = True  # whether the row says where its pictures go

@@ -1,4 +1,6 @@
-"""What validate writes: quarantine.jsonl, warnings.jsonl, validate.json, and copies of the data without the quarantined rows."""
+"""What validate writes: quarantine.jsonl, warnings.jsonl, validate.json, and copies of the data
+without the quarantined rows.
+"""
 
 from __future__ import annotations
 
@@ -14,12 +16,21 @@ from rlfr_vlm.preflight.facts import Role
 from rlfr_vlm.preflight.scan import FileScan
 
 
-def write_findings(folder: Path, data: Mapping[str, Any], scans: Mapping[Role, FileScan]) -> list[Path]:
-    """One line per finding, errors and warnings apart, and everything as data. Returns the files."""
+def write_findings(
+    folder: Path, data: Mapping[str, Any], scans: Mapping[Role, FileScan]
+) -> list[Path]:
+    """One line per finding, errors and warnings apart, and everything as data. Returns the
+    files.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     files = []
     for name, severity in (("quarantine.jsonl", "error"), ("warnings.jsonl", "warning")):
-        lines = [asdict(found) for scan in scans.values() for found in scan.findings if found.severity == severity]
+        lines = [
+            asdict(found)
+            for scan in scans.values()
+            for found in scan.findings
+            if found.severity == severity
+        ]
         (folder / name).write_text("".join(json.dumps(line) + "\n" for line in lines))
         files.append(folder / name)
     (folder / "validate.json").write_text(json.dumps(data, indent=1) + "\n")
@@ -34,13 +45,17 @@ def check_copies(sources: Mapping[Role, str], folder: Path) -> None:
         if not path.exists():
             raise UserError(f"--clean copies files, but {source} is none")
         if names.setdefault(path.name, str(path.resolve())) != str(path.resolve()):
-            raise UserError(f"--clean: two data files are called {path.name}: validate them one at a time")
+            raise UserError(
+                f"--clean: two data files are called {path.name}: validate them one at a time"
+            )
         if path.parent.resolve() == (folder / "clean").resolve():
             raise UserError(f"--clean would write over {source}: choose another --out")
 
 
 def write_copies(folder: Path, scans: Mapping[Role, FileScan]) -> dict[Role, Path]:
-    """A copy of each file without its bad rows, and without those beyond a limit, which nobody looked at. Rows keep their content."""
+    """A copy of each file without its bad rows, and without those beyond a limit, which nobody
+    looked at. Rows keep their content.
+    """
     copies: dict[Role, Path] = {}
     bad: dict[str, set[int]] = {}
     rows: dict[str, int] = {}
@@ -67,7 +82,11 @@ def _copy(source: Path, copy: Path, bad: set[int], rows: int) -> None:
                     if number not in bad:
                         written.write(line if line.endswith(b"\n") else line + b"\n")
     elif source.suffix == ".json":
-        kept = [row for number, row in enumerate(json.loads(source.read_text(encoding="utf-8-sig"))[:rows]) if number not in bad]
+        kept = [
+            row
+            for number, row in enumerate(json.loads(source.read_text(encoding="utf-8-sig"))[:rows])
+            if number not in bad
+        ]
         copy.write_text(json.dumps(kept, ensure_ascii=True, indent=1) + "\n")
     else:
         _copy_table(source, copy, bad, rows)
@@ -81,7 +100,11 @@ def _copy_table(source: Path, copy: Path, bad: set[int], rows: int) -> None:
     is_parquet = source.suffix == ".parquet"
     file = parquet.ParquetFile(source) if is_parquet else pa.ipc.open_stream(source)
     schema = file.schema_arrow if is_parquet else file.schema
-    with parquet.ParquetWriter(copy, schema) if is_parquet else pa.ipc.new_stream(copy, schema) as written:
+    with (
+        parquet.ParquetWriter(copy, schema)
+        if is_parquet
+        else pa.ipc.new_stream(copy, schema) as written
+    ):
         start = 0
         for batch in file.iter_batches(batch_size=256) if is_parquet else file:
             keep = [i for i in range(batch.num_rows) if start + i < rows and start + i not in bad]
@@ -89,7 +112,14 @@ def _copy_table(source: Path, copy: Path, bad: set[int], rows: int) -> None:
             start += batch.num_rows
 
 
-def copied_settings(copies: Mapping[Role, Path], scans: Mapping[Role, FileScan], media_dirs: tuple[str, ...]) -> list[str]:
+def copied_settings(
+    copies: Mapping[Role, Path], scans: Mapping[Role, FileScan], media_dirs: tuple[str, ...]
+) -> list[str]:
     """The overrides with which training reads the copies: their pictures lie where they were."""
-    folders = dict.fromkeys([*(str(Path(scans[role].file).parent.resolve()) for role in copies), *media_dirs])
-    return [*(f"data.{role}={path}" for role, path in copies.items()), f"data.media_dirs={json.dumps([*folders])}"]
+    folders = dict.fromkeys(
+        [*(str(Path(scans[role].file).parent.resolve()) for role in copies), *media_dirs]
+    )
+    return [
+        *(f"data.{role}={path}" for role, path in copies.items()),
+        f"data.media_dirs={json.dumps([*folders])}",
+    ]

@@ -1,4 +1,6 @@
-"""Rows put together: repeats, overlap with the held-out rows, gold answers, and the figures of each file."""
+"""Rows put together: repeats, overlap with the held-out rows, gold answers, and the figures of each
+file.
+"""
 
 from __future__ import annotations
 
@@ -56,16 +58,26 @@ class FileScan:
     findings: list[Finding] = field(default_factory=list)
     bad: set[int] = field(default_factory=set)  # lines with an error
     clean_rows: int = 0
-    problems: dict[bytes, tuple[str, str]] = field(default_factory=dict)  # question and pictures -> where, gold answer
+    problems: dict[bytes, tuple[str, str]] = field(
+        default_factory=dict
+    )  # question and pictures -> where, gold answer
     pictures: dict[bytes, str] = field(default_factory=dict)  # pixels -> where
-    texts: dict[bytes, tuple[int, int, str, str]] = field(default_factory=dict)  # question -> times, line, id, where; of long ones
+    texts: dict[bytes, tuple[int, int, str, str]] = field(
+        default_factory=dict
+    )  # question -> times, line, id, where; of long ones
     ids: dict[str, str] = field(default_factory=dict)
-    unmarked: list[tuple[int, str]] = field(default_factory=list)  # rows that do not say where their pictures go
+    unmarked: list[tuple[int, str]] = field(
+        default_factory=list
+    )  # rows that do not say where their pictures go
     marked: int = 0
 
-    def add(self, line: int | None, row_id: str, kind: str, reason: str, severity: str = "") -> Finding:
+    def add(
+        self, line: int | None, row_id: str, kind: str, reason: str, severity: str = ""
+    ) -> Finding:
         """Note a defect."""
-        found = Finding(self.file, self.role, line, row_id, kind, severity or KINDS[kind].severity, reason)
+        found = Finding(
+            self.file, self.role, line, row_id, kind, severity or KINDS[kind].severity, reason
+        )
         self.findings.append(found)
         if line is not None and found.severity == "error":
             self.bad.add(line)
@@ -91,11 +103,23 @@ def scan(
     quarantine: warnings that count as errors. on_error, on_row: told as it happens.
     """
     scans: dict[Role, FileScan] = {}
-    limits: dict[Role, int | None] = {"train": cfg.data.limit, "eval": cfg.eval.limit, "expert": None}
+    limits: dict[Role, int | None] = {
+        "train": cfg.data.limit,
+        "eval": cfg.eval.limit,
+        "expert": None,
+    }
     order: tuple[Role, ...] = ("eval", "train", "expert")
     with ThreadPoolExecutor(1) as pool:
         for role in (role for role in order if role in sources):
-            reading = _Reading(cfg, FileScan(role, sources[role]), scans.get("eval"), grader, pool, quarantine, on_error)
+            reading = _Reading(
+                cfg,
+                FileScan(role, sources[role]),
+                scans.get("eval"),
+                grader,
+                pool,
+                quarantine,
+                on_error,
+            )
             scans[role] = reading.scan
             try:
                 tasks = islice(_tasks(sources[role]), limits[role])
@@ -136,14 +160,20 @@ class _Reading:
     quarantine: frozenset[str]
     on_error: Callable[[Finding], None]
     batch: list[Facts] = field(default_factory=list)
-    pending: deque[tuple[list[Facts], Future[list[list[tuple[str, str]]]]]] = field(default_factory=deque)
-    golds: dict[str, tuple[str, str]] = field(default_factory=dict)  # gold answers seen -> why unreadable, why unreachable
+    pending: deque[tuple[list[Facts], Future[list[list[tuple[str, str]]]]]] = field(
+        default_factory=deque
+    )
+    golds: dict[str, tuple[str, str]] = field(
+        default_factory=dict
+    )  # gold answers seen -> why unreadable, why unreachable
 
     def note(self, line: int | None, row_id: str, kind: str, reason: str) -> None:
         """A defect of a row, or of the file; reasons need not say the row again."""
         name = Path(self.scan.file).name
         reason = printable(re.sub(rf"^\S*{re.escape(name)}(?::{line}|\[{line}\]): ", "", reason))
-        found = self.scan.add(line, printable(row_id), kind, reason, "error" if kind in self.quarantine else "")
+        found = self.scan.add(
+            line, printable(row_id), kind, reason, "error" if kind in self.quarantine else ""
+        )
         if found.severity == "error":
             self.on_error(found)
 
@@ -184,7 +214,10 @@ class _Reading:
             kind, what = (
                 ("duplicate_row", "the same row")
                 if same
-                else ("answer_conflict", f"the answer is {facts.answer[:40]!r}, but {answer[:40]!r}")
+                else (
+                    "answer_conflict",
+                    f"the answer is {facts.answer[:40]!r}, but {answer[:40]!r}",
+                )
             )
             self.note(line, facts.id, kind, f"{what} at {where}")
         else:
@@ -196,9 +229,19 @@ class _Reading:
             for picture in pictures:
                 scan.pictures.setdefault(picture, facts.where)
         elif key in self.heldout.problems:
-            self.note(line, facts.id, "overlap_problem", f"the same problem as {self.heldout.problems[key][0]}")
+            self.note(
+                line,
+                facts.id,
+                "overlap_problem",
+                f"the same problem as {self.heldout.problems[key][0]}",
+            )
         elif shared := next((p for p in pictures if p in self.heldout.pictures), None):
-            self.note(line, facts.id, "overlap_image", f"the same picture as {self.heldout.pictures[shared]}")
+            self.note(
+                line,
+                facts.id,
+                "overlap_image",
+                f"the same picture as {self.heldout.pictures[shared]}",
+            )
 
     def _submit(self) -> None:
         if len(self.pending) >= PENDING:
@@ -218,24 +261,54 @@ class _Reading:
             return [[] for _ in rows]
         if len(self.golds) > MAX_REMEMBERED:
             self.golds.clear()
-        self._read_golds(list(dict.fromkeys(facts.answer for facts in rows if facts.answer and facts.answer not in self.golds)))
+        self._read_golds(
+            list(
+                dict.fromkeys(
+                    facts.answer
+                    for facts in rows
+                    if facts.answer and facts.answer not in self.golds
+                )
+            )
+        )
         found: list[list[tuple[str, str]]] = []
-        experts = [facts for facts in rows if facts.response is not None and facts.answer and not self.golds[facts.answer][0]]
+        experts = [
+            facts
+            for facts in rows
+            if facts.response is not None and facts.answer and not self.golds[facts.answer][0]
+        ]
         graded = self.grader.grade([(facts.answer, facts.response or "") for facts in experts])
-        wrong = {f.number: g for f, g in zip(experts, graded, strict=True) if g.verdict == "wrong" and g.prediction}
+        wrong = {
+            f.number: g
+            for f, g in zip(experts, graded, strict=True)
+            if g.verdict == "wrong" and g.prediction
+        }
         for facts in rows:
             own: list[tuple[str, str]] = []
             unreadable, unreachable = self.golds.get(facts.answer, ("", ""))
             if facts.response is None:
                 self.scan.graded += 1
                 self.scan.readable += not unreadable
-                own += [("answer_unreadable", f"{facts.where}: answer {facts.answer[:80]!r}: {unreadable}")] if unreadable else []
-                own += [("answer_unreachable", f"answer {facts.answer[:80]!r}: {unreachable}")] if unreachable else []
+                own += (
+                    [
+                        (
+                            "answer_unreadable",
+                            f"{facts.where}: answer {facts.answer[:80]!r}: {unreadable}",
+                        )
+                    ]
+                    if unreadable
+                    else []
+                )
+                own += (
+                    [("answer_unreachable", f"answer {facts.answer[:80]!r}: {unreachable}")]
+                    if unreachable
+                    else []
+                )
             elif facts.number in wrong:
                 own.append(
                     (
                         "response_wrong",
-                        f"the response answers {wrong[facts.number].prediction[:60]!r}, the gold answer is {facts.answer[:60]!r}",
+                        f"the response answers {wrong[facts.number].prediction[:60]!r}, the gold "
+                        f"answer is {facts.answer[:60]!r}",
                     )
                 )
             found.append(own)
@@ -245,17 +318,28 @@ class _Reading:
         """Whether each can be graded against, and whether it is right by its own measure."""
         unreadable = [reason or "" for reason in self.grader.check_golds(golds)]
         fine = [gold for gold, reason in zip(golds, unreadable, strict=True) if not reason]
-        forms = {"boxed": r"\boxed{%s}", "tag": "<answer>%s</answer>", "text": "The answer is \\boxed{%s}."}
-        responses = [(gold, forms[self.cfg.reward.answer].replace("%s", unwrap_gold(gold))) for gold in fine]
+        forms = {
+            "boxed": r"\boxed{%s}",
+            "tag": "<answer>%s</answer>",
+            "text": "The answer is \\boxed{%s}.",
+        }
+        responses = [
+            (gold, forms[self.cfg.reward.answer].replace("%s", unwrap_gold(gold))) for gold in fine
+        ]
         graded = self.grader.grade(responses)
-        graded = [self.grader.grade([item])[0] if one.reason.startswith(LATE) else one for item, one in zip(responses, graded, strict=True)]
+        graded = [
+            self.grader.grade([item])[0] if one.reason.startswith(LATE) else one
+            for item, one in zip(responses, graded, strict=True)
+        ]
         verdicts = dict(zip(fine, graded, strict=True))
         for gold, reason in zip(golds, unreadable, strict=True):
             own = verdicts.get(gold)
             reached = own is None or own.verdict == "correct"
             self.golds[gold] = (
                 reason,
-                "" if reached or own is None else own.reason or f"read as {own.prediction[:60]!r}, it is graded {own.verdict}",
+                ""
+                if reached or own is None
+                else own.reason or f"read as {own.prediction[:60]!r}, it is graded {own.verdict}",
             )
 
     def finish(self) -> None:
@@ -267,22 +351,36 @@ class _Reading:
         scan = self.scan
         if scan.marked > len(scan.unmarked):
             for line, row_id in scan.unmarked:
-                self.note(line, row_id, "image_unmarked", "no <image> mark: the pictures come first")
+                self.note(
+                    line, row_id, "image_unmarked", "no <image> mark: the pictures come first"
+                )
         for line, row_id, reason in self._same_texts():
             self.note(line, row_id, "overlap_text", reason)
         answer, times = next(iter(scan.answers.most_common(1)), ("", 0))
         total = scan.answers.total()
         if scan.role != "expert" and total >= MAJORITY_ROWS and times > MAJORITY * total:
-            self.note(None, "", "answer_majority", f"the answer {answer!r} is that of {times} of {total} rows")
+            self.note(
+                None,
+                "",
+                "answer_majority",
+                f"the answer {answer!r} is that of {times} of {total} rows",
+            )
         if scan.role == "train" and scan.rows and scan.usable < self.cfg.rollout.num_prompts:
-            reason = f"rollout.num_prompts={self.cfg.rollout.num_prompts} exceeds the {scan.usable} usable rows"
+            reason = (
+                f"rollout.num_prompts={self.cfg.rollout.num_prompts} exceeds the "
+                f"{scan.usable} usable rows"
+            )
             self.note(None, "", "too_few_rows", reason)
 
     def _same_texts(self) -> Iterable[tuple[int, str, str]]:
-        """Long questions that stand once here and once in the held-out rows, where the rows are not flagged already."""
+        """Long questions that stand once here and once in the held-out rows, where the rows are not
+        flagged already.
+        """
         if self.heldout is None:
             return
-        flagged = {f.line for f in self.scan.findings if f.kind in ("overlap_problem", "overlap_image")}
+        flagged = {
+            f.line for f in self.scan.findings if f.kind in ("overlap_problem", "overlap_image")
+        }
         for text, (times, line, row_id, _) in self.scan.texts.items():
             there = self.heldout.texts.get(text, (0, 0, "", ""))
             if times == 1 == there[0] and line not in flagged:

@@ -28,7 +28,9 @@ def place(found: Finding) -> str:
     return f"{name}:{found.line}" if name.endswith(".jsonl") else f"{name}[{found.line}]"
 
 
-def print_results(console: Console, cfg: Config, data: Mapping[str, Any], scans: Mapping[Role, FileScan]) -> None:
+def print_results(
+    console: Console, cfg: Config, data: Mapping[str, Any], scans: Mapping[Role, FileScan]
+) -> None:
     """The figures of each file, then what was found."""
     for role, figures in data["files"].items():
         print_figures(console, role, figures, data)
@@ -38,28 +40,44 @@ def print_results(console: Console, cfg: Config, data: Mapping[str, Any], scans:
     console.print(verdict(cfg, data), highlight=False, markup=False, soft_wrap=True)
 
 
-def print_figures(console: Console, role: str, figures: Mapping[str, Any], data: Mapping[str, Any]) -> None:
+def print_figures(
+    console: Console, role: str, figures: Mapping[str, Any], data: Mapping[str, Any]
+) -> None:
     """One file."""
     lines = [f"{figures['rows']} rows, {figures['bad_rows']} of them bad"]
     if figures["pictures"]:
         sizes = [figures["picture_smallest"], figures["picture_largest"]]
-        between = " x ".join(map(str, sizes[0])) + " to " + " x ".join(map(str, sizes[1])) if sizes[0] else "none of them readable"
+        between = (
+            " x ".join(map(str, sizes[0])) + " to " + " x ".join(map(str, sizes[1]))
+            if sizes[0]
+            else "none of them readable"
+        )
         lines.append(f"{figures['pictures']} pictures, {between}")
     if figures["gold_parse_rate"] is not None:
         lines.append(f"gold answers that the grader reads: {percent(figures['gold_parse_rate'])}")
     if figures["commonest_answer"] and role != "expert":
         common = figures["commonest_answer"]
-        lines.append(f"commonest answer: {common['answer'][:40]!r}, {percent(common['share'])}: what guessing it is worth")
-    lines.append(f"{figures['duplicates']} repeated rows, {figures['conflicts']} with another answer")
+        lines.append(
+            f"commonest answer: {common['answer'][:40]!r}, {percent(common['share'])}: what "
+            "guessing it is worth"
+        )
+    lines.append(
+        f"{figures['duplicates']} repeated rows, {figures['conflicts']} with another answer"
+    )
     if role != "eval" and "eval" in data["files"]:
         lines.append(f"{figures['overlap_with_eval']} rows overlap with data.eval")
     if figures["tokens"]:
         tokens = figures["tokens"]
         quantiles = ", ".join(f"{name} {value}" for name, value in tokens.items())
-        lines.append(f"tokens of a prompt, pictures included: {quantiles}; over the limit: {percent(figures['overlong_share'])}")
+        lines.append(
+            f"tokens of a prompt, pictures included: {quantiles}; over the limit: "
+            f"{percent(figures['overlong_share'])}"
+        )
     elif data["model"] is None:
         lines.append("tokens were not counted: no model was given")
-    console.print(f"[bold]{TITLES[role]}[/bold]  {escape(figures['file'])}", highlight=False, soft_wrap=True)
+    console.print(
+        f"[bold]{TITLES[role]}[/bold]  {escape(figures['file'])}", highlight=False, soft_wrap=True
+    )
     for line in lines:
         console.print("  " + line, highlight=False, markup=False, soft_wrap=True)
     for line in histogram(figures["token_bins"] or [], data["max_prompt_tokens"]):
@@ -100,7 +118,11 @@ def findings_table(findings: list[Finding]) -> Table:
         table.add_column(name, **options)  # type: ignore[arg-type]
     for kind, found in by_kind(findings).items():
         first = first_rows(found)
-        severity = f"[red]{found[0].severity}[/red]" if found[0].severity == "error" else f"[yellow]{found[0].severity}[/yellow]"
+        severity = (
+            f"[red]{found[0].severity}[/red]"
+            if found[0].severity == "error"
+            else f"[yellow]{found[0].severity}[/yellow]"
+        )
         what = f"{escape(KINDS[kind].meaning)}\n[dim]-> {escape(KINDS[kind].do)}[/dim]"
         table.add_row(kind, severity, str(len(found)), escape(first), what)
     return table
@@ -112,7 +134,9 @@ def first_rows(found: list[Finding]) -> str:
     for one in found[:FIRST_ROWS]:
         rows = lines.setdefault(one.file, [])
         rows.append(str(one.line) if rows and one.line is not None else place(one))
-    return "\n".join(", ".join(rows) for rows in lines.values()) + (", ..." if len(found) > FIRST_ROWS else "")
+    return "\n".join(", ".join(rows) for rows in lines.values()) + (
+        ", ..." if len(found) > FIRST_ROWS else ""
+    )
 
 
 def verdict(cfg: Config, data: Mapping[str, Any]) -> str:
@@ -123,13 +147,24 @@ def verdict(cfg: Config, data: Mapping[str, Any]) -> str:
         return f"no bad rows, {warnings} warnings"
     if not bad:
         return "training would not start"
-    if all(KINDS[found["kind"]].severity == "warning" for found in data["findings"] if found["severity"] == "error"):
+    if all(
+        KINDS[found["kind"]].severity == "warning"
+        for found in data["findings"]
+        if found["severity"] == "error"
+    ):
         return f"{bad} rows quarantined, {warnings} warnings: training would take all of them"
-    worst = max(figures["bad_rows"] / figures["rows"] for figures in data["files"].values() if figures["rows"])
+    worst = max(
+        figures["bad_rows"] / figures["rows"]
+        for figures in data["files"].values()
+        if figures["rows"]
+    )
     if cfg.data.on_bad_row == "stop":
         does = "training would stop at the first (data.on_bad_row=skip leaves them out)"
     elif worst > cfg.data.max_bad_frac:
-        does = f"training would stop: {percent(worst)} of a file exceed data.max_bad_frac={cfg.data.max_bad_frac:g}"
+        does = (
+            f"training would stop: {percent(worst)} of a file exceed "
+            f"data.max_bad_frac={cfg.data.max_bad_frac:g}"
+        )
     else:
         does = "training would leave them out (data.on_bad_row=skip)"
     return f"{bad} bad rows, {warnings} warnings: {does}"

@@ -42,16 +42,27 @@ class Options:
 
 
 def validate(cfg: Config, options: Options) -> int:
-    """Look at every row of the config's data files, print and write what was found. Returns 0, or 2 where there are bad rows.
+    """Look at every row of the config's data files, print and write what was found. Returns 0, or 2
+    where there are bad rows.
 
     Raises UserError where there is nothing to look at, or the model's tokenizer does not load.
     """
-    named: dict[Role, str | None] = {"train": cfg.data.train, "eval": cfg.data.eval, "expert": cfg.data.expert}
-    sources: dict[Role, str] = {role: source for role, source in named.items() if source is not None}
+    named: dict[Role, str | None] = {
+        "train": cfg.data.train,
+        "eval": cfg.data.eval,
+        "expert": cfg.data.expert,
+    }
+    sources: dict[Role, str] = {
+        role: source for role, source in named.items() if source is not None
+    }
     if not sources:
-        raise UserError("there is no data to validate: name a file, or set data.train, data.eval or data.expert")
+        raise UserError(
+            "there is no data to validate: name a file, or set data.train, data.eval or data.expert"
+        )
     if unknown := [kind for kind in options.quarantine if kind not in KINDS]:
-        raise UserError(f"--quarantine: there is no kind `{unknown[0]}`; docs/validate.md lists them")
+        raise UserError(
+            f"--quarantine: there is no kind `{unknown[0]}`; docs/validate.md lists them"
+        )
     if options.clean:
         check_copies(sources, options.folder)
     for source in sources.values():
@@ -61,10 +72,20 @@ def validate(cfg: Config, options: Options) -> int:
     errors = Console(stderr=True)
     with (
         Grader(cfg.reward.grader, cfg.reward.answer) as grader,
-        Workers(cfg, sources, options.count_tokens, options.workers, options.row_seconds) as workers,
+        Workers(
+            cfg, sources, options.count_tokens, options.workers, options.row_seconds
+        ) as workers,
         _progress(errors, sources) as (on_row, say),
     ):
-        scans = scan(cfg, sources, workers, grader, frozenset(options.quarantine), _first_of_each(say), on_row)
+        scans = scan(
+            cfg,
+            sources,
+            workers,
+            grader,
+            frozenset(options.quarantine),
+            _first_of_each(say),
+            on_row,
+        )
     data = as_data(cfg, scans, options.count_tokens, workers.lost, time.monotonic() - start)
     files = write_findings(options.folder, data, scans)
     settings: list[str] = []
@@ -78,7 +99,12 @@ def validate(cfg: Config, options: Options) -> int:
         print_results(console, cfg, data, scans)
         console.print(", ".join(map(str, files)), highlight=False, markup=False, soft_wrap=True)
         if settings:
-            console.print("without them: " + " ".join(f"'{text}'" for text in settings), highlight=False, markup=False, soft_wrap=True)
+            console.print(
+                "without them: " + " ".join(f"'{text}'" for text in settings),
+                highlight=False,
+                markup=False,
+                soft_wrap=True,
+            )
     return 0 if data["ok"] else 2
 
 
@@ -96,8 +122,12 @@ def _first_of_each(say: Callable[[str], None]) -> Callable[[Finding], None]:
 
 
 @contextmanager
-def _progress(console: Console, sources: dict[Role, str]) -> Iterator[tuple[Callable[[Role], None], Callable[[str], None]]]:
-    """A bar per file where somebody looks on. Yields what to call for each row, and for each line to say."""
+def _progress(
+    console: Console, sources: dict[Role, str]
+) -> Iterator[tuple[Callable[[Role], None], Callable[[str], None]]]:
+    """A bar per file where somebody looks on. Yields what to call for each row, and for each line
+    to say.
+    """
 
     def say(line: str) -> None:
         console.print(line, highlight=False, markup=False, soft_wrap=True)
@@ -106,9 +136,17 @@ def _progress(console: Console, sources: dict[Role, str]) -> Iterator[tuple[Call
         yield (lambda _: None), say
         return
     columns: Sequence[TextColumn | BarColumn | MofNCompleteColumn | TimeRemainingColumn]
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+    )
     with Progress(*columns, console=console, transient=True) as bar:
-        tasks = {role: bar.add_task(Path(source).name, total=_count(source)) for role, source in sources.items()}
+        tasks = {
+            role: bar.add_task(Path(source).name, total=_count(source))
+            for role, source in sources.items()
+        }
         yield (lambda role: bar.advance(tasks[role])), say
 
 

@@ -1,7 +1,9 @@
-"""Rows looked at in processes of their own, in order: a row that kills or hangs its process is found, named, and costs nothing but itself.
+"""Rows looked at in processes of their own, in order: a row that kills or hangs its process is
+found, named, and costs nothing but itself.
 
-The processes come from a fork server that has the libraries loaded: they are paid for once, and a lost process is replaced at once. Each
-says what it found row by row, so the first row that it did not speak of is the suspect.
+The processes come from a fork server that has the libraries loaded: they are paid for once, and a
+lost process is replaced at once. Each says what it found row by row, so the first row that it did
+not speak of is the suspect.
 """
 
 from __future__ import annotations
@@ -25,7 +27,11 @@ from rlfr_vlm.errors import UserError
 from rlfr_vlm.faults import faultpoint
 from rlfr_vlm.preflight.facts import Facts, Role, Task
 
-LIBRARIES = ["rlfr_vlm.preflight.examine", "rlfr_vlm.models.policy", "transformers.models.qwen2_vl.image_processing_qwen2_vl"]
+LIBRARIES = [
+    "rlfr_vlm.preflight.examine",
+    "rlfr_vlm.models.policy",
+    "transformers.models.qwen2_vl.image_processing_qwen2_vl",
+]
 CHUNK = 32  # rows handed over at a time
 AHEAD = 64  # chunks that may be finished while an earlier one is not: what is held in memory
 START_SECONDS = 600.0  # for a process to load the tokenizer, on a busy machine
@@ -64,18 +70,30 @@ class _Worker:
 class Workers:
     """A pool; a context manager."""
 
-    def __init__(self, cfg: Config, sources: dict[Role, str], with_model: bool, count: int, row_seconds: float = 120.0) -> None:
+    def __init__(
+        self,
+        cfg: Config,
+        sources: dict[Role, str],
+        with_model: bool,
+        count: int,
+        row_seconds: float = 120.0,
+    ) -> None:
         """row_seconds: wall time of one row before its process is ended."""
         self._context = multiprocessing.get_context("forkserver")
         self._context.set_forkserver_preload(LIBRARIES if with_model else LIBRARIES[:1])
-        resource_tracker.ensure_running()  # which the server needs, and whose start would unmask the signal
-        masked = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # which the server and its workers inherit: Ctrl-C is for us
+        # which the server needs, and whose start would unmask the signal
+        resource_tracker.ensure_running()
+        masked = signal.pthread_sigmask(
+            signal.SIG_BLOCK, {signal.SIGINT}
+        )  # which the server and its workers inherit: Ctrl-C is for us
         forkserver.ensure_running()
         signal.pthread_sigmask(signal.SIG_SETMASK, masked)
         self._arguments = (cfg, sources, with_model)
         self._row_seconds = row_seconds
         self.lost: list[str] = []  # what happened to processes that died or hung
-        self.failure: UserError | None = None  # why none of them can go on, as for a model that does not load
+        self.failure: UserError | None = (
+            None  # why none of them can go on, as for a model that does not load
+        )
         self._workers = [self._start() for _ in range(count)]
 
     def __enter__(self) -> Workers:
@@ -111,7 +129,10 @@ class Workers:
                 if suspects:
                     chunk, worker.alone = [suspects.popleft()], True
                 elif again:
-                    chunk, worker.alone = [again.popleft() for _ in range(min(CHUNK, len(again)))], False
+                    chunk, worker.alone = (
+                        [again.popleft() for _ in range(min(CHUNK, len(again)))],
+                        False,
+                    )
                 elif not exhausted and handed - given < AHEAD * CHUNK:
                     chunk, worker.alone = list(islice(source, CHUNK)), False
                     handed, exhausted = handed + len(chunk), len(chunk) < CHUNK
@@ -167,15 +188,25 @@ class Workers:
             if not worker.tasks:
                 return
 
-    def _replace(self, slot: int, hung: bool, suspects: deque[Task], again: deque[Task]) -> list[Facts]:
-        """End a lost worker and start another. Its suspect gets a second chance, by itself; one that had it is named."""
+    def _replace(
+        self, slot: int, hung: bool, suspects: deque[Task], again: deque[Task]
+    ) -> list[Facts]:
+        """End a lost worker and start another. Its suspect gets a second chance, by itself; one
+        that had it is named.
+        """
         worker = self._workers[slot]
         worker.process.kill()
         worker.process.join()
         worker.pipe.close()
-        what = f"did not come back within {self._row_seconds:g} s" if hung else f"died (exit status {worker.process.exitcode})"
+        what = (
+            f"did not come back within {self._row_seconds:g} s"
+            if hung
+            else f"died (exit status {worker.process.exitcode})"
+        )
         if not worker.ready:
-            self.failure = UserError(f"a worker of validate {what} before its first row: see its messages above")
+            self.failure = UserError(
+                f"a worker of validate {what} before its first row: see its messages above"
+            )
             raise self.failure
         self._workers[slot] = self._start()
         if not worker.tasks:
@@ -184,6 +215,13 @@ class Workers:
         self.lost.append(f"{first.where}: the process that read it {what}")
         again.extendleft(reversed(others))
         if worker.alone:
-            return [Facts(first.number, first.name, first.where, notices=(("row_crash", f"{first.where}: the process {what}, twice"),))]
+            return [
+                Facts(
+                    first.number,
+                    first.name,
+                    first.where,
+                    notices=(("row_crash", f"{first.where}: the process {what}, twice"),),
+                )
+            ]
         suspects.append(first)
         return []

@@ -17,7 +17,8 @@ MAX_CELLS = 2**23  # bytes that one response may unpack to
 
 
 def checked(value: Any, num_tokens: int, num_pictures: int) -> dict[str, Any] | None:
-    """The field `attention` of a row as the page reads it; None where it does not fit its tokens and pictures.
+    """The field `attention` of a row as the page reads it; None where it does not fit its tokens
+    and pictures.
 
     No more is unpacked than the T x C bytes that there should be.
     """
@@ -28,9 +29,16 @@ def checked(value: Any, num_tokens: int, num_pictures: int) -> dict[str, Any] | 
         return None
     if not isinstance(share, list) or len(share) != num_tokens:
         return None
-    shares = [number for each in share if (number := as_number(each)) is not None and 0 <= number <= 1.01]  # rounding
+    shares = [
+        number for each in share if (number := as_number(each)) is not None and 0 <= number <= 1.01
+    ]  # rounding
     size = num_tokens * sum(rows * columns for rows, columns in grids)
-    if len(shares) < num_tokens or not 0 < size <= MAX_CELLS or not isinstance(cells, str) or len(cells) > 2 * size + 100:
+    if (
+        len(shares) < num_tokens
+        or not 0 < size <= MAX_CELLS
+        or not isinstance(cells, str)
+        or len(cells) > 2 * size + 100
+    ):
         return None
     unpacker = zlib.decompressobj()
     try:
@@ -43,7 +51,11 @@ def checked(value: Any, num_tokens: int, num_pictures: int) -> dict[str, Any] | 
 
 
 def _is_grid(grid: Any) -> bool:
-    return isinstance(grid, list) and len(grid) == 2 and all(type(side) is int and 1 <= side <= MAX_SIDE for side in grid)
+    return (
+        isinstance(grid, list)
+        and len(grid) == 2
+        and all(type(side) is int and 1 <= side <= MAX_SIDE for side in grid)
+    )
 
 
 class AttentionBudget:
@@ -55,7 +67,9 @@ class AttentionBudget:
         self.misfits = self.num_left_out = 0
 
     def keep(self, groups: Sequence[Group]) -> tuple[Group, ...]:
-        """A step's groups, with the attention of as many responses as there is room for, and of the others none."""
+        """A step's groups, with the attention of as many responses as there is room for, and of the
+        others none.
+        """
         room = step = min(self.left, self.share)
         kept = []
         for group in groups:
@@ -63,7 +77,9 @@ class AttentionBudget:
             for response in group.responses:
                 found = self._check(response, len(group.images))
                 cost = _cost(found)
-                if found is not None and cost > (self.left if room == step else room):  # the first one may take more than the step's share
+                if found is not None and cost > (
+                    self.left if room == step else room
+                ):  # the first one may take more than the step's share
                     self.num_left_out += 1
                     found, cost = None, 0
                 self.left, room = self.left - cost, room - cost
@@ -83,7 +99,12 @@ class AttentionBudget:
         if not self.misfits:
             return []
         return [
-            Problem("damaged", "rollouts", f"{self.misfits} responses have attention that does not fit their tokens and pictures; left out")
+            Problem(
+                "damaged",
+                "rollouts",
+                f"{self.misfits} responses have attention that does not fit their tokens and "
+                "pictures; left out",
+            )
         ]
 
 

@@ -1,4 +1,6 @@
-"""The page of a comparison: table of runs, what differs, curves one over the other, and the answers that flipped."""
+"""The page of a comparison: table of runs, what differs, curves one over the other, and the answers
+that flipped.
+"""
 
 from __future__ import annotations
 
@@ -16,27 +18,62 @@ from rlfr_vlm.report.folders import writable_file
 from rlfr_vlm.report.pooling import Band, pooled
 from rlfr_vlm.report.reading import Problem
 from rlfr_vlm.report.run_files import Evaluation
-from rlfr_vlm.report.template import asset, compress, json_block, page, plotly_script, text_block, write_page
+from rlfr_vlm.report.template import (
+    asset,
+    compress,
+    json_block,
+    page,
+    plotly_script,
+    text_block,
+    write_page,
+)
 
 VALUES = 600_000  # of all curves together; longer ones are thinned
 TEXT_BYTES = 6_000_000  # of responses as the page carries them
-CUTS = (10**9, 20_000, 8_000, 3_000, 1_000)  # characters of a response, tried in turn until TEXT_BYTES are enough
+CUTS = (
+    10**9,
+    20_000,
+    8_000,
+    3_000,
+    1_000,
+)  # characters of a response, tried in turn until TEXT_BYTES are enough
 MAX_NOTES = 50  # shown one by one
-SCRIPTS = ("shared.js", "tabs.js", "plots.js", "comparison.js", "comparison_curves.js", "flips.js")  # in the order they are loaded
+SCRIPTS = (
+    "shared.js",
+    "tabs.js",
+    "plots.js",
+    "comparison.js",
+    "comparison_curves.js",
+    "flips.js",
+)  # in the order they are loaded
 
 
 def write_comparison(folders: Sequence[Path], path: Path) -> Path:
-    """Write the page of these runs, in this order. Raises UserError for folders that are missing, and a path that cannot be written."""
+    """Write the page of these runs, in this order. Raises UserError for folders that are missing,
+    and a path that cannot be written.
+    """
     writable_file(path)
     runs = read_compared(folders)
     groups = seed_groups(runs)
-    notes = [Problem(note.kind, f"{run.name}: {note.file}", note.text) for run in runs for note in run.problems]
-    flips = {number: _flips(runs[0], run, run.versus, notes) for number, run in enumerate(runs) if run.versus and run.versus.change}
+    notes = [
+        Problem(note.kind, f"{run.name}: {note.file}", note.text)
+        for run in runs
+        for note in run.problems
+    ]
+    flips = {
+        number: _flips(runs[0], run, run.versus, notes)
+        for number, run in enumerate(runs)
+        if run.versus and run.versus.change
+    }
     data = {
-        "name": " · ".join(run.name for run in runs[:3]) + (f" and {len(runs) - 3} more" if len(runs) > 3 else ""),
+        "name": " · ".join(run.name for run in runs[:3])
+        + (f" and {len(runs) - 3} more" if len(runs) > 3 else ""),
         "writtenAt": time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()),
         "runs": [_row(run) for run in runs],
-        "groups": [{"runs": group, "last": _last_of_all([runs[number] for number in group])} for group in groups],
+        "groups": [
+            {"runs": group, "last": _last_of_all([runs[number] for number in group])}
+            for group in groups
+        ],
         "settings": [asdict(setting) for setting in differing(runs)],
         "problems": [asdict(note) for note in notes[:MAX_NOTES]],
         "numMoreProblems": max(0, len(notes) - MAX_NOTES),
@@ -46,7 +83,9 @@ def write_comparison(folders: Sequence[Path], path: Path) -> Path:
     blocks += [text_block(f"flips-{number}", packed) for number, packed in _pack(flips).items()]
     scripts = {"plotly": plotly_script(), "script": "\n".join(map(asset, SCRIPTS))}
     style = asset("page.css") + asset("comparison.css")
-    return write_page(path, page("comparison.html", f"comparison of {len(runs)} runs", style, blocks, scripts))
+    return write_page(
+        path, page("comparison.html", f"comparison of {len(runs)} runs", style, blocks, scripts)
+    )
 
 
 def _row(run: Compared) -> dict[str, Any]:
@@ -67,7 +106,11 @@ def _row(run: Compared) -> dict[str, Any]:
 
 
 def _point(evaluation: Evaluation | None) -> dict[str, Any] | None:
-    return {key: getattr(evaluation, key) for key in ("step", "accuracy", "low", "high", "greedy")} if evaluation else None
+    return (
+        {key: getattr(evaluation, key) for key in ("step", "accuracy", "low", "high", "greedy")}
+        if evaluation
+        else None
+    )
 
 
 def _versus(versus: Versus) -> dict[str, Any]:
@@ -84,8 +127,15 @@ def _versus(versus: Versus) -> dict[str, Any]:
 
 
 def _last_of_all(runs: Sequence[Compared]) -> dict[str, Any] | None:
-    """Held-out accuracy over seeds at the last step that all of them evaluated; None of a single run."""
-    found = pooled([{e.step: e.accuracy for e in run.files.evaluations if e.accuracy is not None} for run in runs])
+    """Held-out accuracy over seeds at the last step that all of them evaluated; None of a single
+    run.
+    """
+    found = pooled(
+        [
+            {e.step: e.accuracy for e in run.files.evaluations if e.accuracy is not None}
+            for run in runs
+        ]
+    )
     return {"step": max(found), **asdict(found[max(found)])} if found else None
 
 
@@ -93,13 +143,20 @@ def _last_of_all(runs: Sequence[Compared]) -> dict[str, Any] | None:
 
 
 def _curves(runs: Sequence[Compared], groups: Sequence[Sequence[int]]) -> dict[str, Any]:
-    """Per run its steps, hours and series, and per pooled group bands; every k-th step of all, so that lines stay comparable."""
-    num = sum(len(run.files.metrics.steps) * (1 + len(run.files.metrics.series or {})) for run in runs)
+    """Per run its steps, hours and series, and per pooled group bands; every k-th step of all, so
+    that lines stay comparable.
+    """
+    num = sum(
+        len(run.files.metrics.steps) * (1 + len(run.files.metrics.series or {})) for run in runs
+    )
     every = max(1, math.ceil(num / VALUES))
     return {
         "every": every,
         "runs": [_columns(run, every) for run in runs],
-        "groups": [_pooled([runs[number] for number in group], every) if len(group) > 1 else None for group in groups],
+        "groups": [
+            _pooled([runs[number] for number in group], every) if len(group) > 1 else None
+            for group in groups
+        ],
     }
 
 
@@ -109,38 +166,83 @@ def _columns(run: Compared, every: int) -> dict[str, Any]:
     return {
         "steps": [metrics.steps[row] for row in rows],
         "hours": [_rounded(run.hours[row]) for row in rows],
-        "series": {name: [_rounded(values[row]) for row in rows] for name, values in (metrics.series or {}).items()},
-        "evaluations": [{**(_point(e) or {}), "hours": _hours_at(run, e.step)} for e in run.files.evaluations],
+        "series": {
+            name: [_rounded(values[row]) for row in rows]
+            for name, values in (metrics.series or {}).items()
+        },
+        "evaluations": [
+            {**(_point(e) or {}), "hours": _hours_at(run, e.step)} for e in run.files.evaluations
+        ],
     }
 
 
 def _hours_at(run: Compared, step: int) -> float | None:
     """Hours of training before an evaluation: of the last step up to it."""
-    known = [hours for at, hours in zip(run.files.metrics.steps, run.hours, strict=True) if at <= step and hours is not None]
-    return _rounded(known[-1]) if known else 0.0 if step == 0 and any(hours is not None for hours in run.hours) else None
+    known = [
+        hours
+        for at, hours in zip(run.files.metrics.steps, run.hours, strict=True)
+        if at <= step and hours is not None
+    ]
+    return (
+        _rounded(known[-1])
+        if known
+        else 0.0
+        if step == 0 and any(hours is not None for hours in run.hours)
+        else None
+    )
 
 
 def _pooled(runs: Sequence[Compared], every: int) -> dict[str, Any]:
     names = dict.fromkeys(name for run in runs for name in run.files.metrics.series or {})
     hours = pooled([_by_step(run, run.hours) for run in runs])
-    series = {name: pooled([_by_step(run, (run.files.metrics.series or {}).get(name, ())) for run in runs]) for name in names}
+    series = {
+        name: pooled(
+            [_by_step(run, (run.files.metrics.series or {}).get(name, ())) for run in runs]
+        )
+        for name in names
+    }
     evaluated = {
-        key: pooled([{e.step: value for e in run.files.evaluations if (value := getattr(e, key)) is not None} for run in runs])
+        key: pooled(
+            [
+                {
+                    e.step: value
+                    for e in run.files.evaluations
+                    if (value := getattr(e, key)) is not None
+                }
+                for run in runs
+            ]
+        )
         for key in ("accuracy", "greedy")
     }
-    at = {step: [_hours_at(run, step) for run in runs] for found in evaluated.values() for step in found}
+    at = {
+        step: [_hours_at(run, step) for run in runs]
+        for found in evaluated.values()
+        for step in found
+    }
     known = {step: [value for value in values if value is not None] for step, values in at.items()}
-    mean_at = {step: sum(values) / len(values) for step, values in known.items() if len(values) == len(runs)}
+    mean_at = {
+        step: sum(values) / len(values)
+        for step, values in known.items()
+        if len(values) == len(runs)
+    }
     return {
         "series": {
-            name: _lines(found, {step: value.mean for step, value in hours.items()}, every) for name, found in series.items() if found
+            name: _lines(found, {step: value.mean for step, value in hours.items()}, every)
+            for name, found in series.items()
+            if found
         },
-        "evaluations": {key: _lines(found, mean_at, 1) for key, found in evaluated.items() if found},
+        "evaluations": {
+            key: _lines(found, mean_at, 1) for key, found in evaluated.items() if found
+        },
     }
 
 
 def _by_step(run: Compared, values: Sequence[float | None]) -> dict[int, float]:
-    return {step: value for step, value in zip(run.files.metrics.steps, values, strict=False) if value is not None}
+    return {
+        step: value
+        for step, value in zip(run.files.metrics.steps, values, strict=False)
+        if value is not None
+    }
 
 
 def _lines(bands: dict[int, Band], hours: dict[int, float], every: int) -> dict[str, Any]:
@@ -148,7 +250,10 @@ def _lines(bands: dict[int, Band], hours: dict[int, float], every: int) -> dict[
     return {
         "steps": steps,
         "hours": [_rounded(hours.get(step)) for step in steps],
-        **{key: [_rounded(getattr(bands[step], key)) for step in steps] for key in ("mean", "low", "high")},
+        **{
+            key: [_rounded(getattr(bands[step], key)) for step in steps]
+            for key in ("mean", "low", "high")
+        },
     }
 
 
@@ -159,19 +264,35 @@ def _rounded(value: float | None) -> float | None:
 # Answers that flipped.
 
 
-def _flips(first: Compared, run: Compared, versus: Versus | None, notes: list[Problem]) -> list[dict[str, Any]]:
+def _flips(
+    first: Compared, run: Compared, versus: Versus | None, notes: list[Problem]
+) -> list[dict[str, Any]]:
     """The flipped problems with both greedy responses, those gained first."""
     if versus is None or versus.steps is None:
         return []
-    one, two = (read_answers(each.files.folder, step, notes) for each, step in zip((first, run), versus.steps, strict=True))
+    one, two = (
+        read_answers(each.files.folder, step, notes)
+        for each, step in zip((first, run), versus.steps, strict=True)
+    )
     if not isinstance(one, Answers) or not isinstance(two, Answers):  # the folder changed meanwhile
         return []
     found = [("gained", key) for key in versus.gained] + [("lost", key) for key in versus.lost]
-    return [_flip(kind, key, one.problems[key], two.problems[key]) for kind, key in found if key in one.problems and key in two.problems]
+    return [
+        _flip(kind, key, one.problems[key], two.problems[key])
+        for kind, key in found
+        if key in one.problems and key in two.problems
+    ]
 
 
 def _flip(kind: str, key: str, one: Answered, two: Answered) -> dict[str, Any]:
-    return {"kind": kind, "id": key, "question": two.question, "gold": one.gold, "a": _side(one), "b": _side(two)}
+    return {
+        "kind": kind,
+        "id": key,
+        "question": two.question,
+        "gold": one.gold,
+        "a": _side(one),
+        "b": _side(two),
+    }
 
 
 def _side(problem: Answered) -> dict[str, Any]:
@@ -183,17 +304,26 @@ def _pack(flips: dict[int, list[dict[str, Any]]]) -> dict[int, str]:
     """Compressed, responses cut in their middle as far as the page's size demands."""
     packed: dict[int, str] = {}
     for cut in CUTS:
-        packed = {number: compress([json.dumps(_cut(row, cut)) for row in rows]) for number, rows in flips.items()}
+        packed = {
+            number: compress([json.dumps(_cut(row, cut)) for row in rows])
+            for number, rows in flips.items()
+        }
         if sum(map(len, packed.values())) <= TEXT_BYTES:
             break
     return packed
 
 
 def _cut(row: dict[str, Any], most: int) -> dict[str, Any]:
-    """A response that is cut keeps more of its end, where its answer stands, and says how much is left out."""
+    """A response that is cut keeps more of its end, where its answer stands, and says how much is
+    left out.
+    """
     row = dict(row)
     for side in ("a", "b"):
         text = row[side]["text"]
         if (left := len(text) - most) > 0:
-            row[side] = {**row[side], "text": f"{text[: most // 3]}\n… {left:,} characters left out …\n{text[most // 3 + left :]}"}
+            row[side] = {
+                **row[side],
+                "text": f"{text[: most // 3]}\n… {left:,} characters left out "
+                f"…\n{text[most // 3 + left :]}",
+            }
     return row

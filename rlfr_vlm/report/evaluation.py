@@ -1,6 +1,8 @@
-"""Benchmark folders as typed values, read without their lock, also while an evaluation writes to them.
+"""Benchmark folders as typed values, read without their lock, also while an evaluation writes to
+them.
 
-What is missing, damaged or half-written becomes a `Problem` to be shown; nothing here raises for it. Numbers are counted from the ledger.
+What is missing, damaged or half-written becomes a `Problem` to be shown; nothing here raises for
+it. Numbers are counted from the ledger.
 """
 
 from __future__ import annotations
@@ -16,14 +18,39 @@ from typing import Any
 
 from rlfr_vlm.evaluation.ledger import COUNTED
 from rlfr_vlm.evaluation.statistics import Estimate, estimate, shares
-from rlfr_vlm.report.reading import Problem, as_number, as_text, as_whole, is_there, json_lines, json_object
+from rlfr_vlm.report.reading import (
+    Problem,
+    as_number,
+    as_text,
+    as_whole,
+    is_there,
+    json_lines,
+    json_object,
+)
 
-TRAINING = ("metrics.jsonl", "rollouts", "checkpoints")  # a folder with any of these is a training run's
-NOT_BENCHMARKS = ("rollouts", "checkpoints", "hf", "flow", "tb", "wandb", "trackio", "images")  # folders of a run without any in them
+TRAINING = (
+    "metrics.jsonl",
+    "rollouts",
+    "checkpoints",
+)  # a folder with any of these is a training run's
+NOT_BENCHMARKS = (
+    "rollouts",
+    "checkpoints",
+    "hf",
+    "flow",
+    "tb",
+    "wandb",
+    "trackio",
+    "images",
+)  # folders of a run without any in them
 DEPTH = 4  # eval/step_000080/vlmeval/NAME
 STEP = re.compile(r"step_(\d+)")
 FINAL = ("correct", "wrong", "unjudged", "failed", "error")
-VERDICTS = (*FINAL, "pending", "unanswered")  # the last two: a response without a verdict; no response
+VERDICTS = (
+    *FINAL,
+    "pending",
+    "unanswered",
+)  # the last two: a response without a verdict; no response
 
 
 @dataclass(frozen=True)
@@ -71,7 +98,9 @@ class EvaluatedProblem:
 class Headline:
     """What a benchmark's verdicts say so far."""
 
-    accuracy: Estimate | None  # over counted samples; None: none is counted, or the evaluation gave no score
+    accuracy: (
+        Estimate | None
+    )  # over counted samples; None: none is counted, or the evaluation gave no score
     provisional: bool  # not the numbers that summary.json holds
     withheld: bool  # the evaluation gave no score, because too many samples have no verdict
     counts: dict[str, int]  # by VERDICTS
@@ -99,7 +128,9 @@ class BenchmarkFiles:
 
 
 def find_benchmarks(folder: Path) -> list[Path]:
-    """Folders that hold a benchmark's protocol or ledger: this one, or those below it, by name. Of training's eval/step_N/ the newest."""
+    """Folders that hold a benchmark's protocol or ledger: this one, or those below it, by name. Of
+    training's eval/step_N/ the newest.
+    """
     newest: dict[tuple[str, ...], tuple[int, Path]] = {}
     for path in _benchmarks_below(folder, DEPTH):
         parts = path.relative_to(folder).parts
@@ -113,7 +144,11 @@ def _benchmarks_below(folder: Path, depth: int) -> list[Path]:
     if is_there(folder / "ledger.jsonl") or is_there(folder / "protocol.json"):
         return [folder]
     try:
-        entries = [entry for entry in os.scandir(folder) if depth and entry.is_dir() and entry.name not in NOT_BENCHMARKS]
+        entries = [
+            entry
+            for entry in os.scandir(folder)
+            if depth and entry.is_dir() and entry.name not in NOT_BENCHMARKS
+        ]
     except OSError:
         return []
     return [path for entry in entries for path in _benchmarks_below(Path(entry.path), depth - 1)]
@@ -127,7 +162,9 @@ def is_training_run(folder: Path) -> bool:
 def read_benchmark(folder: Path, base: Path, notes: list[Problem]) -> BenchmarkFiles:
     """What the folder holds. `base` is the folder that names are relative to."""
     place = folder.relative_to(base).as_posix()
-    name = os.fsencode(place.removeprefix("eval/") if folder != base else folder.resolve().name).decode("utf-8", "replace")
+    name = os.fsencode(
+        place.removeprefix("eval/") if folder != base else folder.resolve().name
+    ).decode("utf-8", "replace")
     own: list[Problem] = []
     bound = json_object(folder / "protocol.json", own)
     protocol = bound["protocol"] if isinstance(bound.get("protocol"), dict) else {}
@@ -140,14 +177,31 @@ def read_benchmark(folder: Path, base: Path, notes: list[Problem]) -> BenchmarkF
         problems[missing] = EvaluatedProblem(missing, "", (), (), "", ())
     order = dict.fromkeys([problem.id for problem in asked] + list(problems))
     if len(order) > len(asked) and asked:
-        own.append(Problem("damaged", "problems.jsonl", f"{len(order) - len(asked)} problems of the ledger are not in it"))
+        own.append(
+            Problem(
+                "damaged",
+                "problems.jsonl",
+                f"{len(order) - len(asked)} problems of the ledger are not in it",
+            )
+        )
     if len(problems) < len(asked):
-        own.append(Problem("damaged", "problems.jsonl", f"{len(asked) - len(problems)} problems have the id of another; left out"))
+        own.append(
+            Problem(
+                "damaged",
+                "problems.jsonl",
+                f"{len(asked) - len(problems)} problems have the id of another; left out",
+            )
+        )
     wanted = _wanted(protocol, summary)
-    by_problem: dict[str, dict[int, Sample]] = {id_: {k: Sample(k) for k in range(wanted)} for id_ in order}
+    by_problem: dict[str, dict[int, Sample]] = {
+        id_: {k: Sample(k) for k in range(wanted)} for id_ in order
+    }
     for (id_, _), sample in samples.items():
         by_problem[id_][sample.index] = sample
-    notes += [replace(problem, file=f"{place}/{problem.file.rpartition('/')[2]}".removeprefix("./")) for problem in own]
+    notes += [
+        replace(problem, file=f"{place}/{problem.file.rpartition('/')[2]}".removeprefix("./"))
+        for problem in own
+    ]
     return BenchmarkFiles(
         folder=folder,
         name=name,
@@ -155,20 +209,34 @@ def read_benchmark(folder: Path, base: Path, notes: list[Problem]) -> BenchmarkF
         protocol_hash=hash_,
         protocol=protocol,
         summary=summary,
-        problems=tuple(replace(problems[id_], samples=tuple(by_problem[id_][k] for k in sorted(by_problem[id_]))) for id_ in order),
+        problems=tuple(
+            replace(
+                problems[id_], samples=tuple(by_problem[id_][k] for k in sorted(by_problem[id_]))
+            )
+            for id_ in order
+        ),
     )
 
 
 def headline(files: BenchmarkFiles) -> Headline:
-    """Numbers of the ledger. A summary of the same verdicts decides whether there is a score, and its interval; an older one does not."""
+    """Numbers of the ledger. A summary of the same verdicts decides whether there is a score, and
+    its interval; an older one does not.
+    """
     counted = Counter(sample.verdict for sample in files.samples)
     counts = {verdict: counted[verdict] for verdict in VERDICTS}
     answered = [sample for sample in files.samples if sample.verdict != "unanswered"]
     lengths = [sample.response_tokens for sample in answered if sample.response_tokens is not None]
     both = [sample.rule_and_judge for sample in answered if sample.rule_and_judge is not None]
     known = files.summary.get("verdicts")
-    folded = {**{verdict: counts[verdict] for verdict in FINAL}, "unjudged": counts["unjudged"] + counts["pending"]}
-    current = isinstance(known, dict) and "accuracy" in files.summary and all(known.get(v, 0) == n for v, n in folded.items())
+    folded = {
+        **{verdict: counts[verdict] for verdict in FINAL},
+        "unjudged": counts["unjudged"] + counts["pending"],
+    }
+    current = (
+        isinstance(known, dict)
+        and "accuracy" in files.summary
+        and all(known.get(v, 0) == n for v, n in folded.items())
+    )
     accuracy = estimate(shares([_decided(problem.samples) for problem in files.problems]))
     if current:
         accuracy = _summarised(files.summary, accuracy)
@@ -188,11 +256,17 @@ def _decided(samples: Sequence[Sample]) -> list[bool]:
 
 
 def _summarised(summary: dict[str, Any], ours: Estimate | None) -> Estimate | None:
-    """The summary's accuracy with its interval, or ours where it has none; None where it withholds the score."""
+    """The summary's accuracy with its interval, or ours where it has none; None where it withholds
+    the score.
+    """
     value, bounds = as_number(summary["accuracy"]), summary.get("accuracy_ci")
     if value is None or ours is None:
         return None
-    low, high = (as_number(bound) for bound in bounds) if isinstance(bounds, list) and len(bounds) == 2 else (None, None)
+    low, high = (
+        (as_number(bound) for bound in bounds)
+        if isinstance(bounds, list) and len(bounds) == 2
+        else (None, None)
+    )
     if low is None or high is None:
         low, high = ours.low, ours.high
     return Estimate(value, low, high, ours.num_problems)
@@ -221,16 +295,30 @@ def _samples(path: Path, hash_: str, notes: list[Problem]) -> dict[tuple[str, in
     for line in json_lines(path, notes, growing=True):
         index = as_whole(line.get("sample"))
         kind, verdict = line.get("kind"), line.get("verdict")
-        if index is None or kind not in ("response", "verdict") or (kind == "verdict" and verdict not in FINAL):
+        if (
+            index is None
+            or kind not in ("response", "verdict")
+            or (kind == "verdict" and verdict not in FINAL)
+        ):
             strange += 1
         elif hash_ and line.get("protocol") != hash_:
             foreign += 1
         else:
-            (answers if kind == "response" else verdicts)[as_text(line.get("problem")), index] = line
+            (answers if kind == "response" else verdicts)[as_text(line.get("problem")), index] = (
+                line
+            )
     if strange:
-        notes.append(Problem("damaged", path.name, f"{strange} lines are neither a response nor a verdict; left out"))
+        notes.append(
+            Problem(
+                "damaged",
+                path.name,
+                f"{strange} lines are neither a response nor a verdict; left out",
+            )
+        )
     if foreign:
-        notes.append(Problem("damaged", path.name, f"{foreign} lines belong to another protocol; left out"))
+        notes.append(
+            Problem("damaged", path.name, f"{foreign} lines belong to another protocol; left out")
+        )
     if lost := len(verdicts.keys() - answers.keys()):
         notes.append(Problem("damaged", path.name, f"{lost} verdicts have no response; left out"))
     return {key: _sample(key[1], answer, verdicts.get(key, {})) for key, answer in answers.items()}
@@ -257,19 +345,34 @@ def _sample(index: int, answer: dict[str, Any], verdict: dict[str, Any]) -> Samp
 def _wanted(protocol: dict[str, Any], summary: dict[str, Any]) -> int:
     """Samples that each problem is to have; 0 where nothing says so."""
     benchmark = protocol.get("benchmark")
-    asked = benchmark.get("num_samples") if isinstance(benchmark, dict) else protocol.get("num_samples")
+    asked = (
+        benchmark.get("num_samples") if isinstance(benchmark, dict) else protocol.get("num_samples")
+    )
     wanted = as_whole(asked if asked is not None else summary.get("num_samples"))
     return min(max(0, wanted or 0), 10_000)
 
 
 def model_names(files: BenchmarkFiles) -> tuple[str, str]:
-    """What the protocol calls the model under test, and which kind and weights it was; each may be empty."""
+    """What the protocol calls the model under test, and which kind and weights it was; each may be
+    empty.
+    """
     identity = files.protocol.get("model")
     if not isinstance(identity, dict):
         return as_text(identity), ""
-    name = next((identity[key] for key in ("name", "path", "endpoint", "model") if isinstance(identity.get(key), str)), "")
+    name = next(
+        (
+            identity[key]
+            for key in ("name", "path", "endpoint", "model")
+            if isinstance(identity.get(key), str)
+        ),
+        "",
+    )
     weights = as_text(identity.get("fingerprint"))
-    kind = ", ".join(part for part in (as_text(identity.get("model_type")), weights and f"weights {weights}") if part)
+    kind = ", ".join(
+        part
+        for part in (as_text(identity.get("model_type")), weights and f"weights {weights}")
+        if part
+    )
     return "/".join(name.split("/")[-3:]) if name.startswith("/") else name, kind
 
 

@@ -1,4 +1,6 @@
-"""The page of an evaluation: problems in an index, responses compressed in chunks, pictures once, and no more than the page's size allows."""
+"""The page of an evaluation: problems in an index, responses compressed in chunks, pictures once,
+and no more than the page's size allows.
+"""
 
 from __future__ import annotations
 
@@ -24,17 +26,38 @@ from rlfr_vlm.report.evaluation import (
 )
 from rlfr_vlm.report.pictures import load_picture
 from rlfr_vlm.report.reading import Problem, as_number, as_text
-from rlfr_vlm.report.template import asset, compress, json_block, page, shown, text_block, write_page
+from rlfr_vlm.report.template import (
+    asset,
+    compress,
+    json_block,
+    page,
+    shown,
+    text_block,
+    write_page,
+)
 
 TEXT_BYTES = 16_000_000  # of responses as the page carries them
 PICTURE_BYTES = 16_000_000  # of pictures
 PICTURE_RANGE = (9_000, 150_000)  # bytes that one picture may take, fewer the more there are
 BATCH = 64  # problems whose pictures are read together
 PICTURE_SIDE = 1280  # pixels, of pictures made smaller
-CUTS = (10**9, 40_000, 20_000, 10_000, 5_000, 2_000, 800)  # characters of a response, tried in turn until TEXT_BYTES are enough
+CUTS = (
+    10**9,
+    40_000,
+    20_000,
+    10_000,
+    5_000,
+    2_000,
+    800,
+)  # characters of a response, tried in turn until TEXT_BYTES are enough
 CHUNK = 200_000  # characters that are unpacked together
 MAX_NOTES = 50  # shown one by one
-SCRIPTS = ("shared.js", "evaluation.js", "problems.js", "problem.js")  # in the order they are loaded
+SCRIPTS = (
+    "shared.js",
+    "evaluation.js",
+    "problems.js",
+    "problem.js",
+)  # in the order they are loaded
 TELLING = (
     "accuracy",
     "accuracy_ci",
@@ -50,8 +73,12 @@ TELLING = (
 IN_INDEX = ("verdict", "reply", "attempts", "model")  # of a judge's record
 
 
-def write_evaluation(base: Path, folders: Sequence[Path], path: Path) -> tuple[Path, list[dict[str, Any]]]:
-    """Write the page of these benchmark folders below `base`. Returns it and the benchmarks' headline numbers."""
+def write_evaluation(
+    base: Path, folders: Sequence[Path], path: Path
+) -> tuple[Path, list[dict[str, Any]]]:
+    """Write the page of these benchmark folders below `base`. Returns it and the benchmarks'
+    headline numbers.
+    """
     notes: list[Problem] = []
     benchmarks = [read_benchmark(folder, base, notes) for folder in folders]
     pictures = _Pictures(base, benchmarks, notes)
@@ -75,9 +102,15 @@ def write_evaluation(base: Path, folders: Sequence[Path], path: Path) -> tuple[P
     blocks = [json_block("evaluation-data", data), text_block("problem-index", compress(rows))]
     blocks += [text_block(f"responses-{number}", chunk) for number, chunk in enumerate(chunks)]
     blocks += [text_block(f"picture-{key}", url) for key, url in pictures.urls.items()]
-    title = f"{data['name']}, {', '.join(head['title'] for head in heads[:3])}{' …' if len(heads) > 3 else ''}"
+    title = (
+        f"{data['name']}, "
+        f"{', '.join(head['title'] for head in heads[:3])}{' …' if len(heads) > 3 else ''}"
+    )
     style = asset("page.css") + asset("evaluation.css")
-    return write_page(path, page("evaluation.html", title, style, blocks, {"script": "\n".join(map(asset, SCRIPTS))})), heads
+    return write_page(
+        path,
+        page("evaluation.html", title, style, blocks, {"script": "\n".join(map(asset, SCRIPTS))}),
+    ), heads
 
 
 def _shared(names: Sequence[str]) -> str:
@@ -86,7 +119,9 @@ def _shared(names: Sequence[str]) -> str:
 
 
 def _named_apart(heads: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Says the step of an evaluation during training, and the folder above where two benchmarks have the same title."""
+    """Says the step of an evaluation during training, and the folder above where two benchmarks
+    have the same title.
+    """
     titles = Counter(head["title"] for head in heads)
     for head in heads:
         *above, _ = head["name"].split("/")
@@ -99,10 +134,16 @@ def _named_apart(heads: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def _benchmark_row(files: BenchmarkFiles, base: Path) -> dict[str, Any]:
-    """Its numbers and its protocol. What summary.json alone knows is shown only while it speaks of the same verdicts."""
+    """Its numbers and its protocol. What summary.json alone knows is shown only while it speaks of
+    the same verdicts.
+    """
     numbers, summary = headline(files), files.summary
     current = not numbers.provisional and not numbers.withheld
-    rest = {} if numbers.provisional else {key: value for key, value in summary.items() if key not in TELLING}
+    rest = (
+        {}
+        if numbers.provisional
+        else {key: value for key, value in summary.items() if key not in TELLING}
+    )
     pass_at = summary.get("pass_at_k") if current else None
     ks = sorted(int(k) for k in pass_at if k.isdecimal()) if isinstance(pass_at, dict) else []
     judge = summary.get("judge")
@@ -122,7 +163,9 @@ def _benchmark_row(files: BenchmarkFiles, base: Path) -> dict[str, Any]:
         "agreement": numbers.agreement,
         "numProblems": len(files.problems),
         "numSamples": max((len(problem.samples) for problem in files.problems), default=0),
-        "passAt": [ks[-1], _value(pass_at[str(ks[-1])])] if ks and isinstance(pass_at, dict) and str(ks[-1]) in pass_at else None,
+        "passAt": [ks[-1], _value(pass_at[str(ks[-1])])]
+        if ks and isinstance(pass_at, dict) and str(ks[-1]) in pass_at
+        else None,
         "majority": _value(summary.get("maj_at_k")) if current else None,
         "greedy": _value(summary.get("greedy")) if current else None,
         "judge": as_text(judge.get("model")) if isinstance(judge, dict) else as_text(judge),
@@ -138,7 +181,9 @@ def _value(number: Any) -> float | None:
     return as_number(number)
 
 
-def _problem_row(number: int, problem: EvaluatedProblem, pictures: _Pictures, chunk: int, at: int) -> dict[str, Any]:
+def _problem_row(
+    number: int, problem: EvaluatedProblem, pictures: _Pictures, chunk: int, at: int
+) -> dict[str, Any]:
     return {
         "benchmark": number,
         "id": problem.id,
@@ -171,14 +216,18 @@ def _sample_row(sample: Sample) -> dict[str, Any]:
             "attempts": as_number(sample.judge.get("attempts")),
             "seconds": sample.judge_seconds,
         }
-    return {key: value for key, value in row.items() if value not in ("", None)} | {"verdict": sample.verdict}
+    return {key: value for key, value in row.items() if value not in ("", None)} | {
+        "verdict": sample.verdict
+    }
 
 
 # Responses.
 
 
 def _responses(benchmarks: Sequence[BenchmarkFiles], notes: list[Problem]) -> tuple[list[str], Any]:
-    """Compressed chunks, and for every problem its chunk and its place in there. Says so where responses had to be cut."""
+    """Compressed chunks, and for every problem its chunk and its place in there. Says so where
+    responses had to be cut.
+    """
     problems = [problem for files in benchmarks for problem in files.problems]
     chunks: list[str] = []
     places: list[tuple[int, int]] = []
@@ -188,18 +237,25 @@ def _responses(benchmarks: Sequence[BenchmarkFiles], notes: list[Problem]) -> tu
             break
     num_cut = sum(len(sample.response) > cut for problem in problems for sample in problem.samples)
     if num_cut:
-        text = f"{num_cut:,} responses of more than {cut:,} characters are shown without their middle, to keep this file small"
+        text = (
+            f"{num_cut:,} responses of more than {cut:,} characters are shown without their "
+            "middle, to keep this file small"
+        )
         notes.append(Problem("note", "ledger.jsonl", text))
     return chunks, iter(places)
 
 
-def _pack(problems: Sequence[EvaluatedProblem], cut: int) -> tuple[list[str], list[tuple[int, int]]]:
+def _pack(
+    problems: Sequence[EvaluatedProblem], cut: int
+) -> tuple[list[str], list[tuple[int, int]]]:
     chunks: list[str] = []
     places: list[tuple[int, int]] = []
     texts: list[str] = []
     size = 0
     for problem in problems:
-        text = json.dumps([_texts(sample, cut) for sample in problem.samples], separators=(",", ":"))
+        text = json.dumps(
+            [_texts(sample, cut) for sample in problem.samples], separators=(",", ":")
+        )
         if texts and size + len(text) > CHUNK:
             chunks.append(compress(texts))
             texts, size = [], 0
@@ -210,13 +266,18 @@ def _pack(problems: Sequence[EvaluatedProblem], cut: int) -> tuple[list[str], li
 
 
 def _texts(sample: Sample, cut: int) -> dict[str, Any]:
-    """The response and what the judge wrote. A response that is cut keeps more of its end, where its answer stands."""
+    """The response and what the judge wrote. A response that is cut keeps more of its end, where
+    its answer stands.
+    """
     text, left = sample.response, len(sample.response) - cut
     parts = [text] if left <= 0 else [text[: cut // 3], text[cut // 3 + left :]]
     row: dict[str, Any] = {"response": parts, "left": max(0, left)} if text else {}
     if sample.judge:
         row["reply"] = as_text(sample.judge.get("reply"))[:cut]
-        row["judge"] = [[key, text[:cut]] for key, text in flat({k: v for k, v in sample.judge.items() if k not in IN_INDEX})]
+        row["judge"] = [
+            [key, text[:cut]]
+            for key, text in flat({k: v for k, v in sample.judge.items() if k not in IN_INDEX})
+        ]
     return row
 
 
@@ -226,51 +287,92 @@ def _texts(sample: Sample, cut: int) -> dict[str, Any]:
 class _Pictures:
     """The page's pictures, those of problems that were not all answered right first."""
 
-    def __init__(self, base: Path, benchmarks: Sequence[BenchmarkFiles], notes: list[Problem]) -> None:
+    def __init__(
+        self, base: Path, benchmarks: Sequence[BenchmarkFiles], notes: list[Problem]
+    ) -> None:
         self.base = base
         self.folders = [files.folder for files in benchmarks]
         self.urls: dict[str, str] = {}  # key -> data URL
         self.keys: dict[tuple[int, str], str | None] = {}  # None: no picture; absent: left out
-        wanted = [(number, problem) for number, files in enumerate(benchmarks) for problem in files.problems if problem.images]
+        wanted = [
+            (number, problem)
+            for number, files in enumerate(benchmarks)
+            for problem in files.problems
+            if problem.images
+        ]
         wanted.sort(key=lambda item: all(sample.verdict == "correct" for sample in item[1].samples))
         each = len({(number, image) for number, problem in wanted for image in problem.images})
         self.room = PICTURE_BYTES
-        self.most = min(max(PICTURE_RANGE[0], PICTURE_BYTES * 3 // 4 // max(1, each)), PICTURE_RANGE[1])
+        self.most = min(
+            max(PICTURE_RANGE[0], PICTURE_BYTES * 3 // 4 // max(1, each)), PICTURE_RANGE[1]
+        )
         left_out = []
-        with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:  # Pillow's work runs in parallel
+        with ThreadPoolExecutor(
+            min(8, os.cpu_count() or 1)
+        ) as pool:  # Pillow's work runs in parallel
             for start in range(0, len(wanted), BATCH):
                 left_out += self._take_all(wanted[start : start + BATCH], pool)
         missing = [image for (_, image), key in self.keys.items() if key is None]
         if missing:
-            text = f"{len(missing)} pictures are missing, outside the folder or not pictures, first {missing[0]}"
+            text = (
+                f"{len(missing)} pictures are missing, outside the folder or not pictures, "
+                f"first {missing[0]}"
+            )
             notes.append(Problem("damaged", "images", text))
         if left_out:
-            text = f"the pictures of {len(left_out):,} of {len(wanted):,} problems were left out to keep this file small; each problem names them"
+            text = (
+                f"the pictures of {len(left_out):,} of {len(wanted):,} problems were left out "
+                "to keep this file small; each problem names them"
+            )
             notes.append(Problem("note", "images", text))
 
     def entry(self, number: int, image: str) -> dict[str, Any]:
-        """What the page knows of a picture: where it is kept, or the file that it was left out of."""
+        """What the page knows of a picture: where it is kept, or the file that it was left out
+        of.
+        """
         if (number, image) not in self.keys:
             return {"path": image, "file": f"{_relative(self.folders[number], self.base)}/{image}"}
         return {"path": image, "key": self.keys[number, image]}
 
-    def _take_all(self, wanted: Sequence[tuple[int, EvaluatedProblem]], pool: ThreadPoolExecutor) -> list[EvaluatedProblem]:
-        """Keep the pictures of these problems while there is room. Returns the problems whose pictures are left out."""
-        named = dict.fromkeys((number, image) for number, problem in wanted for image in problem.images)
-        new = [each for each in named if each not in self.keys] if self.room >= PICTURE_RANGE[0] else []
+    def _take_all(
+        self, wanted: Sequence[tuple[int, EvaluatedProblem]], pool: ThreadPoolExecutor
+    ) -> list[EvaluatedProblem]:
+        """Keep the pictures of these problems while there is room. Returns the problems whose
+        pictures are left out.
+        """
+        named = dict.fromkeys(
+            (number, image) for number, problem in wanted for image in problem.images
+        )
+        new = (
+            [each for each in named if each not in self.keys]
+            if self.room >= PICTURE_RANGE[0]
+            else []
+        )
         loaded = dict(zip(new, pool.map(self._load, new), strict=True))
-        return [problem for number, problem in wanted if not self._take([(number, image) for image in problem.images], loaded)]
+        return [
+            problem
+            for number, problem in wanted
+            if not self._take([(number, image) for image in problem.images], loaded)
+        ]
 
     def _load(self, each: tuple[int, str]) -> tuple[str, str] | None:
         return load_picture(self.folders[each[0]] / each[1], self.base, self.most, PICTURE_SIDE)
 
-    def _take(self, images: Sequence[tuple[int, str]], loaded: Mapping[tuple[int, str], tuple[str, str] | None]) -> bool:
+    def _take(
+        self,
+        images: Sequence[tuple[int, str]],
+        loaded: Mapping[tuple[int, str], tuple[str, str] | None],
+    ) -> bool:
         """Keep all pictures of a problem, or none."""
         new = [each for each in dict.fromkeys(images) if each not in self.keys]
         if any(each not in loaded for each in new):
             return False
         found = {each: loaded[each] for each in new}
-        urls = {picture[0]: picture[1] for picture in found.values() if picture and picture[0] not in self.urls}
+        urls = {
+            picture[0]: picture[1]
+            for picture in found.values()
+            if picture and picture[0] not in self.urls
+        }
         cost = sum(map(len, urls.values()))
         if cost > self.room:
             return False

@@ -65,14 +65,23 @@ def read_events(folder: Path, problems: list[Problem]) -> EventLog:
             del events[:-MAX_EVENTS]
     left_out += max(0, len(events) - MAX_EVENTS)
     if strange:
-        problems.append(Problem("damaged", path.name, f"{strange} events name no step, or neither monitor nor text; left out"))
+        problems.append(
+            Problem(
+                "damaged",
+                path.name,
+                f"{strange} events name no step, or neither monitor nor text; left out",
+            )
+        )
     roll_backs, steps = _taken_back(folder / "rolled_back.jsonl", problems)
     return EventLog(tuple(events[-MAX_EVENTS:]), left_out, roll_backs, steps, is_there(path))
 
 
 def _event(row: dict[str, Any]) -> Event | None:
     step = as_whole(row.get("step"))
-    texts = {name: as_text(row.get(name))[:MAX_LETTERS] for name in ("monitor", "action", "what", "cause", "do")}
+    texts = {
+        name: as_text(row.get(name))[:MAX_LETTERS]
+        for name in ("monitor", "action", "what", "cause", "do")
+    }
     if step is None or not (texts["monitor"] or texts["what"]):
         return None
     return Event(
@@ -89,5 +98,8 @@ def _taken_back(path: Path, problems: list[Problem]) -> tuple[int, int]:
     """Roll-backs, and the steps that they took back: a step taken back twice counts twice."""
     if not is_there(path):
         return 0, 0
-    steps = {(as_whole(row.get("roll_back")), as_whole(row.get("step"))) for row in json_lines(path, problems)}
+    steps = {
+        (as_whole(row.get("roll_back")), as_whole(row.get("step")))
+        for row in json_lines(path, problems)
+    }
     return len({roll_back for roll_back, _ in steps}), len(steps)

@@ -1,4 +1,6 @@
-"""What the page says beyond the files as they are: events, the flow's health and tokens, latents."""
+"""What the page says beyond the files as they are: events, the flow's health and tokens,
+latents.
+"""
 
 from __future__ import annotations
 
@@ -32,13 +34,20 @@ class Findings:
         """What the page needs at once, as JSON."""
         return {
             "events": self.events.for_page(),
-            "flow": {**self.health.for_page(), "hasTokens": bool(self.tokens), "approximate": self.tokens_approximate},
+            "flow": {
+                **self.health.for_page(),
+                "hasTokens": bool(self.tokens),
+                "approximate": self.tokens_approximate,
+            },
             "latents": self.latents.for_page() if self.latents else {"missing": self.no_latents},
         }
 
     def blocks(self) -> list[str]:
         """What the page unpacks when a view is opened."""
-        found = {"flow-tokens": self.tokens, "latent-points": [self.latents.points] if self.latents else []}
+        found = {
+            "flow-tokens": self.tokens,
+            "latent-points": [self.latents.points] if self.latents else [],
+        }
         return [
             text_block(name, compress([json.dumps(part, separators=(",", ":")) for part in parts]))
             for name, parts in found.items()
@@ -51,8 +60,12 @@ class Findings:
         return self.latents.curves if self.latents else Metrics(series={})
 
 
-def examine(folder: Path, run: RunFiles, budget: int, problems: list[Problem]) -> tuple[RolloutData, Findings]:
-    """Read the run's rollouts once: those that the page carries, in `budget` bytes, and what all of them say."""
+def examine(
+    folder: Path, run: RunFiles, budget: int, problems: list[Problem]
+) -> tuple[RolloutData, Findings]:
+    """Read the run's rollouts once: those that the page carries, in `budget` bytes, and what all of
+    them say.
+    """
     steps = [file.step for file in run.rollout_files]
     tokens, latents = TokenCensus(steps), LatentCensus(steps)
     rollouts = pack_rollouts(folder, run.rollout_files, budget, problems, (tokens.add, latents.add))
@@ -69,7 +82,9 @@ def examine(folder: Path, run: RunFiles, budget: int, problems: list[Problem]) -
 
 def _no_latents(run: RunFiles, latents: LatentCensus) -> str:
     if not run.rollout_files:
-        return "No rollouts yet: the folder rollouts/ is missing or empty, or train.log_rollouts is 0."
+        return (
+            "No rollouts yet: the folder rollouts/ is missing or empty, or train.log_rollouts is 0."
+        )
     if latents.rows:
         return "Nothing to draw: the latents of all responses are equal."
     return "No latents: this run has no flow section, or was written by an earlier version."

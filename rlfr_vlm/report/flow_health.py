@@ -42,23 +42,52 @@ class FlowHealth:
         return {**asdict(self), "yardstick": self.yardstick.for_page() if self.yardstick else None}
 
 
-def flow_health(metrics: Metrics, config: dict[str, Any], yardstick: Yardstick | None = None) -> FlowHealth:
-    """Read the `flow/` metrics. `config`: the resolved one, empty where there is none; `yardstick`: what the fit found."""
-    series = {name: values for name, values in (metrics.series or {}).items() if name.startswith("flow/") and _present(values)}
+def flow_health(
+    metrics: Metrics, config: dict[str, Any], yardstick: Yardstick | None = None
+) -> FlowHealth:
+    """Read the `flow/` metrics. `config`: the resolved one, empty where there is none; `yardstick`:
+    what the fit found.
+    """
+    series = {
+        name: values
+        for name, values in (metrics.series or {}).items()
+        if name.startswith("flow/") and _present(values)
+    }
     reference, fitted = _reference(config), _fitted(yardstick)
     if not series:
-        return FlowHealth((fitted,) if fitted else (), {}, _why_nothing(metrics, config), None, yardstick)
-    verdicts = [_separation(series), _charged(series), _weight(series), _place(series), _field(series, reference), fitted]
-    return FlowHealth(tuple(verdict for verdict in verdicts if verdict), _readings(series, reference), "", reference, yardstick)
+        return FlowHealth(
+            (fitted,) if fitted else (), {}, _why_nothing(metrics, config), None, yardstick
+        )
+    verdicts = [
+        _separation(series),
+        _charged(series),
+        _weight(series),
+        _place(series),
+        _field(series, reference),
+        fitted,
+    ]
+    return FlowHealth(
+        tuple(verdict for verdict in verdicts if verdict),
+        _readings(series, reference),
+        "",
+        reference,
+        yardstick,
+    )
 
 
 def _reference(config: dict[str, Any]) -> float | None:
-    """Loss of v = x_t / t at the times that the field learns at; None where the config does not name them."""
+    """Loss of v = x_t / t at the times that the field learns at; None where the config does not
+    name them.
+    """
     flow = config.get("flow")
     times = flow.get("times") if isinstance(flow, dict) else None
     online = flow.get("online") if isinstance(flow, dict) else None
     drawn = online.get("times") if isinstance(online, dict) else "reward"
-    known = [time for time in map(as_number, times if isinstance(times, list) else ()) if time is not None and 1e-6 < time < 1]
+    known = [
+        time
+        for time in map(as_number, times if isinstance(times, list) else ())
+        if time is not None and 1e-6 < time < 1
+    ]
     if drawn not in ("reward", "logit_normal", None) or not known or len(known) < len(times or ()):
         return None
     return unfit_loss(known, drawn or "reward")
@@ -79,26 +108,39 @@ def _present(values: tuple[float | None, ...]) -> list[float]:
 def _separation(series: dict[str, tuple[float | None, ...]]) -> Verdict:
     """Do wrong answers stray further from the field than right ones?"""
     if "flow/auc" not in series and "flow/auc_in_group" not in series:
-        return Verdict("none", "No verdict on right and wrong: flow/auc was not logged (a run of an earlier version).")
-    pairs, siblings = (against_chance(series.get(name, ())[-LAST_STEPS:]) for name in ("flow/auc", "flow/auc_in_group"))
+        return Verdict(
+            "none",
+            "No verdict on right and wrong: flow/auc was not logged (a run of an earlier version).",
+        )
+    pairs, siblings = (
+        against_chance(series.get(name, ())[-LAST_STEPS:])
+        for name in ("flow/auc", "flow/auc_in_group")
+    )
     known = pairs or siblings
     if known is None:
         return Verdict(
-            "none", f"No verdict on right and wrong yet: of the last {LAST_STEPS} steps, {LEAST_STEPS} need a value of flow/auc."
+            "none",
+            f"No verdict on right and wrong yet: of the last {LAST_STEPS} steps, {LEAST_STEPS} "
+            "need a value of flow/auc.",
         )
     over = in_words(pairs, siblings, f"over the last {_steps(known.count)}")
     all_pairs, in_groups = (found.sign if found else 0 for found in (pairs, siblings))
     if siblings and all_pairs > 0 >= in_groups:
         return Verdict(
             "plain",
-            f"Wrong answers stray further, but not clearly among siblings: {over}. The field may tell hard questions from easy ones.",
+            f"Wrong answers stray further, but not clearly among siblings: {over}. The field may "
+            "tell hard questions from easy ones.",
         )
     if siblings and in_groups > 0 >= all_pairs:
         return Verdict("good", f"Among siblings, wrong answers stray further: {over}.")
     if all_pairs > 0:
         return Verdict("good", f"Wrong answers stray further: {over}.")
     if all_pairs < 0 or in_groups < 0:
-        return Verdict("bad", f"Right answers stray further than wrong ones: {over}. The flow reward works against the outcome.")
+        return Verdict(
+            "bad",
+            f"Right answers stray further than wrong ones: {over}. The flow reward works against "
+            "the outcome.",
+        )
     return Verdict("plain", f"The field tells right from wrong no better than chance: {over}.")
 
 
@@ -135,29 +177,47 @@ def in_words(pairs: MeanAuc | None, siblings: MeanAuc | None, where: str) -> str
 
 
 def _charged(series: dict[str, tuple[float | None, ...]]) -> Verdict | None:
-    """Is what is charged the wrong responses, as the deviations are? The two side by side, among siblings where they are known there."""
+    """Is what is charged the wrong responses, as the deviations are? The two side by side, among
+    siblings where they are known there.
+    """
     for suffix, where in (("_in_group", "Among siblings"), ("", "Over all pairs")):
-        straying, charged = (against_chance(series.get(f"flow/{name}{suffix}", ())[-LAST_STEPS:]) for name in ("auc", "charged_auc"))
+        straying, charged = (
+            against_chance(series.get(f"flow/{name}{suffix}", ())[-LAST_STEPS:])
+            for name in ("auc", "charged_auc")
+        )
         if charged is None:
             continue
         beside = f"{straying} of the deviation, " if straying else ""
         text = f"{where}: {beside}{charged} of what is charged"
         if charged.sign < 0:
-            lost = " What makes rewards of deviations turns them round." if straying and straying.sign > 0 else ""
+            lost = (
+                " What makes rewards of deviations turns them round."
+                if straying and straying.sign > 0
+                else ""
+            )
             return Verdict("bad", f"{text}: right answers are charged more than wrong ones.{lost}")
         if charged.sign > 0:
             return Verdict("good", f"{text}: wrong answers are charged more.")
-        lost = ": what the deviations know is lost on the way" if straying and straying.sign > 0 else ""
+        lost = (
+            ": what the deviations know is lost on the way"
+            if straying and straying.sign > 0
+            else ""
+        )
         return Verdict("plain", f"{text}, which is no better than chance{lost}.")
     return None
 
 
 def _place(series: dict[str, tuple[float | None, ...]]) -> Verdict | None:
     """Where the charge falls, and how much of it needs no latents to be told."""
-    place, token, at = (_last(series.get(name, ())) for name in ("flow/charge_place", "flow/charge_by_token", "flow/charge_by_place"))
+    place, token, at = (
+        _last(series.get(name, ()))
+        for name in ("flow/charge_place", "flow/charge_by_token", "flow/charge_by_place")
+    )
     parts = []
     if len(place) >= LEAST_STEPS:
-        parts.append(f"falls at {fmean(place):.2f} of a response on average (0: its start, 1: its end)")
+        parts.append(
+            f"falls at {fmean(place):.2f} of a response on average (0: its start, 1: its end)"
+        )
     shares = [
         f"{_percent(fmean(values))} by {name}"
         for values, name in ((token, "the token's identity"), (at, "its place"))
@@ -168,13 +228,19 @@ def _place(series: dict[str, tuple[float | None, ...]]) -> Verdict | None:
     if not parts:
         return None
     most = max((fmean(values) for values in (token, at) if len(values) >= LEAST_STEPS), default=0.0)
-    hint = " Most of it says which tokens there are, or where, not what the policy thought." if most > 0.5 else ""
+    hint = (
+        " Most of it says which tokens there are, or where, not what the policy thought."
+        if most > 0.5
+        else ""
+    )
     return Verdict("plain", f"The charge {'; it '.join(parts)}.{hint}")
 
 
 def _weight(series: dict[str, tuple[float | None, ...]]) -> Verdict | None:
     """How much of the training signal is the flow's?"""
-    share, alone = (_last(series.get(name, ())) for name in ("flow/advantage_share", "flow/only_groups_frac"))
+    share, alone = (
+        _last(series.get(name, ())) for name in ("flow/advantage_share", "flow/only_groups_frac")
+    )
     if len(share) < LEAST_STEPS:
         return None
     text = f"{_percent(fmean(share))} of the size of the advantages comes from the flow"
@@ -190,14 +256,21 @@ def _field(series: dict[str, tuple[float | None, ...]], reference: float | None)
         return None
     first, last = ends
     went = "fell" if last < 0.95 * first else "rose" if last > 1.05 * first else "stayed"
-    text = f"The field's loss {went} {'near' if went == 'stayed' else f'from {first:.3g} to'} {last:.3g}"
+    text = (
+        f"The field's loss {went} {'near' if went == 'stayed' else f'from {first:.3g} to'} "
+        f"{last:.3g}"
+    )
     drift = _present(series.get("flow/drift", ()))
     if drift:
         text += f", and its weights moved {_percent(drift[-1])} from where the run began"
     unfit = reference is not None and last > reference
     if reference is not None:
         text += f"; v = x_t / t, which knows nothing, has {reference:.3g}"
-        text += ": the field is worse, and its deviations are noise. It needs a longer fit" if unfit else ""
+        text += (
+            ": the field is worse, and its deviations are noise. It needs a longer fit"
+            if unfit
+            else ""
+        )
     return Verdict("bad" if unfit or last > 1.5 * first else "plain", f"{text}.")
 
 
@@ -208,40 +281,115 @@ def _fitted(yardstick: Yardstick | None) -> Verdict | None:
     if FIELD not in known or KNOWS_NOTHING not in others:
         return None
     best = min(others, key=lambda name: others[name])
-    text = f"The fit's held-out deviation at the reward's times is {known[FIELD]:.3g}; {KNOWS_NOTHING} has {others[KNOWS_NOTHING]:.3g}"
+    text = (
+        f"The fit's held-out deviation at the reward's times is {known[FIELD]:.3g}; "
+        f"{KNOWS_NOTHING} has {others[KNOWS_NOTHING]:.3g}"
+    )
     if best != KNOWS_NOTHING:
         text += f", the best that needs no field ({best}) {others[best]:.3g}"
     level: Literal["good", "bad", "plain"] = "good" if known[FIELD] < others[best] else "plain"
     return Verdict("bad" if known[FIELD] > others[KNOWS_NOTHING] else level, f"{text}.")
 
 
-def _readings(series: dict[str, tuple[float | None, ...]], reference: float | None) -> dict[str, str]:
+def _readings(
+    series: dict[str, tuple[float | None, ...]], reference: float | None
+) -> dict[str, str]:
     """One sentence per chart: how to read it, with this run's figures where there are enough."""
-    nothing = "" if reference is None else f"; above {reference:.3g}, the dotted line, it knows less than v = x_t / t"
+    nothing = (
+        ""
+        if reference is None
+        else f"; above {reference:.3g}, the dotted line, it knows less than v = x_t / t"
+    )
     meanings = {
-        "flow/loss": ("Error of the velocities on right responses", f"lower is a closer fit{nothing}", "{:.3g}"),
-        "flow/contrast_loss": ("Error of the contrast's velocities", "lower is a closer fit", "{:.3g}"),
-        "flow/charged_auc": ("How often a wrong response is charged more than a right one", "0.5: no better than chance", "{:.2f}"),
-        "flow/charged_auc_in_group": ("How often a wrong response is charged more than a right sibling", "0.5: chance", "{:.2f}"),
-        "flow/charge_place": ("Where in a response its flow rewards stand, by their size", "0: at its start, 1: at its end", "{:.2f}"),
-        "flow/charge_by_token": ("Share of the token rewards' variance between token ids", "100 %: a table of tokens would do", "{:.1%}"),
-        "flow/charge_by_place": ("Share of the token rewards' variance between places", "100 %: they only count tokens", "{:.1%}"),
-        "flow/auc": ("How often a wrong response strays further than a right one", "0.5: no better than chance", "{:.2f}"),
-        "flow/advantage_share": ("Share of the advantages' size that is the flow's", "0: the outcome alone", "{:.1%}"),
-        "flow/only_groups_frac": ("Groups without a signal from outcomes", "only the flow moves the policy there", "{:.1%}"),
-        "flow/drift": ("How far the field's weights are from the start", "relative to their size", "{:.2%}"),
-        "flow/deviation_spread": ("Spread of deviations within a response", "near 0: every token deviates alike", "{:.2f}"),
-        "flow/grad_norm": ("Size of the field's gradient, before clipping", "0: no right response to learn from", "{:.3g}"),
-        "flow/selected_frac": ("Responses that the field learns from", "0: the field stands still", "{:.1%}"),
-        "flow/deviation_mean": ("How far tokens stray from the field", "in the field's own units", "{:.3g}"),
-        "flow/reward_mean": ("What a response is given or charged by the flow", "summed over its tokens", "{:.3g}"),
+        "flow/loss": (
+            "Error of the velocities on right responses",
+            f"lower is a closer fit{nothing}",
+            "{:.3g}",
+        ),
+        "flow/contrast_loss": (
+            "Error of the contrast's velocities",
+            "lower is a closer fit",
+            "{:.3g}",
+        ),
+        "flow/charged_auc": (
+            "How often a wrong response is charged more than a right one",
+            "0.5: no better than chance",
+            "{:.2f}",
+        ),
+        "flow/charged_auc_in_group": (
+            "How often a wrong response is charged more than a right sibling",
+            "0.5: chance",
+            "{:.2f}",
+        ),
+        "flow/charge_place": (
+            "Where in a response its flow rewards stand, by their size",
+            "0: at its start, 1: at its end",
+            "{:.2f}",
+        ),
+        "flow/charge_by_token": (
+            "Share of the token rewards' variance between token ids",
+            "100 %: a table of tokens would do",
+            "{:.1%}",
+        ),
+        "flow/charge_by_place": (
+            "Share of the token rewards' variance between places",
+            "100 %: they only count tokens",
+            "{:.1%}",
+        ),
+        "flow/auc": (
+            "How often a wrong response strays further than a right one",
+            "0.5: no better than chance",
+            "{:.2f}",
+        ),
+        "flow/advantage_share": (
+            "Share of the advantages' size that is the flow's",
+            "0: the outcome alone",
+            "{:.1%}",
+        ),
+        "flow/only_groups_frac": (
+            "Groups without a signal from outcomes",
+            "only the flow moves the policy there",
+            "{:.1%}",
+        ),
+        "flow/drift": (
+            "How far the field's weights are from the start",
+            "relative to their size",
+            "{:.2%}",
+        ),
+        "flow/deviation_spread": (
+            "Spread of deviations within a response",
+            "near 0: every token deviates alike",
+            "{:.2f}",
+        ),
+        "flow/grad_norm": (
+            "Size of the field's gradient, before clipping",
+            "0: no right response to learn from",
+            "{:.3g}",
+        ),
+        "flow/selected_frac": (
+            "Responses that the field learns from",
+            "0: the field stands still",
+            "{:.1%}",
+        ),
+        "flow/deviation_mean": (
+            "How far tokens stray from the field",
+            "in the field's own units",
+            "{:.3g}",
+        ),
+        "flow/reward_mean": (
+            "What a response is given or charged by the flow",
+            "summed over its tokens",
+            "{:.3g}",
+        ),
     }
     readings = {}
     for name, (meaning, scale, form) in meanings.items():
         if name not in series:
             continue
         ends = _ends(series[name])
-        figures = "" if ends is None else f" This run: {form.format(ends[0])} → {form.format(ends[1])}."
+        figures = (
+            "" if ends is None else f" This run: {form.format(ends[0])} → {form.format(ends[1])}."
+        )
         readings[name] = f"{meaning}; {scale}.{figures}".replace("%", " %").replace("  %", " %")
     return readings
 
@@ -252,7 +400,9 @@ def _last(values: tuple[float | None, ...]) -> list[float]:
 
 
 def _ends(values: tuple[float | None, ...]) -> tuple[float, float] | None:
-    """Mean over the first and over the last tenth of the values (at least two each); None where they would overlap."""
+    """Mean over the first and over the last tenth of the values (at least two each); None where
+    they would overlap.
+    """
     present = _present(values)
     size = max(2, round(ENDS * len(present)))
     return (fmean(present[:size]), fmean(present[-size:])) if len(present) >= 2 * size else None

@@ -1,4 +1,6 @@
-"""Which tokens the flow rewarded and penalised most in the course of a run, as Table 3 of arXiv:2510.10201 asks; over all logged responses."""
+"""Which tokens the flow rewarded and penalised most in the course of a run, as Table 3 of
+arXiv:2510.10201 asks; over all logged responses.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +15,8 @@ from rlfr_vlm.report.rollout_data import short
 from rlfr_vlm.report.run_files import Group, Response
 
 MAX_WINDOWS = 5
-MAX_TOKENS = 100_000  # different ones that a window keeps; beyond, those with the smallest rewards are forgotten
+# different ones that a window keeps; beyond, those with the smallest rewards are forgotten
+MAX_TOKENS = 100_000
 MAX_ROWS = 150  # of a window and sign on the page, for its filter; it shows the first 15
 MAX_LETTERS = 60  # of a token
 
@@ -36,7 +39,9 @@ class TokenRow:
     token: str
     reward: float  # summed over its occurrences
     count: int
-    in_right: float | None  # share of the window's right responses that contain it; None without any
+    in_right: (
+        float | None
+    )  # share of the window's right responses that contain it; None without any
     in_wrong: float | None
     place: Place  # of its strongest reward of that sign, on the page where possible
 
@@ -51,18 +56,26 @@ class _Window:
     right: Counter[str] = field(default_factory=Counter)  # responses
     wrong: Counter[str] = field(default_factory=Counter)
     rewards: dict[str, float] = field(default_factory=dict)
-    places: dict[tuple[str, bool], tuple[tuple[bool, float], Place]] = field(default_factory=dict)  # (token, rewarded) -> best so far
+    places: dict[tuple[str, bool], tuple[tuple[bool, float], Place]] = field(
+        default_factory=dict
+    )  # (token, rewarded) -> best so far
 
 
 class TokenCensus:
-    """Adds up flow rewards by token and window of steps, a step at a time, in any order of steps."""
+    """Adds up flow rewards by token and window of steps, a step at a time, in any order of
+    steps.
+    """
 
     def __init__(self, steps: Sequence[int]) -> None:
         count = min(MAX_WINDOWS, len(steps))
-        bounds = [round(number * len(steps) / count) for number in range(count + 1)] if count else []
+        bounds = (
+            [round(number * len(steps) / count) for number in range(count + 1)] if count else []
+        )
         parts = [sorted(steps)[low:high] for low, high in itertools.pairwise(bounds)]
         self.windows = [_Window(part[0], part[-1]) for part in parts]
-        self.window_of = {step: window for part, window in zip(parts, self.windows, strict=True) for step in part}
+        self.window_of = {
+            step: window for part, window in zip(parts, self.windows, strict=True) for step in part
+        }
         self.approximate = False  # tokens were forgotten
 
     def add(self, step: int, groups: Sequence[Group], num_on_page: int) -> None:
@@ -94,10 +107,17 @@ class TokenCensus:
             rank = (place.on_page, abs(reward))
             known = window.places.get((token, reward > 0))
             if known is None or rank > known[0]:
-                window.places[token, reward > 0] = (rank, Place(place.step, place.group, place.response, at, place.on_page))
+                window.places[token, reward > 0] = (
+                    rank,
+                    Place(place.step, place.group, place.response, at, place.on_page),
+                )
 
     def _forget(self, window: _Window) -> None:
-        kept = set(sorted(window.counts, key=lambda token: -abs(window.rewards.get(token, 0.0)))[: MAX_TOKENS // 2])
+        kept = set(
+            sorted(window.counts, key=lambda token: -abs(window.rewards.get(token, 0.0)))[
+                : MAX_TOKENS // 2
+            ]
+        )
         for counter in (window.counts, window.right, window.wrong, window.rewards):
             for token in [token for token in counter if token not in kept]:
                 del counter[token]
@@ -106,18 +126,33 @@ class TokenCensus:
         self.approximate = True
 
     def for_page(self) -> list[dict[str, Any]]:
-        """Windows in the order of steps, each with its most rewarded and most penalised tokens; none where no response has a flow reward."""
+        """Windows in the order of steps, each with its most rewarded and most penalised tokens;
+        none where no response has a flow reward.
+        """
         windows = [
-            {"first": w.first, "last": w.last, **{sign: [asdict(row) for row in strongest(w, sign)] for sign in ("rewarded", "penalised")}}
+            {
+                "first": w.first,
+                "last": w.last,
+                **{
+                    sign: [asdict(row) for row in strongest(w, sign)]
+                    for sign in ("rewarded", "penalised")
+                },
+            }
             for w in self.windows
         ]
         return windows if any(window.rewards for window in self.windows) else []
 
 
 def strongest(window: _Window, sign: Literal["rewarded", "penalised"]) -> list[TokenRow]:
-    """The tokens with the largest sums of that sign, the strongest first; equal ones by their text."""
+    """The tokens with the largest sums of that sign, the strongest first; equal ones by their
+    text.
+    """
     wanted = 1 if sign == "rewarded" else -1
-    sums = [(-abs(total), token) for token, total in window.rewards.items() if math.isfinite(total) and total * wanted > 0]
+    sums = [
+        (-abs(total), token)
+        for token, total in window.rewards.items()
+        if math.isfinite(total) and total * wanted > 0
+    ]
     return [
         TokenRow(
             token=token,

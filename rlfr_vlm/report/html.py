@@ -1,4 +1,6 @@
-"""`report.html` of a run or an evaluation: one file that opens from disk, without a server or a network."""
+"""`report.html` of a run or an evaluation: one file that opens from disk, without a server or a
+network.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +19,9 @@ from rlfr_vlm.report.rollout_data import RolloutData
 from rlfr_vlm.report.run_files import Evaluation, Metrics, RunFiles, read_run
 from rlfr_vlm.report.template import asset, json_block, page, plotly_script, text_block, write_page
 
-ROLLOUT_BYTES = 9_000_000  # of rollouts and pictures; with plotly's 4.8 MB the page stays below 15 MB
+ROLLOUT_BYTES = (
+    9_000_000  # of rollouts and pictures; with plotly's 4.8 MB the page stays below 15 MB
+)
 CURVE_POINTS = 3000  # longer curves are thinned
 MAX_PROBLEMS = 50  # shown one by one
 EVALUATION_PAGE = "evaluation.html"  # of the benchmarks that a training run holds
@@ -40,9 +44,11 @@ STYLES = ("page.css", "findings.css", "attribution.css")
 
 
 def write_report(folder: Path, path: Path | None = None) -> Path:
-    """Write `report.html` of a run or an evaluation, finished or not, into its folder. Raises UserError where there is no such folder.
+    """Write `report.html` of a run or an evaluation, finished or not, into its folder. Raises
+    UserError where there is no such folder.
 
-    A training run that also holds benchmarks gets a second page, `evaluation.html`, and a table that leads to it.
+    A training run that also holds benchmarks gets a second page, `evaluation.html`, and a table
+    that leads to it.
     """
     folder = existing_folder(Path(folder))
     path = folder / "report.html" if path is None else writable_file(path)
@@ -52,13 +58,27 @@ def write_report(folder: Path, path: Path | None = None) -> Path:
     run = read_run(folder)
     problems = list(run.problems)
     rollouts, findings = examine(folder, run, ROLLOUT_BYTES, problems)
-    evaluated = write_evaluation(folder, benchmarks, path.with_name(EVALUATION_PAGE))[1] if benchmarks else []
+    evaluated = (
+        write_evaluation(folder, benchmarks, path.with_name(EVALUATION_PAGE))[1]
+        if benchmarks
+        else []
+    )
     return write_page(path, _page(run, rollouts, findings, problems, evaluated))
 
 
-def _page(run: RunFiles, rollouts: RolloutData, findings: Findings, problems: list[Problem], evaluated: list[dict[str, Any]]) -> str:
+def _page(
+    run: RunFiles,
+    rollouts: RolloutData,
+    findings: Findings,
+    problems: list[Problem],
+    evaluated: list[dict[str, Any]],
+) -> str:
     data = {
-        "overview": {**_overview(run, problems), "benchmarks": evaluated, "benchmarkPage": EVALUATION_PAGE},
+        "overview": {
+            **_overview(run, problems),
+            "benchmarks": evaluated,
+            "benchmarkPage": EVALUATION_PAGE,
+        },
         "curves": {
             "metrics": _columns(run.metrics),
             "flowFit": _columns(run.flow_fit),
@@ -77,8 +97,14 @@ def _page(run: RunFiles, rollouts: RolloutData, findings: Findings, problems: li
             "numAttentionLeftOut": rollouts.num_attention_left_out,
         },
     }
-    blocks = [json_block("run-data", data), text_block("rollout-index", rollouts.index), *findings.blocks()]
-    blocks += [text_block(f"rollout-step-{step}", packed) for step, packed in rollouts.steps.items()]
+    blocks = [
+        json_block("run-data", data),
+        text_block("rollout-index", rollouts.index),
+        *findings.blocks(),
+    ]
+    blocks += [
+        text_block(f"rollout-step-{step}", packed) for step, packed in rollouts.steps.items()
+    ]
     blocks += [text_block(f"picture-{key}", url) for key, url in rollouts.pictures.items()]
     scripts = {"plotly": plotly_script(), "script": "\n".join(map(asset, VIEWS))}
     return page("page.html", run.name, "".join(map(asset, STYLES)), blocks, scripts)
@@ -94,7 +120,9 @@ def _overview(run: RunFiles, problems: list[Problem]) -> dict[str, Any]:
         "state": state,
         "status": status,
         "writtenAt": time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()),
-        "lastMetricsAt": time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime(run.metrics.written_at)) if run.metrics.written_at else None,
+        "lastMetricsAt": time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime(run.metrics.written_at))
+        if run.metrics.written_at
+        else None,
         "numSteps": run.metrics.steps[-1] if run.metrics.steps else None,
         "plannedSteps": run.planned_steps,
         "seconds": sum(seconds) if seconds else None,
@@ -116,7 +144,11 @@ def _status(run: RunFiles) -> tuple[str, str]:
         return "empty", "no steps yet"
     if run.planned_steps is None:
         return "open", f"{done} steps"
-    return ("finished", f"finished, {done} steps") if done >= run.planned_steps else ("open", f"step {done} of {run.planned_steps}")
+    return (
+        ("finished", f"finished, {done} steps")
+        if done >= run.planned_steps
+        else ("open", f"step {done} of {run.planned_steps}")
+    )
 
 
 def _best(run: RunFiles) -> Evaluation | None:
@@ -126,14 +158,36 @@ def _best(run: RunFiles) -> Evaluation | None:
 
 
 def _evaluation_points(run: RunFiles) -> list[dict[str, Any]]:
-    """The points on the accuracy curve: evaluations, and `val/` metrics of steps whose evaluation file is not there."""
-    points = {e.step: {"step": e.step, "accuracy": e.accuracy, "low": e.low, "high": e.high, "greedy": e.greedy} for e in run.evaluations}
+    """The points on the accuracy curve: evaluations, and `val/` metrics of steps whose evaluation
+    file is not there.
+    """
+    points = {
+        e.step: {
+            "step": e.step,
+            "accuracy": e.accuracy,
+            "low": e.low,
+            "high": e.high,
+            "greedy": e.greedy,
+        }
+        for e in run.evaluations
+    }
     series = run.metrics.series or {}
     nothing = (None,) * len(run.metrics.steps)
-    columns = zip(run.metrics.steps, series.get("val/accuracy", nothing), series.get("val/greedy", nothing), strict=True)
+    columns = zip(
+        run.metrics.steps,
+        series.get("val/accuracy", nothing),
+        series.get("val/greedy", nothing),
+        strict=True,
+    )
     for step, accuracy, greedy in columns:
         if step not in points and (accuracy is not None or greedy is not None):
-            points[step] = {"step": step, "accuracy": accuracy, "low": None, "high": None, "greedy": greedy}
+            points[step] = {
+                "step": step,
+                "accuracy": accuracy,
+                "low": None,
+                "high": None,
+                "greedy": greedy,
+            }
     return [points[step] for step in sorted(points)]
 
 
@@ -144,7 +198,10 @@ def _columns(metrics: Metrics) -> dict[str, Any]:
     return {
         "every": every,
         "steps": [metrics.steps[row] for row in rows],
-        "series": {name: [_rounded(values[row]) for row in rows] for name, values in (metrics.series or {}).items()},
+        "series": {
+            name: [_rounded(values[row]) for row in rows]
+            for name, values in (metrics.series or {}).items()
+        },
     }
 
 

@@ -1,4 +1,6 @@
-"""Where responses lie among each other: their latents in two dimensions, whether right and wrong ones lie apart, and how far all have moved."""
+"""Where responses lie among each other: their latents in two dimensions, whether right and wrong
+ones lie apart, and how far all have moved.
+"""
 
 from __future__ import annotations
 
@@ -53,27 +55,58 @@ class LatentCensus:
         self.num_unusable = 0
 
     def add(self, step: int, groups: Sequence[Group], num_on_page: int) -> None:
-        """Keep a step's latents. The first `num_on_page` groups are those that the rollout browser has."""
-        found = [(number, at) for number, group in enumerate(groups) for at, r in enumerate(group.responses) if r.latent is not None]
-        usable = [(number, at) for number, at in found if _usable(groups[number].responses[at].latent)]
+        """Keep a step's latents. The first `num_on_page` groups are those that the rollout browser
+        has.
+        """
+        found = [
+            (number, at)
+            for number, group in enumerate(groups)
+            for at, r in enumerate(group.responses)
+            if r.latent is not None
+        ]
+        usable = [
+            (number, at) for number, at in found if _usable(groups[number].responses[at].latent)
+        ]
         self.num_unusable += len(found) - len(usable)
         for number, at in evenly(usable, self.most_per_step):
             group, response = groups[number], groups[number].responses[at]
             if response.latent is None:
                 continue
-            question, prediction = group.question[:MAX_QUESTION], response.prediction[:MAX_PREDICTION]
+            question, prediction = (
+                group.question[:MAX_QUESTION],
+                response.prediction[:MAX_PREDICTION],
+            )
             code = CODES.get(response.verdict, ERROR)
-            self.rows.append(Row(step, number, at, code, number < num_on_page, question, prediction, response.reward))
+            self.rows.append(
+                Row(
+                    step,
+                    number,
+                    at,
+                    code,
+                    number < num_on_page,
+                    question,
+                    prediction,
+                    response.reward,
+                )
+            )
             self.latents.append(response.latent)
 
     def matrix(self, problems: list[Problem]) -> tuple[list[Row], Matrix]:
-        """Rows by step and place, and their latents [N, D]: those of the commonest length. Centred and scaled to a size near 1."""
+        """Rows by step and place, and their latents [N, D]: those of the commonest length. Centred
+        and scaled to a size near 1.
+        """
         sizes = Counter(len(latent) for latent in self.latents)
         size = max(sizes, key=lambda length: (sizes[length], length), default=0)
         kept = [at for at, latent in enumerate(self.latents) if len(latent) == size]
         unusable = self.num_unusable + len(self.latents) - len(kept)
         if unusable:
-            problems.append(Problem("damaged", "rollouts", f"{unusable} latents are not numbers of one length; left out"))
+            problems.append(
+                Problem(
+                    "damaged",
+                    "rollouts",
+                    f"{unusable} latents are not numbers of one length; left out",
+                )
+            )
         kept.sort(key=lambda at: (self.rows[at].step, self.rows[at].group, self.rows[at].response))
         x = np.array([self.latents[at] for at in kept], dtype=np.float64).reshape(len(kept), size)
         x -= x.mean(axis=0) if len(kept) else 0.0
@@ -125,61 +158,90 @@ def latent_view(census: LatentCensus, problems: list[Problem]) -> LatentView | N
         "drift_chance": chance,
     }
     verdicts = (_apart(curves["auc"], curves["auc_in_group"]), _moved(drift, chance))
-    return LatentView(_points(rows, plane, step), explained, Metrics(tuple(steps), curves), len(rows), verdicts)
+    return LatentView(
+        _points(rows, plane, step), explained, Metrics(tuple(steps), curves), len(rows), verdicts
+    )
 
 
 def _apart(auc: tuple[float | None, ...], in_group: tuple[float | None, ...]) -> Verdict:
     """Whether a line separates right from wrong."""
     pairs, siblings = against_chance(auc), against_chance(in_group)
     if pairs is None:
-        least = f"a step counts with {LEAST_OF_EACH} right and {LEAST_OF_EACH} wrong responses, and the others need {LEAST_TO_FIT} of each"
+        least = (
+            f"a step counts with {LEAST_OF_EACH} right and {LEAST_OF_EACH} wrong responses, "
+            f"and the others need {LEAST_TO_FIT} of each"
+        )
         return Verdict("none", f"No verdict on right and wrong: too few responses ({least}).")
     over = in_words(pairs, siblings, f"over {pairs.count} steps")
     if pairs.sign <= 0:
-        return Verdict("plain", f"No line fitted on other steps separates right from wrong answers better than chance: {over}.")
+        return Verdict(
+            "plain",
+            "No line fitted on other steps separates right from wrong answers better than chance: "
+            f"{over}.",
+        )
     apart = "Right and wrong answers lie apart, along a line fitted on other steps"
     if siblings and siblings.sign <= 0:
-        return Verdict("plain", f"{apart}, but not clearly among siblings: {over}. The line may tell hard questions from easy ones.")
+        return Verdict(
+            "plain",
+            f"{apart}, but not clearly among siblings: {over}. The line may tell hard questions "
+            "from easy ones.",
+        )
     return Verdict("good", f"{apart}: {over}.")
 
 
 def _moved(drift: tuple[float | None, ...], chance: tuple[float | None, ...]) -> Verdict:
     """How far the last responses are from the first ones."""
-    last, floor = ([value for value in values[-10:] if value is not None] for values in (drift, chance))
+    last, floor = (
+        [value for value in values[-10:] if value is not None] for values in (drift, chance)
+    )
     if len(drift) < 2 or not last:
         return Verdict("none", "No verdict on drift: there is one step.")
     text = f"The last responses lie {fmean(last):.2f} spreads from the first ones"
     if not floor:
         return Verdict("plain", f"{text}.")
     than = "more than" if fmean(last) > 1.5 * fmean(floor) else "not clearly more than"
-    return Verdict("plain", f"{text}, {than} the {fmean(floor):.2f} that the draw of questions alone would give.")
+    return Verdict(
+        "plain",
+        f"{text}, {than} the {fmean(floor):.2f} that the draw of questions alone would give.",
+    )
 
 
 def principal_plane(x: Matrix, verdict: NDArray[np.int_]) -> tuple[Matrix, tuple[float, float]]:
-    """Centred x [N, D] on the two directions of most variance [N, 2], and the share of the variance along each.
+    """Centred x [N, D] on the two directions of most variance [N, 2], and the share of the variance
+    along each.
 
-    A direction's sign is free: right answers (verdict 0) are on average further right and further up than wrong ones.
+    A direction's sign is free: right answers (verdict 0) are on average further right and further
+    up than wrong ones.
     """
     _, sizes, directions = np.linalg.svd(x, full_matrices=False)
     plane = np.zeros((len(x), 2))
     plane[:, : len(directions[:2])] = x @ directions[:2].T
     if (verdict == RIGHT).any() and (verdict == WRONG).any():
-        plane *= np.where(plane[verdict == RIGHT].mean(axis=0) < plane[verdict == WRONG].mean(axis=0), -1.0, 1.0)
+        plane *= np.where(
+            plane[verdict == RIGHT].mean(axis=0) < plane[verdict == WRONG].mean(axis=0), -1.0, 1.0
+        )
     shares = [*(sizes**2 / (sizes**2).sum()), 0.0]
     return plane, (float(shares[0]), float(shares[1]))
 
 
 def separability(
-    x: Matrix, verdict: NDArray[np.int_], step: NDArray[np.int_], group: NDArray[np.int_] | None = None
+    x: Matrix,
+    verdict: NDArray[np.int_],
+    step: NDArray[np.int_],
+    group: NDArray[np.int_] | None = None,
 ) -> tuple[float | None, ...]:
-    """AUC per step of the best linear direction between right and wrong responses, which is fitted on all other steps.
+    """AUC per step of the best linear direction between right and wrong responses, which is fitted
+    on all other steps.
 
-    Linear discriminant with shrinkage: w = S^-1 (m_right - m_wrong), S the covariance within the classes of the n responses of the other steps,
-    drawn to a multiple of the identity by D / (n + D). With `group`: only siblings are compared, after each group's mean is taken off, so that
-    a direction which tells hard questions from easy ones gains nothing. None where a step has fewer than LEAST_OF_EACH right or wrong
-    responses (with `group`: in groups that have both), or the others fewer than LEAST_TO_FIT.
+    Linear discriminant with shrinkage: w = S^-1 (m_right - m_wrong), S the covariance within the
+        classes of the n responses of the other steps,
+    drawn to a multiple of the identity by D / (n + D). With `group`: only siblings are compared,
+    after each group's mean is taken off, so that a direction which tells hard questions from easy
+    ones gains nothing. None where a step has fewer than LEAST_OF_EACH right or wrong responses
+    (with `group`: in groups that have both), or the others fewer than LEAST_TO_FIT.
 
-    x: [N, D]; verdict: [N] of RIGHT, WRONG, ERROR; step: [N] numbered from 0; group: [N] numbered from 0. Returns a value per step.
+    x: [N, D]; verdict: [N] of RIGHT, WRONG, ERROR; step: [N] numbered from 0; group: [N] numbered
+        from 0. Returns a value per step.
     """
     use = verdict != ERROR
     if group is not None:
@@ -192,14 +254,23 @@ def separability(
     everything = _Moments.of(x[np.concatenate(right)]), _Moments.of(x[np.concatenate(wrong)])
     aucs: list[float | None] = []
     for here_right, here_wrong in zip(right, wrong, strict=True):
-        fit = [whole.without(_Moments.of(x[here])) for whole, here in zip(everything, (here_right, here_wrong), strict=True)]
-        if min(len(here_right), len(here_wrong)) < LEAST_OF_EACH or min(fit[0].count, fit[1].count) < LEAST_TO_FIT:
+        fit = [
+            whole.without(_Moments.of(x[here]))
+            for whole, here in zip(everything, (here_right, here_wrong), strict=True)
+        ]
+        if (
+            min(len(here_right), len(here_wrong)) < LEAST_OF_EACH
+            or min(fit[0].count, fit[1].count) < LEAST_TO_FIT
+        ):
             aucs.append(None)
             continue
         direction = _discriminant(fit[0], fit[1])
         pairs = [(here_right, here_wrong)]
         if group is not None:
-            pairs = [(here_right[group[here_right] == g], here_wrong[group[here_wrong] == g]) for g in np.unique(group[here_right])]
+            pairs = [
+                (here_right[group[here_right] == g], here_wrong[group[here_wrong] == g])
+                for g in np.unique(group[here_right])
+            ]
         won = sum(_pairs_won(x[a] @ direction, x[b] @ direction) for a, b in pairs)
         aucs.append(round(won / sum(len(a) * len(b) for a, b in pairs), 4))
     return tuple(aucs)
@@ -216,7 +287,9 @@ class _Moments:
         return _Moments(len(x), x.sum(axis=0), x.T @ x)
 
     def without(self, other: _Moments) -> _Moments:
-        return _Moments(self.count - other.count, self.sum - other.sum, self.squares - other.squares)
+        return _Moments(
+            self.count - other.count, self.sum - other.sum, self.squares - other.squares
+        )
 
     @property
     def scatter(self) -> Matrix:
@@ -228,14 +301,20 @@ def _discriminant(right: _Moments, wrong: _Moments) -> Matrix:
     count, size = right.count + wrong.count, len(right.sum)
     within = (right.scatter + wrong.scatter) / (count - 2)
     shrink = size / (count + size)
-    level = max(float(np.trace(within)) / size, 1e-12)  # x is near 1 in size: 1e-12 only keeps equal latents solvable
+    level = max(
+        float(np.trace(within)) / size, 1e-12
+    )  # x is near 1 in size: 1e-12 only keeps equal latents solvable
     difference: Matrix = right.sum / right.count - wrong.sum / wrong.count
     shrunk = (1 - shrink) * within + (shrink * level + 1e-12) * np.eye(size)
     return np.asarray(np.linalg.solve(shrunk, difference), dtype=np.float64)
 
 
-def _among_siblings(x: Matrix, verdict: NDArray[np.int_], group: NDArray[np.int_]) -> tuple[Matrix, NDArray[np.bool_]]:
-    """x without the mean of each group's graded responses, and whether a response's group has right and wrong ones."""
+def _among_siblings(
+    x: Matrix, verdict: NDArray[np.int_], group: NDArray[np.int_]
+) -> tuple[Matrix, NDArray[np.bool_]]:
+    """x without the mean of each group's graded responses, and whether a response's group has right
+    and wrong ones.
+    """
     graded = verdict != ERROR
     count = int(group.max()) + 1
     sums = np.zeros((count, x.shape[1]))
@@ -253,11 +332,15 @@ def _pairs_won(right: Matrix, wrong: Matrix) -> float:
     return float((below + to).sum() / 2)
 
 
-def centroid_drift(x: Matrix, step: NDArray[np.int_], group: NDArray[np.int_]) -> tuple[tuple[float | None, ...], tuple[float | None, ...]]:
-    """How far each step's centroid is from that of the first steps, in units of the spread of the first steps' responses.
+def centroid_drift(
+    x: Matrix, step: NDArray[np.int_], group: NDArray[np.int_]
+) -> tuple[tuple[float | None, ...], tuple[float | None, ...]]:
+    """How far each step's centroid is from that of the first steps, in units of the spread of the
+    first steps' responses.
 
-    The second is what chance alone would give: centroids of as many questions as the step and the first steps have, drawn from one
-    distribution, differ by sqrt(v (1 / g_step + 1 / g_first)), v the variance of the first steps' group means. None without a spread.
+    The second is what chance alone would give: centroids of as many questions as the step and the
+    first steps have, drawn from one distribution, differ by sqrt(v (1 / g_step + 1 / g_first)), v
+    the variance of the first steps' group means. None without a spread.
 
     x: [N, D]; step, group: [N] numbered from 0. Returns two values per step, each [steps].
     """
@@ -274,17 +357,27 @@ def centroid_drift(x: Matrix, step: NDArray[np.int_], group: NDArray[np.int_]) -
         here = step == at
         drift.append(round(float(np.linalg.norm(x[here].mean(axis=0) - start)) / spread, 4))
         groups = len(np.unique(group[here]))
-        chance.append(None if between is None else round(math.sqrt(between * (1 / groups + 1 / len(means))) / spread, 4))
+        chance.append(
+            None
+            if between is None
+            else round(math.sqrt(between * (1 / groups + 1 / len(means))) / spread, 4)
+        )
     return tuple(drift), tuple(chance)
 
 
 def evenly(items: Sequence[Any], count: int) -> list[Any]:
     """At most `count` of the items, evenly spread."""
-    return list(items) if len(items) <= count else [items[at] for at in np.linspace(0, len(items) - 1, count).round().astype(int)]
+    return (
+        list(items)
+        if len(items) <= count
+        else [items[at] for at in np.linspace(0, len(items) - 1, count).round().astype(int)]
+    )
 
 
 def _points(rows: Sequence[Row], plane: Matrix, step: NDArray[np.int_]) -> dict[str, Any]:
-    """Columns of at most MAX_POINTS responses, as many from each step; those that the rollout browser has first."""
+    """Columns of at most MAX_POINTS responses, as many from each step; those that the rollout
+    browser has first.
+    """
     by_step = [np.flatnonzero(step == at).tolist() for at in range(int(step.max()) + 1)]
     share = max(1, MAX_POINTS // len(by_step))
     chosen: list[int] = []

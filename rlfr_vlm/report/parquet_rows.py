@@ -15,7 +15,9 @@ class UnreadableTable(Exception):
 
 
 def parquet_rows(path: Path) -> Iterator[dict[str, Any]]:
-    """Rows in order. Columns of types that JSON does not have are left out. Raises UnreadableTable; OSError where there is no such file."""
+    """Rows in order. Columns of types that JSON does not have are left out. Raises UnreadableTable;
+    OSError where there is no such file.
+    """
     try:
         import pyarrow as pa
         from pyarrow import parquet
@@ -29,9 +31,14 @@ def parquet_rows(path: Path) -> Iterator[dict[str, Any]]:
             names = [field.name for field in file.schema_arrow if _plain(field.type, pa)]
             for batch in file.iter_batches(batch_size=64, columns=names):
                 for row in batch.to_pylist():
-                    yield {name: _decoded(value) if name in JSON_COLUMNS else value for name, value in row.items()}
+                    yield {
+                        name: _decoded(value) if name in JSON_COLUMNS else value
+                        for name, value in row.items()
+                    }
     except (pa.ArrowException, OSError, ValueError) as error:
-        raise UnreadableTable(f"not a whole Parquet table: {' '.join(str(error).split())[:200]}") from None
+        raise UnreadableTable(
+            f"not a whole Parquet table: {' '.join(str(error).split())[:200]}"
+        ) from None
 
 
 def _plain(found: Any, pa: Any) -> bool:
@@ -41,7 +48,14 @@ def _plain(found: Any, pa: Any) -> bool:
         return _plain(found.value_type, pa)
     return any(
         test(found)
-        for test in (types.is_string, types.is_large_string, types.is_integer, types.is_floating, types.is_boolean, types.is_null)
+        for test in (
+            types.is_string,
+            types.is_large_string,
+            types.is_integer,
+            types.is_floating,
+            types.is_boolean,
+            types.is_null,
+        )
     )
 
 

@@ -17,7 +17,8 @@ LEAST_SIDE = 192  # pixels; no picture is made smaller than that
 def load_picture(path: Path, root: Path, most_bytes: int, most_side: int) -> tuple[str, str] | None:
     """(key of the content, data URL); None for what lies outside `root` or is no picture.
 
-    A file of more than `most_bytes` is drawn again with sides of at most `most_side` pixels, and fewer until it fits.
+    A file of more than `most_bytes` is drawn again with sides of at most `most_side` pixels, and
+    fewer until it fits.
     """
     try:
         path = path.resolve()
@@ -29,17 +30,26 @@ def load_picture(path: Path, root: Path, most_bytes: int, most_side: int) -> tup
             picture.load()
             if len(content) > most_bytes or kind not in SHOWN_AS_THEY_ARE:
                 content, kind = _smaller(picture, most_bytes, most_side), "WEBP"
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):  # what Pillow raises for files that are no pictures
+    except (
+        OSError,
+        ValueError,
+        SyntaxError,
+        Image.DecompressionBombError,
+    ):  # what Pillow raises for files that are no pictures
         return None
     key = hashlib.sha256(content).hexdigest()[:16]
     return key, f"data:image/{kind.lower()};base64,{base64.b64encode(content).decode()}"
 
 
 def _smaller(picture: Image.Image, most_bytes: int, side: int) -> bytes:
-    picture = picture.convert("RGBA" if "transparency" in picture.info or picture.mode in ("RGBA", "LA", "PA") else "RGB")
+    picture = picture.convert(
+        "RGBA" if "transparency" in picture.info or picture.mode in ("RGBA", "LA", "PA") else "RGB"
+    )
     probe = picture.copy()
     probe.thumbnail((LEAST_SIDE, LEAST_SIDE))
-    excess = len(_webp(probe)) / most_bytes  # of the smallest version; a larger one takes fewer bytes per pixel
+    excess = (
+        len(_webp(probe)) / most_bytes
+    )  # of the smallest version; a larger one takes fewer bytes per pixel
     side = min(side, max(LEAST_SIDE, int(1.15 * max(probe.size) / math.sqrt(excess))))
     while True:
         picture.thumbnail((side, side))

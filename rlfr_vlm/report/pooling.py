@@ -26,7 +26,9 @@ class Band:
 
 
 def t_quantile(degrees: int) -> float:
-    """97.5 % quantile of Student's t; beyond the table from the normal's, with the first terms of its expansion in 1 / degrees."""
+    """97.5 % quantile of Student's t; beyond the table from the normal's, with the first terms of
+    its expansion in 1 / degrees.
+    """
     if degrees <= len(T_975):
         return T_975[degrees - 1]
     first, second = (Z**3 + Z) / 4, (5 * Z**5 + 16 * Z**3 + 3 * Z) / 96
@@ -44,6 +46,8 @@ def band(values: Sequence[float]) -> Band:
 
 
 def pooled(lines: Sequence[Mapping[int, float]]) -> dict[int, Band]:
-    """Bands by step, at the steps at which every run has a value: a mean over other runs at each step would jump between them."""
+    """Bands by step, at the steps at which every run has a value: a mean over other runs at each
+    step would jump between them.
+    """
     steps = set.intersection(*(set(line) for line in lines)) if len(lines) > 1 else set()
     return {step: band([line[step] for line in lines]) for step in sorted(steps)}

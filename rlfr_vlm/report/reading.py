@@ -1,4 +1,6 @@
-"""Files as they are: missing, empty, torn by a kill, or damaged. What is wrong becomes a `Problem` to be shown; nothing here raises for it."""
+"""Files as they are: missing, empty, torn by a kill, or damaged. What is wrong becomes a `Problem`
+to be shown; nothing here raises for it.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, Literal
 
-MAX_BYTES = 64_000_000  # of a line, or of a file that is read whole; what is longer is no record of a run
+MAX_BYTES = (
+    64_000_000  # of a line, or of a file that is read whole; what is longer is no record of a run
+)
 
 # What it means that a file of a run is not there, and what to do.
 ABSENT = {
@@ -20,9 +24,19 @@ ABSENT = {
     "checkpoints": "none written yet; train.save_steps says when the first one is due",
     "checkpoints/latest": "no checkpoint is complete yet, so the run would begin anew",
     "eval": "no held-out accuracy; eval.every is 0, or the first evaluation has not ended",
-    "rollouts": "no responses to read; the run has not finished its first step, or train.log_rollouts is 0",
+    "rollouts": "no responses to read; the run has not finished its first step, or "
+    "train.log_rollouts is 0",
 }
-OF_A_RUN = ("config.resolved.yaml", "env.json", "metrics.jsonl", "events.jsonl", "checkpoints", "eval", "rollouts", "flow")
+OF_A_RUN = (
+    "config.resolved.yaml",
+    "env.json",
+    "metrics.jsonl",
+    "events.jsonl",
+    "checkpoints",
+    "eval",
+    "rollouts",
+    "flow",
+)
 
 
 @dataclass(frozen=True)
@@ -41,12 +55,29 @@ def about_folder(folder: Path) -> list[Problem]:
     except OSError as error:
         return [unreadable(folder, error)]
     if not entries:
-        return [Problem("note", relative(folder.resolve()), "an empty folder; if a run is to write here, it has not started")]
+        return [
+            Problem(
+                "note",
+                relative(folder.resolve()),
+                "an empty folder; if a run is to write here, it has not started",
+            )
+        ]
     if {entry.name for entry in entries} & set(OF_A_RUN):
         return []
     runs = sorted(entry.name for entry in entries if is_there(Path(entry.path) / "metrics.jsonl"))
-    hint = f"; runs lie in it, such as {', '.join(runs[:3])}: name one of them, or several to compare them" if runs else ""
-    return [Problem("note", relative(folder.resolve()), f"no run folder: nothing that training writes is in it{hint}")]
+    hint = (
+        f"; runs lie in it, such as {', '.join(runs[:3])}: name one of them, or several to compare "
+        "them"
+        if runs
+        else ""
+    )
+    return [
+        Problem(
+            "note",
+            relative(folder.resolve()),
+            f"no run folder: nothing that training writes is in it{hint}",
+        )
+    ]
 
 
 def is_there(path: Path) -> bool:
@@ -57,10 +88,14 @@ def is_there(path: Path) -> bool:
         return False
 
 
-def json_lines(path: Path, problems: list[Problem], growing: bool = False, may_be_empty: bool = False) -> Iterator[dict[str, Any]]:
-    """The objects of a JSONL file. What parses counts, also without its line break; a last line that does not is named as torn.
+def json_lines(
+    path: Path, problems: list[Problem], growing: bool = False, may_be_empty: bool = False
+) -> Iterator[dict[str, Any]]:
+    """The objects of a JSONL file. What parses counts, also without its line break; a last line
+    that does not is named as torn.
 
-    growing: the file is written line by line for hours, and resumed: a torn end, or nothing yet, is nothing to speak of.
+    growing: the file is written line by line for hours, and resumed: a torn end, or nothing yet, is
+        nothing to speak of.
     may_be_empty: so is a file without a line.
     """
     bad: list[int] = []
@@ -79,13 +114,31 @@ def json_lines(path: Path, problems: list[Problem], growing: bool = False, may_b
                 elif line.strip():
                     bad.append(number)
             if file.tell() == 0 and not growing and not may_be_empty:
-                problems.append(Problem("note", relative(path), "empty: nothing was written yet, or a kill came first"))
+                problems.append(
+                    Problem(
+                        "note",
+                        relative(path),
+                        "empty: nothing was written yet, or a kill came first",
+                    )
+                )
     except OSError as error:
         problems.append(unreadable(path, error))
     if bad:
-        problems.append(Problem("damaged", relative(path), f"{len(bad)} lines are not JSON objects, first line {bad[0]}; left out"))
+        problems.append(
+            Problem(
+                "damaged",
+                relative(path),
+                f"{len(bad)} lines are not JSON objects, first line {bad[0]}; left out",
+            )
+        )
     if torn and not growing:
-        problems.append(Problem("note", relative(path), "the last line is not whole: it is being written, or a kill cut it; left out"))
+        problems.append(
+            Problem(
+                "note",
+                relative(path),
+                "the last line is not whole: it is being written, or a kill cut it; left out",
+            )
+        )
 
 
 def _lines(file: BinaryIO) -> Iterator[bytes]:
@@ -124,7 +177,13 @@ def read_text(path: Path, problems: list[Problem]) -> str:
         return ""
     text = content.decode("utf-8", "replace")
     if len(content) > MAX_BYTES:
-        problems.append(Problem("damaged", relative(path), f"larger than {MAX_BYTES // 1_000_000} MB, which no such file is; left out"))
+        problems.append(
+            Problem(
+                "damaged",
+                relative(path),
+                f"larger than {MAX_BYTES // 1_000_000} MB, which no such file is; left out",
+            )
+        )
         return ""
     if not text.strip():
         problems.append(Problem("damaged", relative(path), "empty"))
@@ -141,7 +200,9 @@ def unreadable(path: Path, error: OSError) -> Problem:
 
 def relative(path: Path) -> str:
     """The path as the reader of a run knows it: without the folders above the run."""
-    name, above = (os.fsencode(part).decode("utf-8", "replace") for part in (path.name, path.parent.name))
+    name, above = (
+        os.fsencode(part).decode("utf-8", "replace") for part in (path.name, path.parent.name)
+    )
     return f"{above}/{name}" if above in ("rollouts", "eval", "checkpoints", "flow") else name
 
 
@@ -152,7 +213,9 @@ def is_number(value: Any) -> bool:
 
 def as_number(value: Any) -> float | None:
     """A finite float, or None."""
-    if type(value) is not float and not is_number(value):  # the first test alone spares most of the time
+    if type(value) is not float and not is_number(
+        value
+    ):  # the first test alone spares most of the time
         return None
     try:
         value = float(value)
@@ -168,7 +231,9 @@ def as_whole(value: Any) -> int | None:
 
 
 def as_text(value: Any) -> str:
-    """Text as it is; nothing for null; other JSON values as JSON (a gold answer may be a number)."""
+    """Text as it is; nothing for null; other JSON values as JSON (a gold answer may be a
+    number).
+    """
     if isinstance(value, str):
         return value
     return "" if value is None else json.dumps(value)

@@ -1,4 +1,6 @@
-"""Rollouts as the page carries them: compressed per step, pictures once, and no more of them than the page's size allows."""
+"""Rollouts as the page carries them: compressed per step, pictures once, and no more of them than
+the page's size allows.
+"""
 
 from __future__ import annotations
 
@@ -48,13 +50,20 @@ class RolloutData:
     num_attention_left_out: int  # more of them, for want of room
 
 
-Census = Callable[[int, Sequence[Group], int], None]  # is told of each step, its groups, and how many of the first of them are on the page
+Census = Callable[
+    [int, Sequence[Group], int], None
+]  # is told of each step, its groups, and how many of the first of them are on the page
 
 
 def pack_rollouts(
-    folder: Path, files: tuple[RolloutFile, ...], budget: int, problems: list[Problem], censuses: Sequence[Census] = ()
+    folder: Path,
+    files: tuple[RolloutFile, ...],
+    budget: int,
+    problems: list[Problem],
+    censuses: Sequence[Census] = (),
 ) -> RolloutData:
-    """Pack steps until `budget` bytes are used: first and last step first, then the middles of the gaps, so that any part spans the run.
+    """Pack steps until `budget` bytes are used: first and last step first, then the middles of the
+    gaps, so that any part spans the run.
 
     Every file is read once, and one at a time; `censuses` see all of them.
     """
@@ -80,7 +89,9 @@ def pack_rollouts(
             continue
         step = files[at].step
         shown[step], steps[step] = kept, packed
-        used += len(steps[step]) + sum(pictures.keep(image) for group in kept for image in group.images)
+        used += len(steps[step]) + sum(
+            pictures.keep(image) for group in kept for image in group.images
+        )
         for group in kept:
             for response in group.responses:
                 for name, values in response.traces.items():
@@ -88,21 +99,33 @@ def pack_rollouts(
     ordered = [group for step in sorted(shown) for group in shown[step]]
     problems.extend(pictures.problems() + attention.problems())
     return RolloutData(
-        index=compress([json.dumps(_head(group, pictures), separators=(",", ":")) for group in ordered]),
+        index=compress(
+            [json.dumps(_head(group, pictures), separators=(",", ":")) for group in ordered]
+        ),
         steps=dict(sorted(steps.items())),
         pictures=pictures.urls,
-        scales={name: scale for name, values in ranges.items() if (scale := values.scale(name)) is not None},
+        scales={
+            name: scale
+            for name, values in ranges.items()
+            if (scale := values.scale(name)) is not None
+        },
         num_groups=len(ordered),
         num_responses=sum(len(group.responses) for group in ordered),
         num_groups_left_out=groups_left_out,
         num_steps_left_out=steps_left_out,
-        num_attention=sum(response.attention is not None for group in ordered for response in group.responses),
+        num_attention=sum(
+            response.attention is not None for group in ordered for response in group.responses
+        ),
         num_attention_left_out=attention.num_left_out,
     )
 
 
-def _pack_step(groups: tuple[Group, ...], pictures: _Pictures, room: int) -> tuple[tuple[Group, ...], str]:
-    """The tokens of a step's first groups, as many of them (at least one) as take up no more than `room` bytes with their pictures."""
+def _pack_step(
+    groups: tuple[Group, ...], pictures: _Pictures, room: int
+) -> tuple[tuple[Group, ...], str]:
+    """The tokens of a step's first groups, as many of them (at least one) as take up no more than
+    `room` bytes with their pictures.
+    """
     texts = [json.dumps(_tokens(group), separators=(",", ":")) for group in groups]
     packed = compress(texts)
     bytes_per_letter = len(packed) / max(1, sum(map(len, texts)))
@@ -121,7 +144,9 @@ def _tokens(group: Group) -> list[dict[str, Any]]:
     return [
         {
             "tokens": response.tokens,
-            **{name: [short(value) for value in values] for name, values in response.traces.items()},
+            **{
+                name: [short(value) for value in values] for name, values in response.traces.items()
+            },
             **({"attention": response.attention} if response.attention is not None else {}),
         }
         for response in group.responses
@@ -161,7 +186,9 @@ def _response_head(response: Response) -> dict[str, Any]:
 
 
 def short(value: float | None) -> float | None:
-    """Four significant digits, as many as the page shows; nothing for sums that overflowed, which JSON has no word for."""
+    """Four significant digits, as many as the page shows; nothing for sums that overflowed, which
+    JSON has no word for.
+    """
     if value is None:
         return None
     rounded = float(f"{value:.4g}")
@@ -169,7 +196,9 @@ def short(value: float | None) -> float | None:
 
 
 def _spread(count: int) -> list[int]:
-    """0 .. count-1, ordered so that every prefix is spread over the whole: the ends, then the middles of the gaps."""
+    """0 .. count-1, ordered so that every prefix is spread over the whole: the ends, then the
+    middles of the gaps.
+    """
     order, gaps = ([0, count - 1] if count else []), deque([(0, count - 1)])
     while gaps:
         left, right = gaps.popleft()
@@ -188,7 +217,9 @@ class _Range:
 
     def add(self, values: tuple[float | None, ...]) -> None:
         with np.errstate(over="ignore"):  # numbers too large for float32 become inf
-            self.parts.append(np.array(values, dtype=np.float64).astype(np.float32))  # None becomes nan
+            self.parts.append(
+                np.array(values, dtype=np.float64).astype(np.float32)
+            )  # None becomes nan
 
     def scale(self, name: str) -> Scale | None:
         """The range that holds all but the outermost percent; None without values."""
@@ -219,7 +250,9 @@ class _Pictures:
     def __init__(self, folder: Path) -> None:
         self.root = folder.resolve()
         self.urls: dict[str, str] = {}
-        self._loaded: dict[str, tuple[str, str] | None] = {}  # path as written -> (key, data URL), None where there is no picture
+        self._loaded: dict[
+            str, tuple[str, str] | None
+        ] = {}  # path as written -> (key, data URL), None where there is no picture
 
     def cost(self, image: str) -> int:
         """Bytes the page would grow by."""
@@ -243,9 +276,18 @@ class _Pictures:
         bad = [image for image, loaded in self._loaded.items() if loaded is None]
         if not bad:
             return []
-        return [Problem("damaged", "rollouts", f"{len(bad)} pictures are missing, outside the run folder or not pictures, first {bad[0]}")]
+        return [
+            Problem(
+                "damaged",
+                "rollouts",
+                f"{len(bad)} pictures are missing, outside the run folder or not pictures, first "
+                f"{bad[0]}",
+            )
+        ]
 
     def _load(self, image: str) -> tuple[str, str] | None:
         if image not in self._loaded:
-            self._loaded[image] = load_picture(self.root / "rollouts" / image, self.root, PICTURE_BYTES, PICTURE_SIDE)
+            self._loaded[image] = load_picture(
+                self.root / "rollouts" / image, self.root, PICTURE_BYTES, PICTURE_SIDE
+            )
         return self._loaded[image]

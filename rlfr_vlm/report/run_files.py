@@ -1,4 +1,6 @@
-"""A run folder as typed values. What is missing, damaged or half-written becomes a `Problem` to be shown; nothing here raises for it."""
+"""A run folder as typed values. What is missing, damaged or half-written becomes a `Problem` to be
+shown; nothing here raises for it.
+"""
 
 from __future__ import annotations
 
@@ -32,12 +34,20 @@ from rlfr_vlm.report.reading import (
 from rlfr_vlm.report.yardstick import Yardstick, read_yardstick
 
 ROLLOUT_SUFFIXES = (".jsonl", ".parquet")
-QUANTITIES = ("flow_rewards", "deviations", "logprobs", "advantages", "entropy")  # per token, the names of the rollout files
+QUANTITIES = (
+    "flow_rewards",
+    "deviations",
+    "logprobs",
+    "advantages",
+    "entropy",
+)  # per token, the names of the rollout files
 
 
 @dataclass(frozen=True)
 class Metrics:
-    """Columns of a metrics file, one value per step, its lines merged; None where a step did not log the metric or it was not finite."""
+    """Columns of a metrics file, one value per step, its lines merged; None where a step did not
+    log the metric or it was not finite.
+    """
 
     steps: tuple[int, ...] = ()
     series: dict[str, tuple[float | None, ...]] | None = None
@@ -84,7 +94,9 @@ class Response:
     tokens: tuple[str, ...]
     traces: dict[str, tuple[float | None, ...]]  # keys: those of QUANTITIES that were recorded
     attention: Any = None  # as written, whatever it is: see report/attention.py
-    latent: NDArray[np.float32] | None = field(default=None, compare=False)  # as written: of any length, nan for what is no number
+    latent: NDArray[np.float32] | None = field(
+        default=None, compare=False
+    )  # as written: of any length, nan for what is no number
 
 
 @dataclass(frozen=True)
@@ -168,12 +180,20 @@ def read_rollouts(file: RolloutFile, problems: list[Problem]) -> tuple[Group, ..
         misfits += not fits
         prompt_id = as_text(row.get("prompt_id"))
         at = open_groups.get(prompt_id)
-        if at is None or any(sibling.sample_index == response.sample_index for sibling in groups[at][1]):  # a prompt drawn twice in a step
+        if at is None or any(
+            sibling.sample_index == response.sample_index for sibling in groups[at][1]
+        ):  # a prompt drawn twice in a step
             at = open_groups[prompt_id] = len(groups)
             groups.append((row, []))
         groups[at][1].append(response)
     if misfits:
-        problems.append(Problem("damaged", relative(file.path), f"{misfits} responses have arrays that do not fit their tokens; left out"))
+        problems.append(
+            Problem(
+                "damaged",
+                relative(file.path),
+                f"{misfits} responses have arrays that do not fit their tokens; left out",
+            )
+        )
     return tuple(_group(file.step, row, responses) for row, responses in groups)
 
 
@@ -206,7 +226,11 @@ def _response(row: dict[str, Any]) -> tuple[Response, bool]:
     """The response, and whether all its arrays fit its tokens."""
     tokens = row.get("tokens")
     tokens = tuple(as_text(token) for token in tokens) if isinstance(tokens, list) else ()
-    traces = {name: tuple(as_number(value) for value in row[name]) for name in QUANTITIES if isinstance(row.get(name), list)}
+    traces = {
+        name: tuple(as_number(value) for value in row[name])
+        for name in QUANTITIES
+        if isinstance(row.get(name), list)
+    }
     fitting = {name: values for name, values in traces.items() if len(values) == len(tokens)}
     parts = row.get("parts")
     return Response(
@@ -216,7 +240,9 @@ def _response(row: dict[str, Any]) -> tuple[Response, bool]:
         verdict=as_text(row.get("verdict")),
         reason=as_text(row.get("reason")),
         reward=as_number(row.get("reward")),
-        parts={name: as_number(value) for name, value in parts.items()} if isinstance(parts, dict) else {},
+        parts={name: as_number(value) for name, value in parts.items()}
+        if isinstance(parts, dict)
+        else {},
         finish_reason=as_text(row.get("finish_reason")),
         policy_version=as_whole(row.get("policy_version")),
         tokens=tokens,
@@ -230,7 +256,9 @@ def _latent(values: Any) -> NDArray[np.float32] | None:
     if not isinstance(values, list):
         return None
     with np.errstate(over="ignore"):  # numbers too large for float32 become inf
-        return np.array([as_number(value) for value in values], dtype=np.float64).astype(np.float32)  # None becomes nan
+        return np.array([as_number(value) for value in values], dtype=np.float64).astype(
+            np.float32
+        )  # None becomes nan
 
 
 def _config(path: Path, problems: list[Problem]) -> tuple[str, dict[str, Any]]:
@@ -241,7 +269,13 @@ def _config(path: Path, problems: list[Problem]) -> tuple[str, dict[str, Any]]:
         problems.append(Problem("damaged", relative(path), "not YAML; shown as it is"))
         tree = {}
     if text and not text.endswith("\n"):
-        problems.append(Problem("damaged", relative(path), "cut off in its last line; that setting is wrong, and later ones are missing"))
+        problems.append(
+            Problem(
+                "damaged",
+                relative(path),
+                "cut off in its last line; that setting is wrong, and later ones are missing",
+            )
+        )
     return text, tree if isinstance(tree, dict) else {}
 
 
@@ -255,7 +289,9 @@ def _environment(path: Path, problems: list[Problem]) -> dict[str, str]:
             if isinstance(value, dict):
                 stack.append((f"{prefix}{key}.", value))
             else:
-                flat[f"{prefix}{key}".removeprefix("versions.")] = value if isinstance(value, str) else json.dumps(value)
+                flat[f"{prefix}{key}".removeprefix("versions.")] = (
+                    value if isinstance(value, str) else json.dumps(value)
+                )
     return dict(sorted(flat.items()))
 
 
@@ -270,14 +306,32 @@ def _metrics(path: Path, problems: list[Problem]) -> Metrics:
                 repeated.add(step)
             known.update(row)
     if repeated:
-        problems.append(Problem("note", relative(path), f"{len(repeated)} steps were written twice (a resumed run?); later values count"))
+        problems.append(
+            Problem(
+                "note",
+                relative(path),
+                f"{len(repeated)} steps were written twice (a resumed run?); later values count",
+            )
+        )
     steps = tuple(sorted(rows))
-    names = dict.fromkeys(name for step in steps for name, value in rows[step].items() if is_number(value))
+    names = dict.fromkeys(
+        name for step in steps for name, value in rows[step].items() if is_number(value)
+    )
     series = {name: tuple(as_number(rows[step].get(name)) for step in steps) for name in names}
     for name in names:
-        bad = [step for step in steps if is_number(rows[step].get(name)) and as_number(rows[step][name]) is None]
+        bad = [
+            step
+            for step in steps
+            if is_number(rows[step].get(name)) and as_number(rows[step][name]) is None
+        ]
         if bad:
-            problems.append(Problem("note", relative(path), f"{name} is not a finite number at {len(bad)} steps, first at step {bad[0]}"))
+            problems.append(
+                Problem(
+                    "note",
+                    relative(path),
+                    f"{name} is not a finite number at {len(bad)} steps, first at step {bad[0]}",
+                )
+            )
     return Metrics(steps, series, _written_at(path))
 
 
@@ -295,7 +349,11 @@ def _evaluations(folder: Path, problems: list[Problem]) -> tuple[Evaluation, ...
         if not row:
             continue
         interval = row.get("accuracy_ci")
-        low, high = (as_number(bound) for bound in interval) if isinstance(interval, list) and len(interval) == 2 else (None, None)
+        low, high = (
+            (as_number(bound) for bound in interval)
+            if isinstance(interval, list) and len(interval) == 2
+            else (None, None)
+        )
         sources = row.get("by_source")
         found[step] = Evaluation(
             step=step,
@@ -305,33 +363,54 @@ def _evaluations(folder: Path, problems: list[Problem]) -> tuple[Evaluation, ...
             greedy=as_number(row.get("greedy")),
             num_problems=as_whole(row.get("num_problems")),
             num_samples=as_whole(row.get("num_samples")),
-            by_source=tuple(_source(name, values) for name, values in sorted(sources.items())) if isinstance(sources, dict) else (),
+            by_source=tuple(_source(name, values) for name, values in sorted(sources.items()))
+            if isinstance(sources, dict)
+            else (),
         )
     ended = {step for step, _ in _step_files(folder, ".json", [])}
     for step, path in _step_files(folder, ".jsonl", []):
         if step not in ended:
-            problems.append(Problem("note", relative(path), "responses of an evaluation that has not ended; train again to go on"))
+            problems.append(
+                Problem(
+                    "note",
+                    relative(path),
+                    "responses of an evaluation that has not ended; train again to go on",
+                )
+            )
     return tuple(found[step] for step in sorted(found))
 
 
 def _source(name: str, values: Any) -> SourceAccuracy:
     if not isinstance(values, dict):
         return SourceAccuracy(name, as_number(values), None, None)
-    return SourceAccuracy(name, as_number(values.get("accuracy")), as_number(values.get("greedy")), as_whole(values.get("num_problems")))
+    return SourceAccuracy(
+        name,
+        as_number(values.get("accuracy")),
+        as_number(values.get("greedy")),
+        as_whole(values.get("num_problems")),
+    )
 
 
 def _checkpoints(folder: Path, problems: list[Problem]) -> tuple[tuple[int, ...], str]:
     """Steps of the kept checkpoints, and the name `latest` points to."""
     try:
-        names = [entry.name for entry in os.scandir(folder) if entry.is_dir() and not entry.is_symlink()]
+        names = [
+            entry.name for entry in os.scandir(folder) if entry.is_dir() and not entry.is_symlink()
+        ]
     except OSError as error:
         problems.append(unreadable(folder, error))
         return (), ""
-    steps = sorted(int(match[1]) for name in names if (match := re.fullmatch(r"global_step_(\d+)", name)))
+    steps = sorted(
+        int(match[1]) for name in names if (match := re.fullmatch(r"global_step_(\d+)", name))
+    )
     latest = folder / "latest"
     name = ""
     try:
-        name = os.readlink(latest) if latest.is_symlink() else latest.read_text(errors="replace").strip()
+        name = (
+            os.readlink(latest)
+            if latest.is_symlink()
+            else latest.read_text(errors="replace").strip()
+        )
         if not name:
             problems.append(Problem("damaged", relative(latest), "empty"))
     except OSError as error:
@@ -344,7 +423,9 @@ def _checkpoints(folder: Path, problems: list[Problem]) -> tuple[tuple[int, ...]
 
 def _rollout_files(folder: Path, problems: list[Problem]) -> tuple[RolloutFile, ...]:
     """One per step: where a step has both, the table is the later one."""
-    found = {step: path for suffix in ROLLOUT_SUFFIXES for step, path in _step_files(folder, suffix, [])}
+    found = {
+        step: path for suffix in ROLLOUT_SUFFIXES for step, path in _step_files(folder, suffix, [])
+    }
     if not found:
         _step_files(folder, ROLLOUT_SUFFIXES[0], problems)  # says what is missing
     return tuple(RolloutFile(step, found[step]) for step in sorted(found))

@@ -1,7 +1,9 @@
-"""`rlfr-vlm report RUN --serve`: the page of a live run on this machine's loopback address, built again while the run writes.
+"""`rlfr-vlm report RUN --serve`: the page of a live run on this machine's loopback address, built
+again while the run writes.
 
-Nothing is reachable but the pages and the stamp of the newest: no path leads to a file. Requests that name another host than the loopback
-are refused, so that no page on the web can read a run through a name that it resolves to 127.0.0.1.
+Nothing is reachable but the pages and the stamp of the newest: no path leads to a file. Requests
+that name another host than the loopback are refused, so that no page on the web can read a run
+through a name that it resolves to 127.0.0.1.
 """
 
 from __future__ import annotations
@@ -31,7 +33,13 @@ ADDRESS = "127.0.0.1"
 LOOK_S = 2.0  # between two looks at the files
 REST = 4  # times its own duration that pass before a page is built again
 TIMEOUT_S = 30.0  # for a request to arrive
-WATCHED = ("", "rollouts", "eval", "checkpoints", "flow")  # folders of a run, by their files' names, sizes and times; benchmarks too
+WATCHED = (
+    "",
+    "rollouts",
+    "eval",
+    "checkpoints",
+    "flow",
+)  # folders of a run, by their files' names, sizes and times; benchmarks too
 PAGES = {"/": "report.html", f"/{EVALUATION_PAGE}": EVALUATION_PAGE}
 HEADERS = {
     "Cache-Control": "no-store",
@@ -45,8 +53,15 @@ HEADERS = {
 class Pages:
     """The newest pages of some folders, built on demand and one at a time."""
 
-    def __init__(self, folders: Sequence[Path], write: Callable[[Path], Path], complain: Callable[[str], None]) -> None:
-        """write: builds the page at a path, and may put EVALUATION_PAGE beside it. Raises UserError where the first one cannot be built."""
+    def __init__(
+        self,
+        folders: Sequence[Path],
+        write: Callable[[Path], Path],
+        complain: Callable[[str], None],
+    ) -> None:
+        """write: builds the page at a path, and may put EVALUATION_PAGE beside it. Raises UserError
+        where the first one cannot be built.
+        """
         self.folders, self.write, self.complain = folders, write, complain
         self._lock = threading.Lock()
         self._complaint = ""
@@ -55,8 +70,12 @@ class Pages:
         self.stamp, self._texts = self._build()
 
     def current(self) -> str:
-        """The stamp of the newest page, which is built again first where files have changed and the last time is long enough ago."""
-        if self._lock.acquire(blocking=False):  # while one is built, the others are told of the last one
+        """The stamp of the newest page, which is built again first where files have changed and the
+        last time is long enough ago.
+        """
+        if self._lock.acquire(
+            blocking=False
+        ):  # while one is built, the others are told of the last one
             try:
                 self._refresh()
             finally:
@@ -91,15 +110,26 @@ class Pages:
         with tempfile.TemporaryDirectory(prefix="rlfr_vlm_report_") as scratch:
             self.write(Path(scratch) / PAGES["/"])
             found = {path: Path(scratch) / name for path, name in PAGES.items()}
-            texts = {path: file.read_text(encoding="utf-8") for path, file in found.items() if file.exists()}
+            texts = {
+                path: file.read_text(encoding="utf-8")
+                for path, file in found.items()
+                if file.exists()
+            }
         stamp = hashlib.sha256("".join(texts.values()).encode()).hexdigest()[:16]
-        script = f"const PAGE_STAMP = {json.dumps(stamp)};\nconst LOOK_MS = {1000 * LOOK_S:.0f};\n{asset('live.js')}"
+        script = (
+            f"const PAGE_STAMP = {json.dumps(stamp)};\nconst LOOK_MS = "
+            f"{1000 * LOOK_S:.0f};\n{asset('live.js')}"
+        )
         return stamp, {path: live(text, script).encode() for path, text in texts.items()}
 
 
 def fingerprint(folders: Sequence[Path]) -> str:
     """Changes when a run writes something that its page shows."""
-    return hashlib.sha256("\n".join(line for folder in folders for line in _files(folder)).encode("utf-8", "surrogateescape")).hexdigest()
+    return hashlib.sha256(
+        "\n".join(line for folder in folders for line in _files(folder)).encode(
+            "utf-8", "surrogateescape"
+        )
+    ).hexdigest()
 
 
 def _files(folder: Path) -> Iterator[str]:
@@ -138,7 +168,12 @@ class Handler(BaseHTTPRequestHandler):
 
     def _answer(self, with_body: bool) -> None:
         if self.headers.get_all("Host") not in self.server.hosts:
-            self._send(HTTPStatus.FORBIDDEN, b"this page is served to 127.0.0.1 and localhost only\n", "text/plain", with_body)
+            self._send(
+                HTTPStatus.FORBIDDEN,
+                b"this page is served to 127.0.0.1 and localhost only\n",
+                "text/plain",
+                with_body,
+            )
             return
         path = self.path.partition("?")[0]
         if path == "/stamp":
@@ -146,12 +181,18 @@ class Handler(BaseHTTPRequestHandler):
         elif (text := self.server.pages.text(path)) is not None:
             self._send(HTTPStatus.OK, text, "text/html", with_body)
         else:
-            self._send(HTTPStatus.NOT_FOUND, b"only / and /stamp are served\n", "text/plain", with_body)
+            self._send(
+                HTTPStatus.NOT_FOUND, b"only / and /stamp are served\n", "text/plain", with_body
+            )
 
     def _send(self, status: HTTPStatus, content: bytes, kind: str, with_body: bool) -> None:
         try:
             self.send_response(status)
-            for name, value in {"Content-Type": f"{kind}; charset=utf-8", "Content-Length": str(len(content)), **HEADERS}.items():
+            for name, value in {
+                "Content-Type": f"{kind}; charset=utf-8",
+                "Content-Length": str(len(content)),
+                **HEADERS,
+            }.items():
                 self.send_header(name, value)
             self.end_headers()
             if with_body:
@@ -174,8 +215,14 @@ class Server(ThreadingHTTPServer):
             super().__init__((ADDRESS, port), Handler)
         except (OSError, OverflowError) as error:
             in_use = isinstance(error, OSError) and error.errno == errno.EADDRINUSE
-            what = "is in use" if in_use else f"cannot be used: {getattr(error, 'strerror', None) or error}"
-            raise UserError(f"--port {port} {what}; name another one, or leave it out for a free one") from None
+            what = (
+                "is in use"
+                if in_use
+                else f"cannot be used: {getattr(error, 'strerror', None) or error}"
+            )
+            raise UserError(
+                f"--port {port} {what}; name another one, or leave it out for a free one"
+            ) from None
         self.port = int(self.socket.getsockname()[1])
         self.hosts = [[f"{name}:{self.port}"] for name in (ADDRESS, "localhost")]
         if self.port == 80:
@@ -198,16 +245,22 @@ class Server(ThreadingHTTPServer):
 
 
 def serve(folders: Sequence[Path], port: int = 0, say: Callable[[str], None] = print) -> int:
-    """Serve the page of a run, or the comparison of several, until interrupted. Returns the exit code.
+    """Serve the page of a run, or the comparison of several, until interrupted. Returns the exit
+    code.
 
     Raises UserError where a folder is missing or the port is taken.
     """
 
     def write(path: Path) -> Path:
-        return write_report(folders[0], path) if len(folders) == 1 else write_comparison(folders, path)
+        return (
+            write_report(folders[0], path) if len(folders) == 1 else write_comparison(folders, path)
+        )
 
     try:
-        server = Server(port, lambda: Pages(folders, write, lambda text: print(f"warning: {text}", file=sys.stderr)))
+        server = Server(
+            port,
+            lambda: Pages(folders, write, lambda text: print(f"warning: {text}", file=sys.stderr)),
+        )
     except KeyboardInterrupt:
         return 0
     try:

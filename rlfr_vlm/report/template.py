@@ -1,4 +1,6 @@
-"""A page as one file that opens from disk: data that no HTML parser can mistake for markup, and a policy that lets only our scripts run."""
+"""A page as one file that opens from disk: data that no HTML parser can mistake for markup, and a
+policy that lets only our scripts run.
+"""
 
 from __future__ import annotations
 
@@ -19,17 +21,36 @@ from typing import Any
 from rlfr_vlm.errors import UserError
 
 
-def page(template: str, title: str, style: str, data: Sequence[str], scripts: Mapping[str, str]) -> str:
-    """The template, which is the body, in its frame and with its parts. `scripts`: by placeholder; the browser runs these and nothing else."""
+def page(
+    template: str, title: str, style: str, data: Sequence[str], scripts: Mapping[str, str]
+) -> str:
+    """The template, which is the body, in its frame and with its parts. `scripts`: by placeholder;
+    the browser runs these and nothing else.
+    """
     frame = asset("frame.html").replace("{{content}}", asset(template))
-    policy = f"default-src 'none'; img-src data: blob:; style-src 'unsafe-inline'; script-src {' '.join(map(_digest, scripts.values()))}"
-    parts = {"title": html.escape(shown(title)), "policy": policy, "style": style, "data": "\n".join(data), **scripts}
-    return re.sub(r"\{\{(\w+)\}\}", lambda match: parts[match[1]], frame)  # one pass: data is never searched for placeholders
+    policy = (
+        "default-src 'none'; img-src data: blob:; style-src 'unsafe-inline'; script-src "
+        f"{' '.join(map(_digest, scripts.values()))}"
+    )
+    parts = {
+        "title": html.escape(shown(title)),
+        "policy": policy,
+        "style": style,
+        "data": "\n".join(data),
+        **scripts,
+    }
+    return re.sub(
+        r"\{\{(\w+)\}\}", lambda match: parts[match[1]], frame
+    )  # one pass: data is never searched for placeholders
 
 
 def write_page(path: Path, text: str) -> Path:
-    """Write it whole or not at all. Raises UserError where it cannot be written; a full disk stays an OSError."""
-    unfinished = path.with_name(f"{path.name}.{os.getpid()}.tmp")  # two writers, such as a run and a user, do not mix
+    """Write it whole or not at all. Raises UserError where it cannot be written; a full disk stays
+    an OSError.
+    """
+    unfinished = path.with_name(
+        f"{path.name}.{os.getpid()}.tmp"
+    )  # two writers, such as a run and a user, do not mix
     try:
         unfinished.write_text(text, encoding="utf-8")
         os.replace(unfinished, path)
@@ -38,15 +59,22 @@ def write_page(path: Path, text: str) -> Path:
             unfinished.unlink()
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise
-        raise UserError(f"{path} cannot be written: {error.strerror}; --out FILE puts it elsewhere") from None
+        raise UserError(
+            f"{path} cannot be written: {error.strerror}; --out FILE puts it elsewhere"
+        ) from None
     return path
 
 
 def live(text: str, script: str) -> str:
-    """A page with one more script, which may ask the server that the page came from, and nobody else."""
+    """A page with one more script, which may ask the server that the page came from, and nobody
+    else.
+    """
     head, _, rest = text.partition("script-src ")  # the first one is the policy's
     body, _, end = rest.rpartition("</body>")
-    return f"{head}connect-src 'self'; script-src {_digest(script)} {body}<script>{script}</script>\n</body>{end}"
+    return (
+        f"{head}connect-src 'self'; script-src {_digest(script)} "
+        f"{body}<script>{script}</script>\n</body>{end}"
+    )
 
 
 def json_block(name: str, tree: Any) -> str:
@@ -61,7 +89,9 @@ def text_block(name: str, text: str) -> str:
 
 
 def compress(texts: Sequence[str]) -> str:
-    """A JSON list of JSON texts, gzipped (mtime 0: same input, same page), as base64: nothing in it can be mistaken for HTML."""
+    """A JSON list of JSON texts, gzipped (mtime 0: same input, same page), as base64: nothing in it
+    can be mistaken for HTML.
+    """
     return base64.b64encode(gzip.compress(f"[{','.join(texts)}]".encode(), 6, mtime=0)).decode()
 
 
@@ -76,11 +106,15 @@ def asset(name: str) -> str:
 
 
 def plotly_script() -> str:
-    """The script that draws curves, from plotly's wheel. Raises UserError where it is not installed."""
+    """The script that draws curves, from plotly's wheel. Raises UserError where it is not
+    installed.
+    """
     try:
         from plotly.offline import get_plotlyjs
     except ImportError:
-        raise UserError("report: plotly, which draws the curves, is not installed: `pip install plotly`") from None
+        raise UserError(
+            "report: plotly, which draws the curves, is not installed: `pip install plotly`"
+        ) from None
     return get_plotlyjs()
 
 

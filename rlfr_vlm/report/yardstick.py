@@ -1,4 +1,6 @@
-"""What the fit found its field to be worth: `flow_yardstick.json` of a field's folder, as far as it can be read."""
+"""What the fit found its field to be worth: `flow_yardstick.json` of a field's folder, as far as it
+can be read.
+"""
 
 from __future__ import annotations
 
@@ -47,15 +49,22 @@ class Yardstick:
 
     def for_page(self) -> dict[str, Any]:
         """As JSON."""
-        return {**asdict(self), "names": list(dict.fromkeys(name for row in self.rows for name in row.values))}
+        return {
+            **asdict(self),
+            "names": list(dict.fromkeys(name for row in self.rows for name in row.values)),
+        }
 
     def overall(self, at: str = "reward") -> dict[str, float]:
         """Deviations of all layers together; empty where they are not known."""
         return next((row.values for row in self.rows if row.layer == -1 and row.at == at), {})
 
 
-def read_yardstick(folder: Path, config: dict[str, Any], problems: list[Problem]) -> Yardstick | None:
-    """That of the run's own fit, else of the one that `flow.checkpoint` of its config names; None where there is none."""
+def read_yardstick(
+    folder: Path, config: dict[str, Any], problems: list[Problem]
+) -> Yardstick | None:
+    """That of the run's own fit, else of the one that `flow.checkpoint` of its config names; None
+    where there is none.
+    """
     if "flow" in config and config["flow"] is None:  # a field may lie there, but this run read none
         return None
     for path, source in _places(folder, config):
@@ -81,10 +90,16 @@ def _places(folder: Path, config: dict[str, Any]) -> list[tuple[Path, str]]:
 def _rows(rows: Any) -> tuple[HeldOut, ...]:
     found = []
     for row in rows[:MOST] if isinstance(rows, list) else ():
-        layer, at = (as_whole(row.get("layer")), row.get("at")) if isinstance(row, dict) else (None, None)
+        layer, at = (
+            (as_whole(row.get("layer")), row.get("at")) if isinstance(row, dict) else (None, None)
+        )
         if layer is None or at not in ("fit", "reward"):
             continue
-        numbers = {name[:LONGEST]: as_number(value) for name, value in list(row.items())[:MOST] if name not in ("layer", "at")}
+        numbers = {
+            name[:LONGEST]: as_number(value)
+            for name, value in list(row.items())[:MOST]
+            if name not in ("layer", "at")
+        }
         if values := {name: value for name, value in numbers.items() if value is not None}:
             found.append(HeldOut(layer, at, values))
     return tuple(sorted(found, key=lambda row: (row.layer, row.at != "reward")))
@@ -94,7 +109,11 @@ def _aucs(separation: Any) -> tuple[ProbedAuc, ...]:
     aucs = separation.get("auc") if isinstance(separation, dict) else None
     found = []
     for name, values in list(aucs.items())[:MOST] if isinstance(aucs, dict) else ():
-        auc, low, high = (_share(values.get(key)) for key in ("auc", "low", "high")) if isinstance(values, dict) else (None,) * 3
+        auc, low, high = (
+            (_share(values.get(key)) for key in ("auc", "low", "high"))
+            if isinstance(values, dict)
+            else (None,) * 3
+        )
         if auc is not None:
             found.append(ProbedAuc(name[:LONGEST], auc, low, high, as_whole(values.get("pairs"))))
     return tuple(found)

@@ -1,12 +1,15 @@
-r"""Find the final answer in a response and compare it with the gold answer: pure functions of untrusted text.
+r"""Find the final answer in a response and compare it with the gold answer: pure functions of
+untrusted text.
 
-`extract_answer` is linear in its input and may run anywhere. `grade_answer` and `gold_problem` hand text to math-verify and sympy, where a
-short answer (`9^{9^{9^{9}}}`) can take all time and memory: they run in the workers of `grader.Grader`, never in the trainer.
+`extract_answer` is linear in its input and may run anywhere. `grade_answer` and `gold_problem` hand
+text to math-verify and sympy, where a short answer (`9^{9^{9^{9}}}`) can take all time and memory:
+they run in the workers of `grader.Grader`, never in the trainer.
 
-math-verify decides what is equal. Around it stand rules that it lacks: option letters and words match exactly (as products of symbols
-`listen` equals `silent`), `42 or 43` is no answer, units are converted (`12 cm` is 120 mm and not 12 m), `43 = 42` is not 42, `R - r` is
-not 0, inequalities are the sets they describe, a list keeps its repeats, and numbers smaller than its rounding step stay apart. Nothing
-is handed to eval, exec or sympy's parse_expr.
+math-verify decides what is equal. Around it stand rules that it lacks: option letters and words
+match exactly (as products of symbols `listen` equals `silent`), `42 or 43` is no answer, units are
+converted (`12 cm` is 120 mm and not 12 m), `43 = 42` is not 42, `R - r` is not 0, inequalities are
+the sets they describe, a list keeps its repeats, and numbers smaller than its rounding step stay
+apart. Nothing is handed to eval, exec or sympy's parse_expr.
 """
 
 from __future__ import annotations
@@ -47,12 +50,14 @@ _WORD = re.compile(r"(?<!\\)\b(?!or\b|and\b)[^\W\d_]{2,}")
 def extract_answer(text: str, where: Where) -> str | None:
     r"""The final answer of a response, as written, or None.
 
-    What stands before the last </think>, or behind a <think> that is never closed, is reasoning and no answer.
+    What stands before the last </think>, or behind a <think> that is never closed, is reasoning and
+    no answer.
     boxed: the last complete \boxed{...} or \fbox{...}; of boxes in a box, the outer one.
     tag: the last <answer>..</answer>, or the box that it holds.
-    text: the tag, else the box, else what follows the last "answer is", "answer:" or "####", else the last line where that is an expression,
-    a name or an option, else the last number or $formula$ with those joined to it ("42 or 43"; "2, 3 and 5").
-    Reads the last MAX_TEXT characters, in linear time.
+    text: the tag, else the box, else what follows the last "answer is", "answer:" or "####", else
+        the last line where that is an expression,
+    a name or an option, else the last number or $formula$ with those joined to it ("42 or 43"; "2,
+    3 and 5"). Reads the last MAX_TEXT characters, in linear time.
     """
     text = text.rpartition("</think>")[2].partition("<think>")[0][-MAX_TEXT:]
     box = _last_box(text)
@@ -67,7 +72,9 @@ def extract_answer(text: str, where: Where) -> str | None:
 
 
 def _last_box(text: str) -> str | None:
-    """Content of the box that closes last: one pass with a stack of open braces (None for those of no box)."""
+    """Content of the box that closes last: one pass with a stack of open braces (None for those of
+    no box).
+    """
     stack: list[tuple[int, int] | None] = []
     found = None  # (box start, content start, content end, box end)
     for token in _BOX_TOKEN.finditer(text):
@@ -78,7 +85,11 @@ def _last_box(text: str) -> str | None:
             stack += [token.span()] if kind.endswith("{") and len(kind) > 2 else []
         elif stack and (opened := stack.pop()):
             start, content = opened
-            if found and found[0] >= content and not (text[content : found[0]] + text[found[3] : token.start()]).strip():
+            if (
+                found
+                and found[0] >= content
+                and not (text[content : found[0]] + text[found[3] : token.start()]).strip()
+            ):
                 found = (start, *found[1:3], token.end())  # filled by another box
             else:
                 found = (start, content, token.start(), token.end())
@@ -92,7 +103,9 @@ def _last_tag(text: str) -> str | None:
 
 
 def _after_mark(text: str) -> str | None:
-    """What follows the last "answer is", "answer:" or "####" on its line, or on the next line that says anything."""
+    """What follows the last "answer is", "answer:" or "####" on its line, or on the next line that
+    says anything.
+    """
     end = max((mark.end() for mark in _MARK.finditer(text)), default=len(text))
     return text[end:].strip(" \t\r\n:*").split("\n", 1)[0].strip(" \t\r*").removesuffix(".") or None
 
@@ -113,7 +126,9 @@ def _last_line(text: str) -> str | None:
 
 
 def unwrap_gold(gold: str) -> str:
-    r"""The answer in a gold column: in its \boxed{} or <answer>, after the last `####` (GSM8K), else the column itself."""
+    r"""The answer in a gold column: in its \boxed{} or <answer>, after the last `####` (GSM8K),
+    else the column itself.
+    """
     gold = gold.strip()
     return _last_box(gold) or _last_tag(gold) or gold.rpartition("####")[2].strip()
 
@@ -179,14 +194,20 @@ _REWRITES = tuple((re.compile(pattern), by) for pattern, by in (
     (r" {2,}", " "),
 ))
 # fmt: on
-_PROSE = re.compile(r"(?i)^(?:(?:so|thus|hence|therefore),? )?(?:the )?(?:(?:final|correct) )?(?:answer|option|choice) ?(?:is|:) ?:?")
+_PROSE = re.compile(
+    r"(?i)^(?:(?:so|thus|hence|therefore),? )?(?:the )?(?:(?:final|correct) )?(?:answer|option|choice) ?(?:is|:) ?:?"
+)
 _THOUSANDS = re.compile(r"(?<![\d.,])[1-9]\d{0,2}(?: \d{3})+(?!\d)")
 _SEPARATOR = re.compile(r"(?<=\d),(?=\d{3}(?!\d))")
 _REPEATING = re.compile(r"(?<!\d)(\d{1,9})?\.(\d{0,9})\\(?:overline|bar|dot) ?\{?(\d{1,9})\}?")
 _SIGNED_PAIR = re.compile(r"\((?=[^()]*,)([^()]*)\\pm ?([^()]*)\)")
-_CHOICE = re.compile(r"(?:(?:[Oo]ption|[Cc]hoice|[Aa]nswer) )?\(?([A-J])(?:\)?[.:)]?|\)?[.:)] ?(?![+*/^=])(.+))")
+_CHOICE = re.compile(
+    r"(?:(?:[Oo]ption|[Cc]hoice|[Aa]nswer) )?\(?([A-J])(?:\)?[.:)]?|\)?[.:)] ?(?![+*/^=])(.+))"
+)
 _OTHER_CHOICE = re.compile(r"(?:^|[ ,(/&])[A-J](?:[.:),/&]| ?$| (?:or|and)\b)")
-_HEDGE = re.compile(r"(?i)(?:(?<![a-z\\])(?:or|either|maybe|perhaps|possibly|probably|alternatively|not)|\\(?:lor|vee))(?![a-z])")
+_HEDGE = re.compile(
+    r"(?i)(?:(?<![a-z\\])(?:or|either|maybe|perhaps|possibly|probably|alternatively|not)|\\(?:lor|vee))(?![a-z])"
+)
 _OR_SIGN = re.compile(r" *(?:(?<![a-z\\])or(?![a-z])|\\(?:lor|vee)(?![a-z])) *")
 _AND_SIGN = re.compile(r" *(?:(?<![a-z\\])and(?![a-z])|\\(?:land|wedge)(?![a-z])) *")
 _RELATION = re.compile(r"[<>]|\\(?:[lg]eq?(?:slant)?|ne|neq)(?![a-z])")
@@ -203,7 +224,9 @@ _NAME = re.compile(_COMMANDS.pattern + r"|[A-Za-z]")
 
 
 def _clean(answer: str) -> str:
-    """The answer without delimiters, introduction, text wrappers, spacing commands and currency signs; Unicode signs and code as LaTeX."""
+    """The answer without delimiters, introduction, text wrappers, spacing commands and currency
+    signs; Unicode signs and code as LaTeX.
+    """
     answer = answer.translate(_SYMBOLS).strip("* ")
     answer = answer.removeprefix(r"\(").removesuffix(r"\)").removeprefix(r"\[").removesuffix(r"\]")
     answer = re.sub(r"(?<!\\)\$([^$]*)(?<!\\)\$", r"\1", answer)
@@ -224,8 +247,13 @@ def _as_fraction(decimal: re.Match[str]) -> str:
 
 
 def _hidden(text: str) -> bool:
-    """Whether it holds control, zero-width, direction or surrogate characters: what is shown is not what is compared."""
-    return any(unicodedata.category(c) in ("Cc", "Cf", "Cs", "Co", "Cn") and c not in "\n\r\t" for c in text)
+    """Whether it holds control, zero-width, direction or surrogate characters: what is shown is not
+    what is compared.
+    """
+    return any(
+        unicodedata.category(c) in ("Cc", "Cf", "Cs", "Co", "Cn") and c not in "\n\r\t"
+        for c in text
+    )
 
 
 def _depth(text: str) -> int:
@@ -245,27 +273,44 @@ def _same_words(a: str, b: str) -> bool:
 
 
 def _choice(answer: str) -> tuple[str, str] | None:
-    """Letter and text of an option: `B`, `(B)`, `B.`, `option B`, `B) 12 cm`; None for anything else, and where a second letter is offered."""
+    """Letter and text of an option: `B`, `(B)`, `B.`, `option B`, `B) 12 cm`; None for anything
+    else, and where a second letter is offered.
+    """
     match = _CHOICE.fullmatch(answer)
-    return (match[1], match[2] or "") if match and not _OTHER_CHOICE.search(match[2] or "") else None
+    return (
+        (match[1], match[2] or "") if match and not _OTHER_CHOICE.search(match[2] or "") else None
+    )
 
 
 def _is_words(value: str) -> bool:
-    """Whether it is text rather than mathematics: two words, four letters in a row that are no command, or a letter beyond Latin and Greek."""
+    """Whether it is text rather than mathematics: two words, four letters in a row that are no
+    command, or a letter beyond Latin and Greek.
+    """
     return (
-        re.search(r"^[a-zA-Z]{2,} [a-zA-Z]{2,}$|[^\W\d_]{4}|[^\W\d_\x00-\u03ff]", _SUBSCRIPT.sub("", _COMMANDS.sub("|", value))) is not None
+        re.search(
+            r"^[a-zA-Z]{2,} [a-zA-Z]{2,}$|[^\W\d_]{4}|[^\W\d_\x00-\u03ff]",
+            _SUBSCRIPT.sub("", _COMMANDS.sub("|", value)),
+        )
+        is not None
     )
 
 
 def _hedges(answer: str, may_join: bool) -> bool:
-    """Whether more than one answer is offered (`42 or 43`, `42 43`) or one is taken back; `or` may join where the gold answer has many values."""
+    """Whether more than one answer is offered (`42 or 43`, `42 43`) or one is taken back; `or` may
+    join where the gold answer has many values.
+    """
     answer = _OR_SIGN.sub(",", answer) if may_join else answer
     return _HEDGE.search(answer) is not None or _TWO_NUMBERS.search(answer) is not None
 
 
 def _is_plural(value: str) -> bool:
-    """Whether it holds more than one value: `1, 2`, `{1, 2}`, `x=1 or x=2`, `\\pm 3`, but not the one pair `(1, 2)`."""
-    return len(_elements(re.sub(r"^(?:[a-z] ?\\in ?)?\\\{(.*)\\\}$", r"\1", value))) > 1 or "\\pm" in value
+    """Whether it holds more than one value: `1, 2`, `{1, 2}`, `x=1 or x=2`, `\\pm 3`, but not the
+    one pair `(1, 2)`.
+    """
+    return (
+        len(_elements(re.sub(r"^(?:[a-z] ?\\in ?)?\\\{(.*)\\\}$", r"\1", value))) > 1
+        or "\\pm" in value
+    )
 
 
 def _elements(value: str) -> list[str]:
@@ -276,16 +321,29 @@ def _elements(value: str) -> list[str]:
         depth += (character in "([{") - (character in ")]}")
         if depth == 0 and character in ",;":
             cuts.append(position)
-    return [value[start + 1 : end].strip() for start, end in zip(cuts, [*cuts[1:], len(value)], strict=True)]
+    return [
+        value[start + 1 : end].strip()
+        for start, end in zip(cuts, [*cuts[1:], len(value)], strict=True)
+    ]
 
 
 def _keep_case(gold: str, prediction: str) -> tuple[str, str]:
-    """Both with the capitals renamed of letters that one of them has in both cases: math-verify reads R - r as 0."""
+    """Both with the capitals renamed of letters that one of them has in both cases: math-verify
+    reads R - r as 0.
+    """
     used = [{name for name in _NAME.findall(text) if len(name) == 1} for text in (gold, prediction)]
-    capitals = sorted({name for names in used for name in names if name.isupper() and name.lower() in names})
-    free = [letter for letter in "qwzvujhkpstybcagnrxlmof" if not {letter, letter.upper()} & (used[0] | used[1])]
+    capitals = sorted(
+        {name for names in used for name in names if name.isupper() and name.lower() in names}
+    )
+    free = [
+        letter
+        for letter in "qwzvujhkpstybcagnrxlmof"
+        if not {letter, letter.upper()} & (used[0] | used[1])
+    ]
     new = dict(zip(capitals, free, strict=False))
-    gold, prediction = (_NAME.sub(lambda match: new.get(match[0], match[0]), text) for text in (gold, prediction))
+    gold, prediction = (
+        _NAME.sub(lambda match: new.get(match[0], match[0]), text) for text in (gold, prediction)
+    )
     return gold, prediction
 
 
@@ -307,13 +365,17 @@ _SIZES = {  # in a base unit
 # fmt: on
 _RAW_LETTER = re.compile(r"[\d})~ ][a-z]\$?$")
 _ONLY_WORDS = re.compile(r"[A-Za-z]{2,}\.?(?: [A-Za-z]+\.?)*")
-_LAST_WORD = re.compile(r"(?P<glue>[\d)}]| )(?P<word>[A-Za-z]{1,20})(?P<power>\^\{?[23]\}?)?(?P<rest>/[A-Za-z]{1,20}(?:\^\{?[23]\}?)?)?$")
+_LAST_WORD = re.compile(
+    r"(?P<glue>[\d)}]| )(?P<word>[A-Za-z]{1,20})(?P<power>\^\{?[23]\}?)?(?P<rest>/[A-Za-z]{1,20}(?:\^\{?[23]\}?)?)?$"
+)
 
 
 def _split_unit(answer: str, glued_letter: bool) -> tuple[str, str]:
-    """(value, unit in one spelling or "") of `12 square cm`, `5 apples`, `90 degrees`, `3m/s`, `101_2`.
+    """(value, unit in one spelling or "") of `12 square cm`, `5 apples`, `90 degrees`, `3m/s`,
+    `101_2`.
 
-    A letter right behind the number (`3m`) is a unit only where `glued_letter` says so: it may be a variable.
+    A letter right behind the number (`3m`) is a unit only where `glued_letter` says so: it may be a
+    variable.
     """
     if based := re.fullmatch(r"([0-9A-F]+)_ ?\{?(\d{1,2})\}?", answer):
         return based.group(1), f"base {based.group(2)}"
@@ -323,10 +385,18 @@ def _split_unit(answer: str, glued_letter: bool) -> tuple[str, str]:
     while len(words) < 5 and (match := _LAST_WORD.search(value)):
         word = match["word"].lower()
         singular = word.removesuffix("s") if len(word) > 2 else word
-        known = bool(words) or (singular in _UNITS if len(word) > 1 else match["word"] in "mshglLNJWV")
-        is_unit = (len(word) > 1 or glued_letter) and known if match["glue"] != " " else known or len(word) > 2
+        known = bool(words) or (
+            singular in _UNITS if len(word) > 1 else match["word"] in "mshglLNJWV"
+        )
+        is_unit = (
+            (len(word) > 1 or glued_letter) and known
+            if match["glue"] != " "
+            else known or len(word) > 2
+        )
         value_left = value[: match.start("word")].strip()
-        is_text = _ONLY_WORDS.fullmatch(value_left) or (value_left in "aA" and singular not in _UNITS)
+        is_text = _ONLY_WORDS.fullmatch(value_left) or (
+            value_left in "aA" and singular not in _UNITS
+        )
         if not is_unit or is_text or _HEDGE.fullmatch(word):
             break
         power = (match["power"] or "").translate({ord("{"): None, ord("}"): None})
@@ -356,13 +426,20 @@ def _size(unit: str) -> tuple[Fraction, tuple[tuple[str, int], ...]] | None:
 
 
 def _factors(gold_unit: str, unit: str) -> tuple[Any, ...]:
-    """What to multiply a value in `unit` by to have it in `gold_unit`: one factor or, where a unit was left out, one of two; () if none can."""
+    """What to multiply a value in `unit` by to have it in `gold_unit`: one factor or, where a unit
+    was left out, one of two; () if none can.
+    """
     import sympy
 
     if gold_unit == unit:
         return (1,)
     degree = sympy.pi / 180
-    left_out = {("", "%"): (1, sympy.Rational(1, 100)), ("%", ""): (1, 100), ("", "deg"): (1, degree), ("deg", ""): (1, 1 / degree)}
+    left_out = {
+        ("", "%"): (1, sympy.Rational(1, 100)),
+        ("%", ""): (1, 100),
+        ("", "deg"): (1, degree),
+        ("deg", ""): (1, 1 / degree),
+    }
     radians = {("rad", "deg"): (degree,), ("deg", "rad"): (1 / degree,)}
     if not gold_unit or not unit or (gold_unit, unit) in radians:
         return (left_out | radians).get((gold_unit, unit), (1,))
@@ -382,10 +459,20 @@ def _parse(value: str) -> Any | None:
     from latex2sympy2_extended import NormalizationConfig
     from math_verify.parser import LatexExtractionConfig, parse
 
-    logging.getLogger("math_verify").setLevel(logging.ERROR)  # it warns that its timeouts are off; our process limits stand in for them
-    normalise = NormalizationConfig(basic_latex=True, units=False, malformed_operators=True, nits=True, boxed="none")
+    logging.getLogger("math_verify").setLevel(
+        logging.ERROR
+    )  # it warns that its timeouts are off; our process limits stand in for them
+    normalise = NormalizationConfig(
+        basic_latex=True, units=False, malformed_operators=True, nits=True, boxed="none"
+    )
     target = LatexExtractionConfig(boxed_match_priority=-1, normalization_config=normalise)
-    found = parse(f"${value}$", [target], fallback_mode="no_fallback", extraction_mode="first_match", parsing_timeout=None)
+    found = parse(
+        f"${value}$",
+        [target],
+        fallback_mode="no_fallback",
+        extraction_mode="first_match",
+        parsing_timeout=None,
+    )
     if not found:
         return None
     import sympy
@@ -397,16 +484,22 @@ def _parse(value: str) -> Any | None:
 
 
 def _equal(gold: Any, prediction: Any) -> bool:
-    """math-verify's judgement of two parsed answers, corrected where its rounding to 6 decimals or its symbolic difference misses."""
+    """math-verify's judgement of two parsed answers, corrected where its rounding to 6 decimals or
+    its symbolic difference misses.
+    """
     from math_verify.grader import verify
 
     if _far_apart(gold, prediction):
         return False
-    return verify(gold, prediction, timeout_seconds=None, allow_set_relation_comp=True) or _same_constant(gold, prediction)
+    return verify(
+        gold, prediction, timeout_seconds=None, allow_set_relation_comp=True
+    ) or _same_constant(gold, prediction)
 
 
 def _far_apart(a: Any, b: Any) -> bool:
-    """Whether two constants differ by more than 1 %: math-verify rounds to 6 decimals, where 6.6e-34 equals 0."""
+    """Whether two constants differ by more than 1 %: math-verify rounds to 6 decimals, where
+    6.6e-34 equals 0.
+    """
     try:
         x, y = complex(a.doit()), complex(b.doit())
     except (AttributeError, TypeError, ValueError, OverflowError):  # no constants
@@ -415,7 +508,9 @@ def _far_apart(a: Any, b: Any) -> bool:
 
 
 def _same_constant(a: Any, b: Any) -> bool:
-    """Whether two constants, not both rational, agree in 40 digits, or 13 where one holds a decimal: (1+i)^2 and 2i, 13^{0.5} and sqrt(13)."""
+    """Whether two constants, not both rational, agree in 40 digits, or 13 where one holds a
+    decimal: (1+i)^2 and 2i, 13^{0.5} and sqrt(13).
+    """
     import sympy
 
     if not all(isinstance(value, sympy.Expr) and value.is_number for value in (a, b)):
@@ -431,11 +526,16 @@ def _same_constant(a: Any, b: Any) -> bool:
 
 
 def _region(value: str) -> tuple[Any, set[Any]] | None:
-    """(the reals, the variables) of `[0, 1)`, `|x| < 1`, `x < 1 or x > 2`, `x > 1 and x < 2`; None of what is no set of reals."""
+    """(the reals, the variables) of `[0, 1)`, `|x| < 1`, `x < 1 or x > 2`, `x > 1 and x < 2`; None
+    of what is no set of reals.
+    """
     import sympy
     from sympy.core.relational import Relational
 
-    parts = [[_parse(part.strip()) for part in _AND_SIGN.split(either)] for either in _OR_SIGN.split(value)]
+    parts = [
+        [_parse(part.strip()) for part in _AND_SIGN.split(either)]
+        for either in _OR_SIGN.split(value)
+    ]
     regions, variables = list[Any](), set[Any]()
     for part in (part for both in parts for part in both):
         if isinstance(part, Relational | sympy.And) and not part.atoms(sympy.Eq):
@@ -446,7 +546,12 @@ def _region(value: str) -> tuple[Any, set[Any]] | None:
         return None
     try:
         for both in parts:
-            sets = [part if isinstance(part, sympy.Set) else sympy.nsimplify(part, rational=True).as_set() for part in both]
+            sets = [
+                part
+                if isinstance(part, sympy.Set)
+                else sympy.nsimplify(part, rational=True).as_set()
+                for part in both
+            ]
             regions.append(sympy.Intersection(*sets))
         return sympy.Union(*regions), variables
     except (NotImplementedError, TypeError, ValueError):  # an inequality that sympy cannot solve
@@ -454,25 +559,44 @@ def _region(value: str) -> tuple[Any, set[Any]] | None:
 
 
 def _same_region(gold: str, prediction: str) -> bool | None:
-    """Whether two sets of reals, one of them given by inequalities, are the same; None where they are no such sets."""
+    """Whether two sets of reals, one of them given by inequalities, are the same; None where they
+    are no such sets.
+    """
     if not _RELATION.search(gold + prediction):
         return None
     first, second = _region(gold), _region(prediction)
     if first is None or second is None:
-        joined = [(bool(_OR_SIGN.search(value)), bool(_AND_SIGN.search(value))) for value in (gold, prediction)]
-        return False if {(True, False), (False, True)} == set(joined) else None  # to math-verify both are commas
-    return (first[1] == second[1] or not first[1] or not second[1]) and bool(first[0].symmetric_difference(second[0]).is_empty)
+        joined = [
+            (bool(_OR_SIGN.search(value)), bool(_AND_SIGN.search(value)))
+            for value in (gold, prediction)
+        ]
+        return (
+            False if {(True, False), (False, True)} == set(joined) else None
+        )  # to math-verify both are commas
+    return (first[1] == second[1] or not first[1] or not second[1]) and bool(
+        first[0].symmetric_difference(second[0]).is_empty
+    )
 
 
 def _other_sides_differ(gold: Any, prediction: str) -> bool:
-    """Whether a number stands on some side of `43 = 42` that is not the gold one (math-verify reads the last side alone)."""
+    """Whether a number stands on some side of `43 = 42` that is not the gold one (math-verify reads
+    the last side alone).
+    """
     sides = re.split(r"(?<![<>!\\:])=|\\approx(?![a-zA-Z])", prediction)
-    numbers = [side for side in sides[:-1] if re.search(r"\d", side) and not re.search(r"[A-Za-z]", _COMMANDS.sub("", side))]
-    return any((side := _parse(number.strip())) is None or not _equal(gold, side) for number in numbers)
+    numbers = [
+        side
+        for side in sides[:-1]
+        if re.search(r"\d", side) and not re.search(r"[A-Za-z]", _COMMANDS.sub("", side))
+    ]
+    return any(
+        (side := _parse(number.strip())) is None or not _equal(gold, side) for number in numbers
+    )
 
 
 def _repeats_differ(gold: str, prediction: str) -> bool:
-    """Whether two bare lists differ of which one repeats an element: math-verify makes sets of them, where `3, 1, 1` is `3, 1`."""
+    """Whether two bare lists differ of which one repeats an element: math-verify makes sets of
+    them, where `3, 1, 1` is `3, 1`.
+    """
     lists = [_elements(_SEPARATOR.sub("", value)) for value in (gold, prediction)]
     if all(len(set(elements)) == len(elements) for elements in lists):
         return False
@@ -509,16 +633,24 @@ def gold_problem(gold: str) -> str | None:
 
 
 def grade_answer(gold: str, prediction: str) -> Verdict:
-    r"""Whether an extracted answer equals the gold one: correct | wrong, or error where the gold answer is unusable (`gold_problem`).
+    r"""Whether an extracted answer equals the gold one: correct | wrong, or error where the gold
+    answer is unusable (`gold_problem`).
 
     May take unbounded time and memory, and raises what sympy raises: run it in a `Grader` worker.
     """
     if gold_problem(gold):
         return "error"
-    if not prediction.strip() or len(prediction) > MAX_ANSWER or _depth(prediction) > MAX_DEPTH or _hidden(prediction):
+    if (
+        not prediction.strip()
+        or len(prediction) > MAX_ANSWER
+        or _depth(prediction) > MAX_DEPTH
+        or _hidden(prediction)
+    ):
         return "wrong"
     raw_gold, gold, prediction = unwrap_gold(gold), _clean(unwrap_gold(gold)), _clean(prediction)
-    if _same_text(gold, prediction) and (_is_words(gold) or _same_text(*_keep_case(gold, prediction))):
+    if _same_text(gold, prediction) and (
+        _is_words(gold) or _same_text(*_keep_case(gold, prediction))
+    ):
         return "correct"
     if option := _choice(gold):
         chosen = _choice(prediction if len(prediction) > 3 else prediction.upper())
@@ -528,10 +660,14 @@ def grade_answer(gold: str, prediction: str) -> Verdict:
     gold_value, gold_unit = _split_unit(gold, glued_letter=False)
     if _is_words(gold_value):
         return "correct" if _same_words(gold, prediction) else "wrong"
-    joined = (_is_plural(gold_value) and re.search(r"\d", gold)) or all(_RELATION.search(part) for part in _OR_SIGN.split(prediction))
+    joined = (_is_plural(gold_value) and re.search(r"\d", gold)) or all(
+        _RELATION.search(part) for part in _OR_SIGN.split(prediction)
+    )
     if _QUESTION.match(prediction) or _hedges(prediction, may_join=bool(joined)):
         return "wrong"
-    value, unit = _split_unit(prediction, glued_letter=not re.search(r"[A-Za-z]", _COMMANDS.sub("", gold_value)))
+    value, unit = _split_unit(
+        prediction, glued_letter=not re.search(r"[A-Za-z]", _COMMANDS.sub("", gold_value))
+    )
     if not unit and _RAW_LETTER.search(raw_gold):  # `3 m` may be a product
         gold_value, gold_unit = gold, ""
     gold_value, value = _keep_case(gold_value, value)

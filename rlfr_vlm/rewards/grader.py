@@ -1,10 +1,14 @@
-"""The grader of training and evaluation: comparisons run in worker processes that cannot hang, crash or starve the caller.
+"""The grader of training and evaluation: comparisons run in worker processes that cannot hang,
+crash or starve the caller.
 
-A worker is this module in a fresh interpreter (`python -m rlfr_vlm.rewards.grader`): no fork of a process with threads, no import of the
-caller's script, no torch, and no environment variables beyond what an interpreter needs, so no keys. It answers one line of JSON with
-another. The kernel ends a worker whose verdict takes more CPU time than allowed, even where C code holds the interpreter lock. CPU time
-decides rather than wall time, so that a busy machine does not change rewards: the wall limit ends a worker that stands still, and one that
-gets a little CPU time now and then only after PATIENCE such limits. Whichever limit is met, the verdict is `error`, never a reward.
+A worker is this module in a fresh interpreter (`python -m rlfr_vlm.rewards.grader`): no fork of a
+process with threads, no import of the caller's script, no torch, and no environment variables
+beyond what an interpreter needs, so no keys. It answers one line of JSON with another. The kernel
+ends a worker whose verdict takes more CPU time than allowed, even where C code holds the
+interpreter lock. CPU time decides rather than wall time, so that a busy machine does not change
+rewards: the wall limit ends a worker that stands still, and one that gets a little CPU time now and
+then only after PATIENCE such limits. Whichever limit is met, the verdict is `error`, never a
+reward.
 """
 
 from __future__ import annotations
@@ -23,7 +27,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, get_args
 
-from rlfr_vlm.rewards.answers import MAX_ANSWER, MAX_GOLD, Where, extract_answer, gold_problem, grade_answer, unwrap_gold
+from rlfr_vlm.rewards.answers import (
+    MAX_ANSWER,
+    MAX_GOLD,
+    Where,
+    extract_answer,
+    gold_problem,
+    grade_answer,
+    unwrap_gold,
+)
 from rlfr_vlm.types import Verdict
 
 if TYPE_CHECKING:
@@ -37,7 +49,16 @@ START_SECONDS = 120.0  # wall time for a worker to import sympy; about 1.5 s of 
 LATE = "wall limit"  # how the reason begins where a busy machine did not come to a verdict
 PATIENCE = 12  # wall limits in a row that a worker may take as long as each brings it CPU time
 MAX_FAILED_STARTS = 3  # in a row, before the fault is taken for one of the installation
-_ENVIRONMENT = ("PATH", "LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH", "PYTHONHOME", "HOME", "LANG", "LC_ALL", "TMPDIR")
+_ENVIRONMENT = (
+    "PATH",
+    "LD_LIBRARY_PATH",
+    "DYLD_LIBRARY_PATH",
+    "PYTHONHOME",
+    "HOME",
+    "LANG",
+    "LC_ALL",
+    "TMPDIR",
+)
 
 
 @dataclass(frozen=True)
@@ -45,27 +66,40 @@ class Graded:
     """One graded response."""
 
     verdict: Verdict
-    prediction: str  # the answer as extracted, cut at MAX_ANSWER + 1 characters; "" if there is none
+    prediction: (
+        str  # the answer as extracted, cut at MAX_ANSWER + 1 characters; "" if there is none
+    )
     reason: str = ""  # of an error
 
 
-# --- in the worker ----------------------------------------------------------------------------------------------------
+# --- in the worker --------------------------------------------------------------------------------
 
 
 def _peak_bytes() -> int:
-    """Largest address space that this process has had; 0 where the system does not tell (not Linux)."""
+    """Largest address space that this process has had; 0 where the system does not tell (not
+    Linux).
+    """
     try:
         with open("/proc/self/status", "rb") as status:
-            return next((int(line.split()[1]) * 1024 for line in status if line.startswith(b"VmPeak:")), 0)
+            return next(
+                (int(line.split()[1]) * 1024 for line in status if line.startswith(b"VmPeak:")), 0
+            )
     except FileNotFoundError:
         return 0
 
 
 def _confine(memory: int) -> None:
-    """Limit this process: `memory` more bytes of address space, no bytes into files, no new processes, no core dumps, 32 open files."""
+    """Limit this process: `memory` more bytes of address space, no bytes into files, no new
+    processes, no core dumps, 32 open files.
+    """
     import resource
 
-    limits = [(resource.RLIMIT_FSIZE, 0), (resource.RLIMIT_CORE, 0), (resource.RLIMIT_NPROC, 0), (resource.RLIMIT_NOFILE, 32)]
+    limits = [
+        (resource.RLIMIT_FSIZE, 0),
+        (resource.RLIMIT_CORE, 0),
+        (resource.RLIMIT_NPROC, 0),
+        (resource.RLIMIT_NOFILE, 32),
+    ]
     if peak := _peak_bytes():
         limits.append((resource.RLIMIT_AS, peak + memory))
     for limit, value in limits:
@@ -75,9 +109,11 @@ def _confine(memory: int) -> None:
 
 
 def _answer(request: dict[str, Any]) -> tuple[str, str]:
-    """(verdict, reason) of one request. Gold answers alone are only checked: `correct` if one can be used.
+    """(verdict, reason) of one request. Gold answers alone are only checked: `correct` if one can
+    be used.
 
-    With more than one, the verdict is correct if any of them says so, else wrong if any can be used.
+    With more than one, the verdict is correct if any of them says so, else wrong if any can be
+    used.
     """
     golds, prediction = request["golds"], request.get("prediction")
     if not 0 < len(golds) <= MAX_GOLDS:
@@ -92,7 +128,8 @@ def _answer(request: dict[str, Any]) -> tuple[str, str]:
             if verdicts[-1] == "correct":
                 return "correct", ""
         return ("wrong", "") if "wrong" in verdicts else ("error", gold_problem(golds[0]) or "")
-    except Exception as error:  # sympy raises anything on hostile input; each is reported as an error verdict and counted
+    # sympy raises anything on hostile input; each is reported as an error verdict and counted
+    except Exception as error:
         return "error", f"{type(error).__name__} in the comparison: {str(error)[:200]}"
 
 
@@ -100,12 +137,18 @@ def _serve(parent: int, cpu_seconds: float, memory: int) -> None:
     """The worker's life: a line in, a line out, until the parent closes the pipe or is gone."""
     import select
 
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C and SIGTERM go to the whole process group: the parent decides
+    signal.signal(
+        signal.SIGINT, signal.SIG_IGN
+    )  # Ctrl-C and SIGTERM go to the whole process group: the parent decides
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    signal.signal(signal.SIGPROF, signal.SIG_DFL)  # the kernel's own end of a process: needs no interpreter
+    signal.signal(
+        signal.SIGPROF, signal.SIG_DFL
+    )  # the kernel's own end of a process: needs no interpreter
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGPROF})
     replies = os.dup(1)
-    grade_answer(r"\frac{1}{2}", "(x+1)^2")  # imports and first tables, before anything is limited or measured
+    grade_answer(
+        r"\frac{1}{2}", "(x+1)^2"
+    )  # imports and first tables, before anything is limited or measured
     quiet = os.open(os.devnull, os.O_WRONLY)
     os.dup2(quiet, 1)  # the parser prints
     os.dup2(quiet, 2)
@@ -128,22 +171,30 @@ def _serve(parent: int, cpu_seconds: float, memory: int) -> None:
         verdict, reason = _answer(request)
         signal.setitimer(signal.ITIMER_PROF, 0.0)
         grown = _peak_bytes() - start
-        if verdict == "wrong" and grown > memory // 2:  # math-verify takes a MemoryError for a difference
+        if (
+            verdict == "wrong" and grown > memory // 2
+        ):  # math-verify takes a MemoryError for a difference
             verdict, reason = "error", f"memory: the comparison needed more than {memory >> 21} MiB"
-        leaving = grown > memory // 4  # the peak would count against the next verdict; a new worker starts clean
+        leaving = (
+            grown > memory // 4
+        )  # the peak would count against the next verdict; a new worker starts clean
         os.write(replies, json.dumps([verdict, reason, leaving]).encode() + b"\n")
         if leaving:
             return
 
 
-# --- in the caller ----------------------------------------------------------------------------------------------------
+# --- in the caller --------------------------------------------------------------------------------
 
 
 def _cpu_seconds(pid: int) -> float:
-    """CPU time that a process has had; 0 where the system does not tell (not Linux), so that it seems to stand still."""
+    """CPU time that a process has had; 0 where the system does not tell (not Linux), so that it
+    seems to stand still.
+    """
     try:
         with open(f"/proc/{pid}/stat", "rb") as stat:
-            fields = stat.read().rpartition(b")")[2].split()  # behind the name, which may hold anything
+            fields = (
+                stat.read().rpartition(b")")[2].split()
+            )  # behind the name, which may hold anything
     except OSError:
         return 0.0
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
@@ -155,7 +206,9 @@ class _Worker:
     def __init__(self, cfg: GraderConfig) -> None:
         environment = {name: os.environ[name] for name in _ENVIRONMENT if name in os.environ}
         environment["PYTHONPATH"] = os.pathsep.join(os.path.abspath(entry) for entry in sys.path)
-        environment["PYTHONHASHSEED"] = "0"  # sympy's order of terms, and with it what it simplifies to, follows the hash
+        environment["PYTHONHASHSEED"] = (
+            "0"  # sympy's order of terms, and with it what it simplifies to, follows the hash
+        )
         arguments = [str(os.getpid()), str(cfg.cpu_seconds), str(cfg.memory_mib << 20)]
         self.process = subprocess.Popen(
             [sys.executable, "-P", "-m", "rlfr_vlm.rewards.grader", *arguments],
@@ -167,29 +220,46 @@ class _Worker:
         self.ready = False
         self.item: int | None = None
         self.deadline = time.monotonic() + START_SECONDS
-        self.patience, self.used = 0, 0.0  # wall limits left to the item, CPU seconds at the beginning of this one
+        self.patience, self.used = (
+            0,
+            0.0,
+        )  # wall limits left to the item, CPU seconds at the beginning of this one
         self.received = b""
 
     def send(self, item: int, request: bytes, wall_seconds: float) -> bool:
-        """Hand over a request (below the 64 KiB of a pipe: this never blocks). False if the worker is gone."""
+        """Hand over a request (below the 64 KiB of a pipe: this never blocks). False if the worker
+        is gone.
+        """
         self.used = _cpu_seconds(self.process.pid)
         try:
             self.process.stdin.write(request)  # type: ignore[union-attr]
         except BrokenPipeError:
             return False
-        self.item, self.deadline, self.patience = item, time.monotonic() + wall_seconds, PATIENCE - 1
+        self.item, self.deadline, self.patience = (
+            item,
+            time.monotonic() + wall_seconds,
+            PATIENCE - 1,
+        )
         return True
 
     def stands_still(self, wall_seconds: float) -> bool:
-        """At its deadline: whether it got no CPU time since the last one, or was patient long enough; else it has another wall limit."""
+        """At its deadline: whether it got no CPU time since the last one, or was patient long
+        enough; else it has another wall limit.
+        """
         used = _cpu_seconds(self.process.pid)
         if self.item is None or self.patience == 0 or used <= self.used:
             return True
-        self.deadline, self.patience, self.used = time.monotonic() + wall_seconds, self.patience - 1, used
+        self.deadline, self.patience, self.used = (
+            time.monotonic() + wall_seconds,
+            self.patience - 1,
+            used,
+        )
         return False
 
     def receive(self) -> list[Any] | None:
-        """The reply (verdict, reason, whether it leaves) if it is complete, [] if not yet, None if the worker is gone."""
+        """The reply (verdict, reason, whether it leaves) if it is complete, [] if not yet, None if
+        the worker is gone.
+        """
         chunk = os.read(self.process.stdout.fileno(), 65536)  # type: ignore[union-attr]
         self.received += chunk
         if not chunk:
@@ -212,8 +282,9 @@ class _Worker:
 class Grader:
     """A pool of worker processes that grade answers; a context manager.
 
-    May be used from any thread (calls take turns), not from a forked child. Verdicts depend on the two texts alone: not on order, number of
-    workers or earlier answers; only the limits, of which CPU time is the first to be met, are measured, and they yield `error`.
+    May be used from any thread (calls take turns), not from a forked child. Verdicts depend on the
+    two texts alone: not on order, number of workers or earlier answers; only the limits, of which
+    CPU time is the first to be met, are measured, and they yield `error`.
     """
 
     def __init__(self, cfg: GraderConfig, where: Where = "boxed") -> None:
@@ -223,7 +294,9 @@ class Grader:
         self._lock = threading.Lock()
         self._pid = os.getpid()
         self._failed_starts = 0
-        self._workers = [_Worker(cfg) for _ in range(cfg.workers)]  # they import while the caller goes on
+        self._workers = [
+            _Worker(cfg) for _ in range(cfg.workers)
+        ]  # they import while the caller goes on
 
     def __enter__(self) -> Grader:
         return self
@@ -239,21 +312,34 @@ class Grader:
                     self._workers.pop().kill()
 
     def grade(self, items: Sequence[tuple[Gold, str]]) -> list[Graded]:
-        """Verdicts of (gold answer, response text) pairs, in order. A response without an answer is wrong.
+        """Verdicts of (gold answer, response text) pairs, in order. A response without an answer is
+        wrong.
 
-        A tuple or list of gold answers holds spellings or values of which any is right (Minerva); those that have to be given together
-        (OlympiadBench) are one gold answer: `1, 2`.
+        A tuple or list of gold answers holds spellings or values of which any is right (Minerva);
+        those that have to be given together (OlympiadBench) are one gold answer: `1, 2`.
         """
-        predictions = [(extract_answer(response, self.where) or "")[: MAX_ANSWER + 1] for _, response in items]
-        requests = [{"golds": _cut(gold), "prediction": prediction} for (gold, _), prediction in zip(items, predictions, strict=True)]
+        predictions = [
+            (extract_answer(response, self.where) or "")[: MAX_ANSWER + 1] for _, response in items
+        ]
+        requests = [
+            {"golds": _cut(gold), "prediction": prediction}
+            for (gold, _), prediction in zip(items, predictions, strict=True)
+        ]
         replies = self._run(requests)
-        return [Graded(verdict, prediction, reason) for (verdict, reason), prediction in zip(replies, predictions, strict=True)]
+        return [
+            Graded(verdict, prediction, reason)
+            for (verdict, reason), prediction in zip(replies, predictions, strict=True)
+        ]
 
     def check_golds(self, golds: Sequence[Gold]) -> list[str | None]:
-        """For each gold answer the reason why it cannot be graded against, or None. One that a busy machine did not come to is asked again."""
+        """For each gold answer the reason why it cannot be graded against, or None. One that a busy
+        machine did not come to is asked again.
+        """
         requests = [{"golds": _cut(gold)} for gold in golds]
         reasons = [reason or None for _, reason in self._run(requests)]
-        for late in [i for i, reason in enumerate(reasons) if reason is not None and reason.startswith(LATE)]:
+        for late in [
+            i for i, reason in enumerate(reasons) if reason is not None and reason.startswith(LATE)
+        ]:
             ((_, reason),) = self._run([requests[late]])
             reasons[late] = reason or None
         return reasons
@@ -265,8 +351,13 @@ class Grader:
     def _run(self, requests: Sequence[dict[str, Any]]) -> list[tuple[Any, str]]:
         """(verdict, reason) of each request, all workers at once."""
         if os.getpid() != self._pid:
-            raise RuntimeError("this Grader belongs to the process that made it; make another one after a fork")
-        lines = [json.dumps(request, ensure_ascii=False).encode(errors="surrogatepass") + b"\n" for request in requests]
+            raise RuntimeError(
+                "this Grader belongs to the process that made it; make another one after a fork"
+            )
+        lines = [
+            json.dumps(request, ensure_ascii=False).encode(errors="surrogatepass") + b"\n"
+            for request in requests
+        ]
         replies: list[tuple[Any, str] | None] = [None] * len(lines)
         waiting = deque(range(len(lines)))
         with self._lock:
@@ -279,7 +370,9 @@ class Grader:
                         replies[item] = reply
             finally:
                 for slot, worker in enumerate(self._workers):
-                    if worker.item is not None:  # interrupted: its reply must not be taken for the next call's
+                    if (
+                        worker.item is not None
+                    ):  # interrupted: its reply must not be taken for the next call's
                         worker.kill()
                         self._workers[slot] = _Worker(self.cfg)
         return [reply for reply in replies if reply is not None]
@@ -295,7 +388,11 @@ class Grader:
     def _collect(self) -> list[tuple[int, tuple[str, str]]]:
         """Wait for replies, deaths and deadlines; the items that they settle."""
         settled: list[tuple[int, tuple[str, str]]] = []
-        pending = [worker.deadline for worker in self._workers if worker.item is not None or not worker.ready]
+        pending = [
+            worker.deadline
+            for worker in self._workers
+            if worker.item is not None or not worker.ready
+        ]
         with selectors.DefaultSelector() as selector:
             for slot, worker in enumerate(self._workers):
                 selector.register(worker.process.stdout, selectors.EVENT_READ, slot)  # type: ignore[arg-type]
@@ -314,7 +411,9 @@ class Grader:
                 if reply[2]:
                     self._replace(slot, grace=0.0)
         for slot, worker in enumerate(self._workers):
-            late = time.monotonic() > worker.deadline and (worker.item is not None or not worker.ready)
+            late = time.monotonic() > worker.deadline and (
+                worker.item is not None or not worker.ready
+            )
             if late and worker.stands_still(self.cfg.wall_seconds):
                 item, waited = worker.item, (PATIENCE - worker.patience) * self.cfg.wall_seconds
                 self._replace(slot, grace=0.0)
@@ -323,7 +422,9 @@ class Grader:
         return settled
 
     def _replace(self, slot: int, grace: float) -> int:
-        """End a worker (one that closed its pipe is given `grace` seconds to tell its own exit status) and start another in its place."""
+        """End a worker (one that closed its pipe is given `grace` seconds to tell its own exit
+        status) and start another in its place.
+        """
         worker = self._workers[slot]
         with contextlib.suppress(subprocess.TimeoutExpired):
             worker.process.wait(timeout=grace)
@@ -331,20 +432,32 @@ class Grader:
         if not worker.ready:
             self._failed_starts += 1
             if self._failed_starts >= MAX_FAILED_STARTS:
-                raise RuntimeError(f"{self._failed_starts} grader workers did not start (exit status {status}): see their messages above")
+                raise RuntimeError(
+                    f"{self._failed_starts} grader workers did not start (exit status {status}): "
+                    "see their messages above"
+                )
         self._workers[slot] = _Worker(self.cfg)
         return status
 
     def _cause(self, status: int) -> str:
         if status == -signal.SIGPROF:
             return f"CPU limit: no verdict within {self.cfg.cpu_seconds:g} s of CPU time"
-        if status == -signal.SIGSEGV:  # Python raises MemoryError for its own allocations; a stack that cannot grow is the kernel's to end
-            return f"memory limit, most likely: the worker's stack found no room in {self.cfg.memory_mib} MiB (SIGSEGV)"
+        if (
+            status == -signal.SIGSEGV
+            # Python raises MemoryError for its own allocations; a stack that cannot grow is the
+            # kernel's to end
+        ):
+            return (
+                "memory limit, most likely: the worker's stack found no room in "
+                f"{self.cfg.memory_mib} MiB (SIGSEGV)"
+            )
         return f"the worker died: exit status {status}"
 
 
 def _cut(gold: Gold) -> list[str]:
-    """The gold answers out of their column, cut where one is too long to be one and where they are too many."""
+    """The gold answers out of their column, cut where one is too long to be one and where they are
+    too many.
+    """
     golds = [gold] if isinstance(gold, str) else gold[: MAX_GOLDS + 1]
     return [unwrap_gold(one)[: MAX_GOLD + 1] for one in golds]
 

@@ -1,4 +1,6 @@
-"""What a response earns: accuracy, format and length, or the score of a function in a file of the user's."""
+"""What a response earns: accuracy, format and length, or the score of a function in a file of the
+user's.
+"""
 
 from __future__ import annotations
 
@@ -28,59 +30,95 @@ REASONS_SHOWN = 3
 MAX_BOXES = 4
 
 
-def grade(groups: Sequence[RolloutGroup], cfg: RewardConfig, grader: Grader, max_new_tokens: int) -> list[Outcome]:
+def grade(
+    groups: Sequence[RolloutGroup], cfg: RewardConfig, grader: Grader, max_new_tokens: int
+) -> list[Outcome]:
     """One outcome per response, group by group, siblings in order.
 
-    reward = 1 if right, else `cfg.wrong`, + format_weight * format + overlong penalty. With `cfg.function` its score stands in for the
-    first, while *correct* still comes from the grader and the gold answer unless the function tells. An `error` verdict earns 0.0, whatever
-    a wrong answer does, and has to be left out of its group. Raises StoppedError above `cfg.max_error_frac` errors, and UserError where the
-    user's function fails.
+    reward = 1 if right, else `cfg.wrong`, + format_weight * format + overlong penalty. With
+    `cfg.function` its score stands in for the first, while *correct* still comes from the grader
+    and the gold answer unless the function tells. An `error` verdict earns 0.0, whatever a wrong
+    answer does, and has to be left out of its group. Raises StoppedError above `cfg.max_error_frac`
+    errors, and UserError where the user's function fails.
     """
     if grader.where != cfg.answer:
-        raise ValueError(f"the grader looks for answers in {grader.where!r}, reward.answer is {cfg.answer!r}")
+        raise ValueError(
+            f"the grader looks for answers in {grader.where!r}, reward.answer is {cfg.answer!r}"
+        )
     rollouts = [rollout for group in groups for rollout in group.rollouts]
     graded = grader.grade([(rollout.prompt.prompt.answer, rollout.text) for rollout in rollouts])
     if cfg.function is None:
-        outcomes = [_outcome(rollout, result, None, cfg, max_new_tokens) for rollout, result in zip(rollouts, graded, strict=True)]
+        outcomes = [
+            _outcome(rollout, result, None, cfg, max_new_tokens)
+            for rollout, result in zip(rollouts, graded, strict=True)
+        ]
     else:
         scores = load_reward_function(cfg.function)(rollouts)
         settled = [_settle(result, score) for result, score in zip(graded, scores, strict=True)]
-        outcomes = [_outcome(*triple, cfg, max_new_tokens) for triple in zip(rollouts, settled, scores, strict=True)]
+        outcomes = [
+            _outcome(*triple, cfg, max_new_tokens)
+            for triple in zip(rollouts, settled, scores, strict=True)
+        ]
     stop_on_errors(reasons(groups, outcomes), len(outcomes), cfg.max_error_frac)
     return outcomes
 
 
-def _outcome(rollout: Rollout, graded: Graded, score: CustomScore | None, cfg: RewardConfig, max_new_tokens: int) -> Outcome:
+def _outcome(
+    rollout: Rollout,
+    graded: Graded,
+    score: CustomScore | None,
+    cfg: RewardConfig,
+    max_new_tokens: int,
+) -> Outcome:
     if graded.verdict == "error":
         return Outcome(0.0, "error", prediction=graded.prediction, reason=graded.reason)
     accuracy = float(graded.verdict == "correct")
-    reward = (1.0 if accuracy else cfg.wrong) if score is None or score.reward is None else score.reward
-    parts = {"accuracy": accuracy} if score is None else {**score.parts, "function": reward, "accuracy": accuracy}
+    reward = (
+        (1.0 if accuracy else cfg.wrong) if score is None or score.reward is None else score.reward
+    )
+    parts = (
+        {"accuracy": accuracy}
+        if score is None
+        else {**score.parts, "function": reward, "accuracy": accuracy}
+    )
     if cfg.format_weight:
-        parts["format"] = tags_reward(rollout.text) if cfg.format == "tags" else boxed_reward(rollout.text)
+        parts["format"] = (
+            tags_reward(rollout.text) if cfg.format == "tags" else boxed_reward(rollout.text)
+        )
         reward += cfg.format_weight * parts["format"]
     if cfg.overlong_buffer:
-        parts["overlong"] = overlong_penalty(len(rollout.token_ids), max_new_tokens, cfg.overlong_buffer)
+        parts["overlong"] = overlong_penalty(
+            len(rollout.token_ids), max_new_tokens, cfg.overlong_buffer
+        )
         reward += parts["overlong"]
     return Outcome(poison("outcome", reward), graded.verdict, parts, graded.prediction)
 
 
 def tags_reward(text: str) -> float:
-    """1.0 for exactly one <think>..</think> followed by exactly one <answer>..</answer> and nothing else, else 0.0 (RLFR's VLM recipe)."""
+    """1.0 for exactly one <think>..</think> followed by exactly one <answer>..</answer> and nothing
+    else, else 0.0 (RLFR's VLM recipe).
+    """
     text = text.strip()
     if any(text.count(tag) != 1 for tag in ("<think>", "</think>", "<answer>", "</answer>")):
         return 0.0
     thought, _, answer = text.partition("</think>")
-    return float(thought.startswith("<think>") and answer.lstrip().startswith("<answer>") and answer.endswith("</answer>"))
+    return float(
+        thought.startswith("<think>")
+        and answer.lstrip().startswith("<answer>")
+        and answer.endswith("</answer>")
+    )
 
 
 def boxed_reward(text: str) -> float:
-    r"""1.0 for between one and four \boxed, else 0.0: what RLFR's language recipe pays half of its reward for, right or wrong."""
+    r"""1.0 for between one and four \boxed, else 0.0: what RLFR's language recipe pays half of its
+    reward for, right or wrong.
+    """
     return float(1 <= text.count("\\boxed") <= MAX_BOXES)
 
 
 def overlong_penalty(num_tokens: int, max_new_tokens: int, buffer: int) -> float:
-    """Soft overlong punishment: 0 up to L - C tokens, then (L - C - |y|) / C down to -1 at L (arXiv:2503.14476, eq. 13).
+    """Soft overlong punishment: 0 up to L - C tokens, then (L - C - |y|) / C down to -1 at L
+    (arXiv:2503.14476, eq. 13).
 
     L = max_new_tokens, C = buffer >= 1, |y| = num_tokens, all in tokens.
     """
@@ -91,7 +129,11 @@ def overlong_penalty(num_tokens: int, max_new_tokens: int, buffer: int) -> float
 def reasons(groups: Sequence[RolloutGroup], outcomes: Sequence[Outcome]) -> list[str]:
     """Why responses could not be graded, one line for each of them."""
     rollouts = [rollout for group in groups for rollout in group.rollouts]
-    return [f"row {r.prompt.prompt.id}: {o.reason}" for r, o in zip(rollouts, outcomes, strict=True) if not o.graded]
+    return [
+        f"row {r.prompt.prompt.id}: {o.reason}"
+        for r, o in zip(rollouts, outcomes, strict=True)
+        if not o.graded
+    ]
 
 
 def stop_on_errors(failed: Sequence[str], num_responses: int, max_error_frac: float) -> None:
@@ -99,13 +141,15 @@ def stop_on_errors(failed: Sequence[str], num_responses: int, max_error_frac: fl
     if len(failed) <= max_error_frac * num_responses:
         return
     raise StoppedError(
-        f"{len(failed)} of {num_responses} responses could not be graded (reward.max_error_frac={max_error_frac:g}): "
+        f"{len(failed)} of {num_responses} responses could not be graded "
+        f"(reward.max_error_frac={max_error_frac:g}): "
         + "; ".join(list(dict.fromkeys(failed))[:REASONS_SHOWN])
-        + "; no reward was given. Check the gold answers of these rows, or the limits under reward.grader"
+        + "; no reward was given. Check the gold answers of these rows, or the limits under "
+        "reward.grader"
     )
 
 
-# --- the user's own function --------------------------------------------------------------------------------------------
+# --- the user's own function ----------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -119,7 +163,9 @@ class CustomScore:
 
 
 def _settle(graded: Graded, score: CustomScore) -> Graded:
-    """The verdict where grader and function have both spoken. A gold answer that only the function can read is no error."""
+    """The verdict where grader and function have both spoken. A gold answer that only the function
+    can read is no error.
+    """
     if score.reward is None:
         return Graded("error", graded.prediction, score.reason)
     correct = graded.verdict == "correct" if score.correct is None else score.correct
@@ -128,33 +174,50 @@ def _settle(graded: Graded, score: CustomScore) -> Graded:
 
 @functools.cache
 def load_reward_function(spec: str) -> Callable[[Sequence[Rollout]], list[CustomScore]]:
-    """Load `file.py:function` and adapt it from one of the four shapes in use, told apart by the names of its parameters.
+    """Load `file.py:function` and adapt it from one of the four shapes in use, told apart by the
+    names of its parameters.
 
-    TRL       f(prompts, completions, **columns) -> list of float or None; both are chat messages, columns are lists
-    verl      compute_score(data_source, solution_str, ground_truth, extra_info) -> float, or dict with `score` and maybe `acc`
-    EasyR1    compute_score(reward_inputs) -> list of dict with `overall` and maybe `accuracy`; or one for one (its REWARD_TYPE `sequential`)
-    OpenRLHF  reward_func(queries, prompts, labels) -> rewards, or dict with `rewards` and maybe `extra_logs` or other columns
+    TRL       f(prompts, completions, **columns) -> list of float or None; both are chat messages,
+    columns are lists verl      compute_score(data_source, solution_str, ground_truth, extra_info)
+    -> float, or dict with `score` and maybe `acc` EasyR1    compute_score(reward_inputs) -> list of
+    dict with `overall` and maybe `accuracy`; or one for one (its REWARD_TYPE `sequential`) OpenRLHF
+    reward_func(queries, prompts, labels) -> rewards, or dict with `rewards` and maybe `extra_logs`
+    or other columns
 
-    Columns are answer (also as solution, ground_truth, label), id, data_source and those of the row that are none of ours.
-    Raises UserError naming the file and function if it cannot be loaded or fits none of these.
+    Columns are answer (also as solution, ground_truth, label), id, data_source and those of the row
+    that are none of ours. Raises UserError naming the file and function if it cannot be loaded or
+    fits none of these.
     """
     function = _UserFunction.load(spec)
     parameters = function.signature.parameters.values()
     names = [parameter.name for parameter in parameters]
-    for marker, shape in (("completions", _trl_scores), ("solution_str", _verl_scores), ("queries", _openrlhf_scores)):
+    for marker, shape in (
+        ("completions", _trl_scores),
+        ("solution_str", _verl_scores),
+        ("queries", _openrlhf_scores),
+    ):
         if marker in names:
             return functools.partial(shape, function)
-    if sum(p.default is p.empty and p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD) for p in parameters) == 1:
+    if (
+        sum(
+            p.default is p.empty and p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)
+            for p in parameters
+        )
+        == 1
+    ):
         return functools.partial(_easyr1_scores, function)
     raise UserError(
-        f"reward.function {spec}: its parameters ({', '.join(names)}) are those of none of f(prompts, completions, ...) as in TRL, "
-        "f(data_source, solution_str, ground_truth, extra_info) as in verl, f(reward_inputs) as in EasyR1, "
-        "f(queries, prompts, labels) as in OpenRLHF"
+        f"reward.function {spec}: its parameters ({', '.join(names)}) are those of none of "
+        "f(prompts, completions, ...) as in TRL, f(data_source, solution_str, ground_truth, "
+        "extra_info) as in verl, f(reward_inputs) as in EasyR1, f(queries, prompts, labels) as in "
+        "OpenRLHF"
     )
 
 
 def _file_and_name(spec: str) -> tuple[Path, str]:
-    """The two halves of `file.py:function`. Raises UserError where it is none, or there is no such file."""
+    """The two halves of `file.py:function`. Raises UserError where it is none, or there is no such
+    file.
+    """
     file, _, name = spec.rpartition(":")
     if not file.endswith(".py") or not name:
         raise UserError(f"reward.function {spec}: expected `file.py:function`")
@@ -166,7 +229,9 @@ def _file_and_name(spec: str) -> tuple[Path, str]:
 
 @functools.cache
 def reward_digest(spec: str) -> str:
-    """sha256 of the file that a reward function is loaded from, as this process first saw it. Raises UserError where there is none."""
+    """sha256 of the file that a reward function is loaded from, as this process first saw it.
+    Raises UserError where there is none.
+    """
     return hashlib.sha256(_file_and_name(spec)[0].read_bytes()).hexdigest()
 
 
@@ -174,10 +239,15 @@ def _trl_scores(function: _UserFunction, rollouts: Sequence[Rollout]) -> list[Cu
     rows = [_columns(rollout) for rollout in rollouts]
     given = {name: [row.get(name) for row in rows] for row in rows for name in row}
     given["prompts"] = [list(rollout.prompt.prompt.messages) for rollout in rollouts]
-    given["completions"] = [[{"role": "assistant", "content": rollout.text}] for rollout in rollouts]
+    given["completions"] = [
+        [{"role": "assistant", "content": rollout.text}] for rollout in rollouts
+    ]
     given["completion_ids"] = [list(rollout.token_ids) for rollout in rollouts]
     values = function.per_response(function(given, rollouts), rollouts)
-    return [function.score(value, "", "", rollout) for value, rollout in zip(values, rollouts, strict=True)]
+    return [
+        function.score(value, "", "", rollout)
+        for value, rollout in zip(values, rollouts, strict=True)
+    ]
 
 
 def _verl_scores(function: _UserFunction, rollouts: Sequence[Rollout]) -> list[CustomScore]:
@@ -189,26 +259,40 @@ def _verl_scores(function: _UserFunction, rollouts: Sequence[Rollout]) -> list[C
             "data_source": prompt.data_source,
             "solution_str": rollout.text,
             "ground_truth": prompt.answer,
-            "extra_info": {**prompt.extra, **(own if isinstance(own, Mapping) else {}), "id": prompt.id},
+            "extra_info": {
+                **prompt.extra,
+                **(own if isinstance(own, Mapping) else {}),
+                "id": prompt.id,
+            },
         }
         scores.append(function.score(function(given, [rollout]), "score", "acc", rollout))
     return scores
 
 
 def _easyr1_scores(function: _UserFunction, rollouts: Sequence[Rollout]) -> list[CustomScore]:
-    inputs = [{**_columns(rollout), "response": rollout.text, "response_length": len(rollout.token_ids)} for rollout in rollouts]
+    inputs = [
+        {**_columns(rollout), "response": rollout.text, "response_length": len(rollout.token_ids)}
+        for rollout in rollouts
+    ]
     name = next(iter(function.signature.parameters))
     if name == "reward_input" or function.function.__globals__.get("REWARD_TYPE") == "sequential":
-        values = [function({name: one}, [rollout]) for one, rollout in zip(inputs, rollouts, strict=True)]
+        values = [
+            function({name: one}, [rollout]) for one, rollout in zip(inputs, rollouts, strict=True)
+        ]
     else:
         values = function.per_response(function({name: inputs}, rollouts), rollouts)
-    return [function.score(value, "overall", "accuracy", rollout) for value, rollout in zip(values, rollouts, strict=True)]
+    return [
+        function.score(value, "overall", "accuracy", rollout)
+        for value, rollout in zip(values, rollouts, strict=True)
+    ]
 
 
 def _openrlhf_scores(function: _UserFunction, rollouts: Sequence[Rollout]) -> list[CustomScore]:
     prompts = [_chatml(rollout) for rollout in rollouts]
     given = {
-        "queries": [prompt + rollout.text for prompt, rollout in zip(prompts, rollouts, strict=True)],
+        "queries": [
+            prompt + rollout.text for prompt, rollout in zip(prompts, rollouts, strict=True)
+        ],
         "prompts": prompts,
         "labels": [rollout.prompt.prompt.answer for rollout in rollouts],
     }
@@ -216,36 +300,57 @@ def _openrlhf_scores(function: _UserFunction, rollouts: Sequence[Rollout]) -> li
     if not isinstance(result, Mapping):
         result = {"rewards": result}
     if "rewards" not in result:
-        raise UserError(f"reward.function {function.spec}: the dict that it returned has no `rewards`: {sorted(result)}")
-    others = {name: values for name, values in result.items() if name.endswith("_rewards")}  # lmm-r1, MM-EUREKA, RLFR: accuracy_rewards
+        raise UserError(
+            f"reward.function {function.spec}: the dict that it returned has no `rewards`: "
+            f"{sorted(result)}"
+        )
+    others = {
+        name: values for name, values in result.items() if name.endswith("_rewards")
+    }  # lmm-r1, MM-EUREKA, RLFR: accuracy_rewards
     columns = {"rewards": result["rewards"], **others, **(result.get("extra_logs") or {})}
     columns = {name: function.per_response(values, rollouts) for name, values in columns.items()}
     rows = [{name: values[i] for name, values in columns.items()} for i in range(len(rollouts))]
-    accuracy = next((name for name in ("acc", "accuracy", "accuracy_rewards") if name in columns), "accuracy")
-    return [function.score(row, "rewards", accuracy, rollout) for row, rollout in zip(rows, rollouts, strict=True)]
+    accuracy = next(
+        (name for name in ("acc", "accuracy", "accuracy_rewards") if name in columns), "accuracy"
+    )
+    return [
+        function.score(row, "rewards", accuracy, rollout)
+        for row, rollout in zip(rows, rollouts, strict=True)
+    ]
 
 
 def _columns(rollout: Rollout) -> dict[str, Any]:
-    """The row of the data set for a user's function, the gold answer under each of its usual names."""
+    """The row of the data set for a user's function, the gold answer under each of its usual
+    names.
+    """
     prompt = rollout.prompt.prompt
     gold = dict.fromkeys(("answer", "solution", "ground_truth", "label"), prompt.answer)
     return {**gold, "id": prompt.id, "data_source": prompt.data_source, **prompt.extra}
 
 
 def _chatml(rollout: Rollout) -> str:
-    """The prompt as text with Qwen's turn marks, at which functions written for OpenRLHF split; a picture is one placeholder."""
+    """The prompt as text with Qwen's turn marks, at which functions written for OpenRLHF split; a
+    picture is one placeholder.
+    """
     turns = []
     for message in rollout.prompt.prompt.messages:
         content = message["content"]
         parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
-        text = "".join(part["text"] if part["type"] == "text" else "<|vision_start|><|image_pad|><|vision_end|>" for part in parts)
+        text = "".join(
+            part["text"]
+            if part["type"] == "text"
+            else "<|vision_start|><|image_pad|><|vision_end|>"
+            for part in parts
+        )
         turns.append(f"<|im_start|>{message['role']}\n{text}<|im_end|>\n")
     return "".join(turns) + "<|im_start|>assistant\n"
 
 
 @dataclass(frozen=True)
 class _UserFunction:
-    """A function out of a user's file. What goes wrong in it or with its result is a UserError that names function and row."""
+    """A function out of a user's file. What goes wrong in it or with its result is a UserError that
+    names function and row.
+    """
 
     spec: str
     function: Callable[..., Any]
@@ -263,55 +368,100 @@ class _UserFunction:
         try:
             module_spec.loader.exec_module(module)
         except Exception as error:
-            raise UserError(f"reward.function {spec}: {path} cannot be loaded: {_describe(error)}") from error
+            raise UserError(
+                f"reward.function {spec}: {path} cannot be loaded: {_describe(error)}"
+            ) from error
         function = getattr(module, name, None)
         if not inspect.isfunction(function):
-            found = [n for n, value in vars(module).items() if inspect.isfunction(value) and not n.startswith("_")]
-            raise UserError(f"reward.function {spec}: no function `{name}` in {path} (functions there: {', '.join(found) or 'none'})")
+            found = [
+                n
+                for n, value in vars(module).items()
+                if inspect.isfunction(value) and not n.startswith("_")
+            ]
+            raise UserError(
+                f"reward.function {spec}: no function `{name}` in {path} (functions there: "
+                f"{', '.join(found) or 'none'})"
+            )
         return cls(spec, function, inspect.signature(function))
 
     def __call__(self, given: dict[str, Any], rollouts: Sequence[Rollout]) -> Any:
         """Call it with those of the given arguments that it takes."""
         kinds = {name: parameter.kind for name, parameter in self.signature.parameters.items()}
-        positional = [given[name] for name, kind in kinds.items() if kind is inspect.Parameter.POSITIONAL_ONLY and name in given]
+        positional = [
+            given[name]
+            for name, kind in kinds.items()
+            if kind is inspect.Parameter.POSITIONAL_ONLY and name in given
+        ]
         takes_any = inspect.Parameter.VAR_KEYWORD in kinds.values()
         named = {name: value for name, value in given.items() if name in kinds or takes_any}
-        named = {name: value for name, value in named.items() if kinds.get(name) is not inspect.Parameter.POSITIONAL_ONLY}
+        named = {
+            name: value
+            for name, value in named.items()
+            if kinds.get(name) is not inspect.Parameter.POSITIONAL_ONLY
+        }
         try:
             self.signature.bind(*positional, **named)
         except TypeError as error:
-            raise UserError(f"reward.function {self.spec}: {error}; it can be given {', '.join(given)}") from None
+            raise UserError(
+                f"reward.function {self.spec}: {error}; it can be given {', '.join(given)}"
+            ) from None
         try:
             return self.function(*positional, **named)
         except Exception as error:
             ids = list(dict.fromkeys(rollout.prompt.prompt.id for rollout in rollouts))
             rows = ", ".join(ids[:REASONS_SHOWN]) + (", ..." if len(ids) > REASONS_SHOWN else "")
-            raise UserError(f"reward.function {self.spec} failed on row{'s' * (len(ids) > 1)} {rows}: {_describe(error)}") from error
+            raise UserError(
+                f"reward.function {self.spec} failed on row{'s' * (len(ids) > 1)} {rows}: "
+                f"{_describe(error)}"
+            ) from error
 
     def per_response(self, values: Any, rollouts: Sequence[Rollout]) -> list[Any]:
         """One value per response out of a list, array or tensor."""
         values = values.tolist() if hasattr(values, "tolist") else values
         if not isinstance(values, (list, tuple)) or len(values) != len(rollouts):
             got = len(values) if isinstance(values, (list, tuple)) else type(values).__name__
-            raise UserError(f"reward.function {self.spec}: expected {len(rollouts)} values, one per response, got {got}")
+            raise UserError(
+                f"reward.function {self.spec}: expected {len(rollouts)} values, one per response, "
+                f"got {got}"
+            )
         return list(values)
 
     def score(self, value: Any, reward: str, accuracy: str, rollout: Rollout) -> CustomScore:
-        """A score out of a number, or of a dict with the named keys (`accuracy` may be absent); its other numbers become parts.
+        """A score out of a number, or of a dict with the named keys (`accuracy` may be absent); its
+        other numbers become parts.
 
         Where one of them is NaN or an infinity the response is not gradable.
         """
         if not isinstance(value, Mapping):
             return self._score(self._number(value, rollout))
         if reward not in value:
-            raise UserError(f"reward.function {self.spec}: its dict for row {rollout.prompt.prompt.id} has no `{reward}`: {sorted(value)}")
-        given, verified = self._number(value[reward], rollout), self._number(value.get(accuracy), rollout)
-        parts = {name: float(part) for name, part in value.items() if name != reward and isinstance(part, (int, float))}
+            raise UserError(
+                f"reward.function {self.spec}: its dict for row {rollout.prompt.prompt.id} has no "
+                f"`{reward}`: {sorted(value)}"
+            )
+        given, verified = (
+            self._number(value[reward], rollout),
+            self._number(value.get(accuracy), rollout),
+        )
+        parts = {
+            name: float(part)
+            for name, part in value.items()
+            if name != reward and isinstance(part, (int, float))
+        }
         return self._score(given, verified, parts)
 
-    def _score(self, reward: float | None, accuracy: float | None = None, parts: Mapping[str, float] | None = None) -> CustomScore:
+    def _score(
+        self,
+        reward: float | None,
+        accuracy: float | None = None,
+        parts: Mapping[str, float] | None = None,
+    ) -> CustomScore:
         numbers = {"reward": reward, "accuracy": accuracy, **(parts or {})}
-        if broken := [f"{name}={number}" for name, number in numbers.items() if number is not None and not math.isfinite(number)]:
+        if broken := [
+            f"{name}={number}"
+            for name, number in numbers.items()
+            if number is not None and not math.isfinite(number)
+        ]:
             return CustomScore(None, reason=f"the reward function returned {', '.join(broken)}")
         return CustomScore(reward, None if accuracy is None else accuracy > 0.5, dict(parts or {}))
 
@@ -320,7 +470,10 @@ class _UserFunction:
         try:
             return None if value is None else float(value)
         except (TypeError, ValueError):
-            raise UserError(f"reward.function {self.spec}: {value!r} for row {rollout.prompt.prompt.id} is no number") from None
+            raise UserError(
+                f"reward.function {self.spec}: {value!r} for row {rollout.prompt.prompt.id} is no "
+                "number"
+            ) from None
 
 
 def _describe(error: Exception) -> str:

@@ -13,19 +13,28 @@ if TYPE_CHECKING:
 
 
 def engine_name(cfg: Config) -> Literal["hf", "vllm"]:
-    """The engine that `cfg.rollout.engine` names; `auto` is vLLM where it is installed. UserError where vLLM is named but missing."""
+    """The engine that `cfg.rollout.engine` names; `auto` is vLLM where it is installed. UserError
+    where vLLM is named but missing.
+    """
     installed = importlib.util.find_spec("vllm") is not None  # looks, does not import
     if cfg.rollout.engine == "vllm" and not installed:
-        raise UserError("rollout.engine=vllm: vLLM is not installed; install it (extra `vllm`, or `cpu`) or set rollout.engine=hf")
+        raise UserError(
+            "rollout.engine=vllm: vLLM is not installed; install it (extra `vllm`, or `cpu`) or "
+            "set rollout.engine=hf"
+        )
     return "hf" if cfg.rollout.engine == "hf" or not installed else "vllm"
 
 
 def make_engine(cfg: Config, policy: Any) -> RolloutEngine:
-    """The engine of a config, beside this policy or, where the policy has no weights, in a process of its own. Raises UserError as it does."""
+    """The engine of a config, beside this policy or, where the policy has no weights, in a process
+    of its own. Raises UserError as it does.
+    """
     if engine_name(cfg) == "hf":
         from rlfr_vlm.rollout.hf_engine import HFEngine
 
-        return HFEngine(cfg.rollout, policy, cfg.model if policy.sharded or not policy.has_weights else None)
+        return HFEngine(
+            cfg.rollout, policy, cfg.model if policy.sharded or not policy.has_weights else None
+        )
     from rlfr_vlm.rollout.vllm_engine import VllmEngine
 
     return VllmEngine(cfg, policy)

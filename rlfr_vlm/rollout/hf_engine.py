@@ -1,7 +1,8 @@
-"""Sampling with a transformers model: packed prefill with each prompt once, then decoding with a preallocated cache.
+"""Sampling with a transformers model: packed prefill with each prompt once, then decoding with a
+preallocated cache.
 
-The model is the policy's own, adapters and all, so there is nothing to synchronise; where the policy's weights are sharded, or in another
-process, it is a copy with the adapters merged.
+The model is the policy's own, adapters and all, so there is nothing to synchronise; where the
+policy's weights are sharded, or in another process, it is a copy with the adapters merged.
 """
 
 from __future__ import annotations
@@ -25,12 +26,20 @@ from rlfr_vlm.types import EncodedPrompt, FinishReason, Rollout, RolloutGroup, r
 PREFILL_TOKENS = 32768  # prompt tokens, pictures included, of one forward
 
 
-def batches(prompts: Sequence[EncodedPrompt], max_prompts: int, max_tokens: int) -> list[list[EncodedPrompt]]:
-    """Prompts in order, in runs of at most so many prompts and tokens; a longer single one goes alone."""
+def batches(
+    prompts: Sequence[EncodedPrompt], max_prompts: int, max_tokens: int
+) -> list[list[EncodedPrompt]]:
+    """Prompts in order, in runs of at most so many prompts and tokens; a longer single one goes
+    alone.
+    """
     parts: list[list[EncodedPrompt]] = []
     tokens = 0
     for prompt in prompts:
-        if not parts or len(parts[-1]) == max_prompts or tokens + len(prompt.token_ids) > max_tokens:
+        if (
+            not parts
+            or len(parts[-1]) == max_prompts
+            or tokens + len(prompt.token_ids) > max_tokens
+        ):
             parts.append([])
             tokens = 0
         parts[-1].append(prompt)
@@ -56,7 +65,9 @@ class _Prefill:
 
 
 class _Decode:
-    """One token of each of n requests; keys and values stand in a cache of [n, H_kv, capacity, D] per layer."""
+    """One token of each of n requests; keys and values stand in a cache of [n, H_kv, capacity, D]
+    per layer.
+    """
 
     def __init__(self, prefill: _Prefill, owners: Sequence[int], new_tokens: int) -> None:
         """owners: for each request, the index of its prompt in the prefill."""
@@ -100,30 +111,44 @@ class _Decode:
         keys[self._rows, :, self._slot] = key[0].transpose(0, 1)
         values[self._rows, :, self._slot] = value[0].transpose(0, 1)
         seen = slice(0, self.max_keys)
-        attended = grouped_sdpa(query[0].transpose(0, 1)[:, :, None], keys[:, :, seen], values[:, :, seen], self._mask, scale)
+        attended = grouped_sdpa(
+            query[0].transpose(0, 1)[:, :, None],
+            keys[:, :, seen],
+            values[:, :, seen],
+            self._mask,
+            scale,
+        )
         return attended[:, :, 0][None]
 
 
 class _Request:
     """A response in the making."""
 
-    def __init__(self, prompt: EncodedPrompt, sample_index: int, owner: int, sampling: SamplingConfig) -> None:
+    def __init__(
+        self, prompt: EncodedPrompt, sample_index: int, owner: int, sampling: SamplingConfig
+    ) -> None:
         self.prompt, self.sample_index, self.owner = prompt, sample_index, owner
         seed = request_seed(*sampling.seed_key, prompt.prompt.id, sample_index)
         generator = torch.Generator().manual_seed(seed)
-        self.uniforms = torch.rand(sampling.max_new_tokens, dtype=torch.float64, generator=generator)
+        self.uniforms = torch.rand(
+            sampling.max_new_tokens, dtype=torch.float64, generator=generator
+        )
         self.tokens: list[int] = []
         self.logprobs: list[float] = []
         self.finish_reason: FinishReason | None = None
 
 
 def nucleus(probabilities: Tensor, top_p: float) -> Tensor:
-    """The smallest set of most probable tokens that holds at least `top_p`; zero elsewhere, not rescaled. [n, V] -> [n, V]."""
+    """The smallest set of most probable tokens that holds at least `top_p`; zero elsewhere, not
+    rescaled. [n, V] -> [n, V].
+    """
     if top_p >= 1:
         return probabilities
     ordered, order = probabilities.sort(descending=True, stable=True)
     before = ordered.cumsum(-1) - ordered
-    return torch.zeros_like(probabilities).scatter(-1, order, torch.where(before < top_p, ordered, 0.0))
+    return torch.zeros_like(probabilities).scatter(
+        -1, order, torch.where(before < top_p, ordered, 0.0)
+    )
 
 
 class HFEngine:
@@ -132,18 +157,26 @@ class HFEngine:
     name = "hf"
 
     def __init__(self, cfg: RolloutConfig, policy: Policy, copy: ModelConfig | None = None) -> None:
-        """copy: sample with a model of its own, made from this config, which waits for `load_weights` or `load_bucket`."""
+        """copy: sample with a model of its own, made from this config, which waits for
+        `load_weights` or `load_bucket`.
+        """
         self.batch_size, self.bucket_bytes = cfg.hf_batch_size, cfg.sync_bucket_mib * 2**20
         self.policy = policy
         self.sampler = policy
         self._arrivals: Arrivals | None = None
-        self._version: int | None = None  # of the copy's weights; none: the policy's are not there yet
+        self._version: int | None = (
+            None  # of the copy's weights; none: the policy's are not there yet
+        )
         if copy is not None:
-            self.sampler = Policy(copy.model_copy(update={"lora": None, "gradient_checkpointing": "off"}))
+            self.sampler = Policy(
+                copy.model_copy(update={"lora": None, "gradient_checkpointing": "off"})
+            )
             self._arrivals = Arrivals(self.sampler.weight_specs())
 
     def load_weights(self, policy: Policy) -> None:
-        """Where the engine samples from the policy's own tensors, only a look whether they are finite. Else see RolloutEngine."""
+        """Where the engine samples from the policy's own tensors, only a look whether they are
+        finite. Else see RolloutEngine.
+        """
         if self._arrivals is None:
             if policy is not self.policy:
                 raise ValueError("the HF engine samples from the policy that it was made with")
@@ -163,7 +196,10 @@ class HFEngine:
         for name, tensor in bucket.items():
             tensors[name].copy_(tensor)
             if not torch.equal(tensors[name], tensor.to(tensors[name].device, tensors[name].dtype)):
-                raise StoppedError(f"weight sync: the engine's copy of `{name}` differs from the trainer's, or holds what is no number")
+                raise StoppedError(
+                    f"weight sync: the engine's copy of `{name}` differs from the trainer's, or "
+                    "holds what is no number"
+                )
         self._own().note(bucket)
 
     def finish_load(self, version: int) -> None:
@@ -183,18 +219,24 @@ class HFEngine:
     def _own(self) -> Arrivals:
         if self._arrivals is None:
             raise ValueError(
-                "the HF engine has no copy to load: it samples from the tensors of its policy; one made without weights gives it one"
+                "the HF engine has no copy to load: it samples from the tensors of its policy; one "
+                "made without weights gives it one"
             )
         return self._arrivals
 
     def _check_loaded(self) -> None:
         if self._arrivals is not None and (self._version is None or self._arrivals.begun):
             part = "only some of" if self._arrivals.begun else "none of"
-            raise StoppedError(f"the HF engine has {part} the policy's weights: finish a load first")
+            raise StoppedError(
+                f"the HF engine has {part} the policy's weights: finish a load first"
+            )
 
     @torch.no_grad()
-    def sample(self, prompts: Sequence[EncodedPrompt], sampling: SamplingConfig) -> list[RolloutGroup]:
-        """`group_size` responses to each prompt, in order. Seeds depend on (seed key, prompt id, sample index) alone.
+    def sample(
+        self, prompts: Sequence[EncodedPrompt], sampling: SamplingConfig
+    ) -> list[RolloutGroup]:
+        """`group_size` responses to each prompt, in order. Seeds depend on (seed key, prompt id,
+        sample index) alone.
 
         Raises StoppedError where a copy lacks weights.
         """
@@ -207,8 +249,14 @@ class HFEngine:
         finally:
             self.sampler.model.train(training)
 
-    def _sample_batch(self, prompts: Sequence[EncodedPrompt], sampling: SamplingConfig) -> list[RolloutGroup]:
-        requests = [_Request(p, i, owner, sampling) for owner, p in enumerate(prompts) for i in sample_indices(sampling)]
+    def _sample_batch(
+        self, prompts: Sequence[EncodedPrompt], sampling: SamplingConfig
+    ) -> list[RolloutGroup]:
+        requests = [
+            _Request(p, i, owner, sampling)
+            for owner, p in enumerate(prompts)
+            for i in sample_indices(sampling)
+        ]
         prefill = _Prefill(prompts, self.sampler.device)
         states = self._forward(
             torch.tensor([t for p in prompts for t in p.token_ids]),
@@ -217,7 +265,9 @@ class HFEngine:
             concatenate_vision(prompts),
         )
         owners = [r.owner for r in requests]
-        hidden = states[torch.tensor([prefill.spans[i][1] - 1 for i in owners], device=states.device)]
+        hidden = states[
+            torch.tensor([prefill.spans[i][1] - 1 for i in owners], device=states.device)
+        ]
         decode = _Decode(prefill, owners, sampling.max_new_tokens)
         positions = torch.tensor([int(r.prompt.position_ids.max()) for r in requests])
         active = requests
@@ -229,15 +279,32 @@ class HFEngine:
             if len(going) <= len(active) // 2:  # worth the copy of the cache
                 rows = torch.tensor(going)
                 decode.keep(rows.to(decode.used.device))
-                active, tokens, positions = [active[i] for i in going], tokens[rows], positions[rows]
+                active, tokens, positions = (
+                    [active[i] for i in going],
+                    tokens[rows],
+                    positions[rows],
+                )
             decode.advance()
             faultpoint("decode")
             positions = positions + 1
-            hidden = self._forward(tokens, positions.expand(self.sampler.family.position_axes, -1), decode, {})
-        groups = [requests[i : i + sampling.group_size] for i in range(0, len(requests), sampling.group_size)]
-        return [RolloutGroup(group[0].prompt, tuple(self._finish(r) for r in group)) for group in groups]
+            hidden = self._forward(
+                tokens, positions.expand(self.sampler.family.position_axes, -1), decode, {}
+            )
+        groups = [
+            requests[i : i + sampling.group_size]
+            for i in range(0, len(requests), sampling.group_size)
+        ]
+        return [
+            RolloutGroup(group[0].prompt, tuple(self._finish(r) for r in group)) for group in groups
+        ]
 
-    def _forward(self, tokens: Tensor, positions: Tensor, layout: _Prefill | _Decode, vision: dict[str, Tensor]) -> Tensor:
+    def _forward(
+        self,
+        tokens: Tensor,
+        positions: Tensor,
+        layout: _Prefill | _Decode,
+        vision: dict[str, Tensor],
+    ) -> Tensor:
         """One pass of the backbone over tokens [S] at positions [A, S]. Returns states [S, D]."""
         device = self.sampler.device
         positions = positions.to(device)
@@ -249,17 +316,27 @@ class HFEngine:
             **{k: v.to(device) for k, v in vision.items()},
         ).last_hidden_state[0]
 
-    def _sample_tokens(self, hidden: Tensor, active: Sequence[_Request], sampling: SamplingConfig) -> Tensor:
-        """Append one token to every unfinished request. Returns the tokens [n]; those of finished requests are arbitrary."""
+    def _sample_tokens(
+        self, hidden: Tensor, active: Sequence[_Request], sampling: SamplingConfig
+    ) -> Tensor:
+        """Append one token to every unfinished request. Returns the tokens [n]; those of finished
+        requests are arbitrary.
+        """
         logits = self.sampler.model.get_output_embeddings()(hidden).float()
         logits[:, list(self.sampler.banned_token_ids)] = float("-inf")
         if sampling.temperature > 0:
             logprobs = (logits / sampling.temperature).log_softmax(-1)
             cumulative = nucleus(logprobs.double().exp_(), sampling.top_p).cumsum(-1)
             steps = [min(len(r.tokens), len(r.uniforms) - 1) for r in active]
-            uniform = torch.stack([r.uniforms[step] for r, step in zip(active, steps, strict=True)]).to(logits.device)
-            tokens = torch.searchsorted(cumulative, (uniform * cumulative[:, -1])[:, None], right=True)[:, 0]
-            tokens = tokens.clamp(max=cumulative.shape[1] - 1)  # of NaN it is beyond the last one; its log-prob says so
+            uniform = torch.stack(
+                [r.uniforms[step] for r, step in zip(active, steps, strict=True)]
+            ).to(logits.device)
+            tokens = torch.searchsorted(
+                cumulative, (uniform * cumulative[:, -1])[:, None], right=True
+            )[:, 0]
+            tokens = tokens.clamp(
+                max=cumulative.shape[1] - 1
+            )  # of NaN it is beyond the last one; its log-prob says so
         else:
             logprobs = logits.log_softmax(-1)
             tokens = logits.argmax(-1)
@@ -271,7 +348,9 @@ class HFEngine:
                 request.finish_reason = self._finished(request, token, sampling)
         return tokens.cpu()
 
-    def _finished(self, request: _Request, token: int, sampling: SamplingConfig) -> FinishReason | None:
+    def _finished(
+        self, request: _Request, token: int, sampling: SamplingConfig
+    ) -> FinishReason | None:
         if token in self.sampler.eos_token_ids and not sampling.ignore_eos:
             return "stop"
         if sampling.stop:

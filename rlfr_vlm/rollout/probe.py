@@ -18,8 +18,13 @@ from rlfr_vlm.types import EncodedPrompt, Prompt, Rollout
 if TYPE_CHECKING:
     from rlfr_vlm.models.policy import Policy
 
-TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.1}  # mean log-prob gap; measured: right 5e-6 and 0.03 to 0.06, stale head 0.38 and 0.42
-PROBE = SamplingConfig(group_size=4, temperature=1.0, max_new_tokens=8, ignore_eos=True, seed_key=("probe",))
+TOLERANCE = {
+    torch.float32: 1e-3,
+    torch.bfloat16: 0.1,
+}  # mean log-prob gap; measured: right 5e-6 and 0.03 to 0.06, stale head 0.38 and 0.42
+PROBE = SamplingConfig(
+    group_size=4, temperature=1.0, max_new_tokens=8, ignore_eos=True, seed_key=("probe",)
+)
 PROBE_QUESTIONS = ("3 + 4 =", "The capital of France is", "What do you see?")
 MIN_PROBE_TOKENS = 64
 
@@ -40,7 +45,9 @@ def probe_prompts(cfg: Config, policy: Policy) -> list[EncodedPrompt]:
 
 
 def logprob_gap(rollouts: Sequence[Rollout], policy: Any, temperature: float) -> float:
-    """Mean |engine's log-prob - policy's| over the tokens of rollouts sampled at this temperature, of which there must be 64."""
+    """Mean |engine's log-prob - policy's| over the tokens of rollouts sampled at this temperature,
+    of which there must be 64.
+    """
     engine = torch.tensor([value for rollout in rollouts for value in rollout.logprobs])
     if len(engine) < MIN_PROBE_TOKENS:
         raise ValueError(f"a log-prob probe of {len(engine)} tokens; it needs {MIN_PROBE_TOKENS}")
@@ -52,12 +59,24 @@ def tolerance(cfg: Config, dtypes: Iterable[torch.dtype]) -> float:
     return cfg.rollout.vllm.probe_tolerance or max(TOLERANCE.get(dtype, 0.1) for dtype in dtypes)
 
 
-def check_gap(rollouts: Sequence[Rollout], policy: Policy, limit: float, cause: Callable[[], str | None] = lambda: None) -> float:
-    """The gap of the probe's rollouts. Raises StoppedError above the limit, with what `cause` finds: the tensor that differs, if one does."""
+def check_gap(
+    rollouts: Sequence[Rollout],
+    policy: Policy,
+    limit: float,
+    cause: Callable[[], str | None] = lambda: None,
+) -> float:
+    """The gap of the probe's rollouts. Raises StoppedError above the limit, with what `cause`
+    finds: the tensor that differs, if one does.
+    """
     gap = logprob_gap(rollouts, policy, PROBE.temperature)
     if not gap <= limit:
-        found = cause() or "all weights are equal, so the engine computes something else with them; set rollout.engine=hf"
+        found = (
+            cause()
+            or "all weights are equal, so the engine computes something else with them; set "
+            "rollout.engine=hf"
+        )
         raise StoppedError(
-            f"weight sync: the engine's log-probs are {gap:.4g} away from the policy's on average (limit {limit:.4g}): {found}"
+            f"weight sync: the engine's log-probs are {gap:.4g} away from the policy's on average "
+            f"(limit {limit:.4g}): {found}"
         )
     return gap

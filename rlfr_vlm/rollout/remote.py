@@ -1,6 +1,8 @@
-"""Sampling by workers in other processes: one weight sync for all of them, prompts spread over them, and lost ones replaced.
+"""Sampling by workers in other processes: one weight sync for all of them, prompts spread over
+them, and lost ones replaced.
 
-Whatever goes wrong is told to every rank before anything is done about it, so that all of them do the same.
+Whatever goes wrong is told to every rank before anything is done about it, so that all of them do
+the same.
 """
 
 from __future__ import annotations
@@ -28,7 +30,9 @@ from rlfr_vlm.rollout.worker import Answer, Packed, Problem, Refusal, Request, p
 from rlfr_vlm.types import EncodedPrompt, Rollout, RolloutGroup
 
 MAX_BUCKETS = 2  # sent and not yet taken by every worker
-WAIT_SHARE = 0.75  # of train.timeout_s for a worker: the other ranks, which wait for what comes of it, wait a whole one
+# of train.timeout_s for a worker: the other ranks, which wait for what comes of it, wait a whole
+# one
+WAIT_SHARE = 0.75
 POLL_SECONDS = 0.5
 
 
@@ -37,7 +41,9 @@ class WorkerLost(Exception):
 
 
 class Workers(Protocol):
-    """Rollout workers in processes of their own, by number; one that dies is started anew by whoever keeps them."""
+    """Rollout workers in processes of their own, by number; one that dies is started anew by
+    whoever keeps them.
+    """
 
     def __len__(self) -> int: ...
 
@@ -50,7 +56,9 @@ class Workers(Protocol):
         ...
 
     def result(self, call: Any, timeout_s: float) -> Any:
-        """What it returned, a Problem where it raised a UserError. Raises WorkerLost, and TimeoutError."""
+        """What it returned, a Problem where it raised a UserError. Raises WorkerLost, and
+        TimeoutError.
+        """
         ...
 
     def kill(self, worker: int) -> None:
@@ -77,7 +85,9 @@ class _Report:
 
 @dataclass
 class _Piece:
-    """Prompts that one worker samples in one call. It is sampled anew as a whole: neighbours in a batch may change the last bits."""
+    """Prompts that one worker samples in one call. It is sampled anew as a whole: neighbours in a
+    batch may change the last bits.
+    """
 
     worker: int
     prompts: Sequence[EncodedPrompt]
@@ -86,7 +96,9 @@ class _Piece:
 
 
 class RemoteEngine:
-    """A training rank's view of the rollout workers. Every rank has one, and they make the same calls in the same order."""
+    """A training rank's view of the rollout workers. Every rank has one, and they make the same
+    calls in the same order.
+    """
 
     def __init__(self, cfg: Config, policy: Policy, ranks: Ranks, workers: Workers) -> None:
         self.name = engine_name(cfg)
@@ -95,17 +107,19 @@ class RemoteEngine:
         self.losses: list[str] = []  # of this engine's life
         self._version, self._sync_id = policy.version, ""
         self._proven: set[int] = set()  # workers that the probe has passed since they started
-        # With staleness, sampling has a thread, and so a process group, of its own, and rank 0 keeps what it sent: the policy moves on.
+        # With staleness, sampling has a thread, and so a process group, of its own, and rank 0
+        # keeps what it sent: the policy moves on.
         self._ahead = cfg.rollout.staleness > 0
         self._kept: list[dict[str, Packed]] = []
         self._sampling = Ranks(ranks.rank, ranks.size, ranks.timeout_s) if self._ahead else ranks
 
-    # -- weights ---------------------------------------------------------------------------------------------------------
+    # -- weights -----------------------------------------------------------------------------------
 
     def load_weights(self, policy: Policy) -> None:
         """Send the weights to every worker, bucket by bucket, and prove each worker once.
 
-        Raises StoppedError naming the worker that is lost too often, does not come back, or computes something else with them.
+        Raises StoppedError naming the worker that is lost too often, does not come back, or
+        computes something else with them.
         """
         self.policy, self._version = policy, policy.version
         self._load(self.ranks, self._current)
@@ -120,14 +134,20 @@ class RemoteEngine:
                 continue
             sent = packed(bucket)
             if self._ahead:
-                self._kept.append({name: Packed(t.dtype, t.shape, t.data.copy()) for name, t in sent.items()})
+                self._kept.append(
+                    {name: Packed(t.dtype, t.shape, t.data.copy()) for name, t in sent.items()}
+                )
             yield sent
 
     def _load(self, ranks: Ranks, buckets: Callable[[], Iterable[dict[str, Packed]]]) -> None:
-        """Until every worker holds the same weights. `buckets` is called by all ranks, which then iterate together."""
+        """Until every worker holds the same weights. `buckets` is called by all ranks, which then
+        iterate together.
+        """
         while True:
             sync_id = ranks.broadcast(uuid.uuid4().hex, "weight sync")
-            if not self._settle(ranks, ranks.gather(self._send(ranks, buckets(), sync_id), "weight sync")):
+            if not self._settle(
+                ranks, ranks.gather(self._send(ranks, buckets(), sync_id), "weight sync")
+            ):
                 self._sync_id = sync_id
                 return
 
@@ -143,7 +163,10 @@ class RemoteEngine:
                 if len(in_flight) == MAX_BUCKETS:
                     self._answers(*in_flight.popleft(), report)
                 shared = self.workers.share(bucket)
-                calls = [(worker, self.workers.submit(worker, "load_bucket", shared, sync_id)) for worker in range(len(self.workers))]
+                calls = [
+                    (worker, self.workers.submit(worker, "load_bucket", shared, sync_id))
+                    for worker in range(len(self.workers))
+                ]
                 in_flight.append((f"the weights from `{next(iter(bucket))}` on", calls))
                 count += 1
         except NonFiniteError as error:
@@ -152,43 +175,70 @@ class RemoteEngine:
             self._answers(*in_flight.popleft(), report)
         if ranks.first and not report.losses and not report.problem:
             last = (self._version, sync_id, count)
-            calls = [(worker, self.workers.submit(worker, "finish_load", *last)) for worker in range(len(self.workers))]
-            for (worker, _), state in zip(calls, self._answers("the end of the weights", calls, report), strict=True):
+            calls = [
+                (worker, self.workers.submit(worker, "finish_load", *last))
+                for worker in range(len(self.workers))
+            ]
+            for (worker, _), state in zip(
+                calls, self._answers("the end of the weights", calls, report), strict=True
+            ):
                 if state is not None and state.sync_id != sync_id:
                     report.losses[worker] = Loss("it was started anew while weights were sent")
         return report
 
     def _prove(self, policy: Policy) -> None:
-        """Let each worker that was not probed since it started sample fixed prompts, which the policy then scores."""
-        while missing := [worker for worker in range(len(self.workers)) if worker not in self._proven]:
+        """Let each worker that was not probed since it started sample fixed prompts, which the
+        policy then scores.
+        """
+        while missing := [
+            worker for worker in range(len(self.workers)) if worker not in self._proven
+        ]:
             prompts = probe_prompts(self.cfg, policy)
             report = _Report({})
             if self.ranks.first:
                 requests = [Request.of(prompt).with_pictures(prompt) for prompt in prompts]
-                calls = [(worker, self.workers.submit(worker, "sample", requests, PROBE, self._sync_id)) for worker in missing]
+                calls = [
+                    (worker, self.workers.submit(worker, "sample", requests, PROBE, self._sync_id))
+                    for worker in missing
+                ]
                 report.value = self._answers("the probe", calls, report)
             report = self.ranks.broadcast(report, "probe of the engines")
             if self._settle(self.ranks, [report]):
                 self._load(self.ranks, self._current)
                 continue
             for worker, answers in zip(missing, report.value, strict=True):
-                rollouts = [r for prompt, found in zip(prompts, answers, strict=True) for r in group_of(prompt, found, PROBE).rollouts]
+                rollouts = [
+                    r
+                    for prompt, found in zip(prompts, answers, strict=True)
+                    for r in group_of(prompt, found, PROBE).rollouts
+                ]
                 cause = f"engine {worker} computes something else with the same weights"
-                check_gap(rollouts, policy, tolerance(self.cfg, [policy.dtype, self._dtype()]), lambda cause=cause: cause)  # type: ignore[misc]
+                check_gap(
+                    rollouts,
+                    policy,
+                    tolerance(self.cfg, [policy.dtype, self._dtype()]),
+                    lambda cause=cause: cause,  # type: ignore[misc]
+                )
                 self._proven.add(worker)
 
     def _dtype(self) -> torch.dtype:
         """The dtype that workers compute in."""
         given = self.cfg.rollout.vllm.dtype
-        return self.policy.dtype if self.name != "vllm" or given == "auto" else getattr(torch, given)
+        return (
+            self.policy.dtype if self.name != "vllm" or given == "auto" else getattr(torch, given)
+        )
 
-    # -- sampling --------------------------------------------------------------------------------------------------------
+    # -- sampling ----------------------------------------------------------------------------------
 
-    def sample(self, prompts: Sequence[EncodedPrompt], sampling: SamplingConfig) -> list[RolloutGroup]:
-        """`group_size` responses to each of this rank's prompts, in order. All ranks must call it, those without prompts too.
+    def sample(
+        self, prompts: Sequence[EncodedPrompt], sampling: SamplingConfig
+    ) -> list[RolloutGroup]:
+        """`group_size` responses to each of this rank's prompts, in order. All ranks must call it,
+        those without prompts too.
 
-        Lost workers are waited for, get the same weights again, and sample what is missing: tokens depend on weights and seeds alone.
-        With `rollout.staleness` it may run in a thread of its own while the policy trains.
+        Lost workers are waited for, get the same weights again, and sample what is missing: tokens
+        depend on weights and seeds alone. With `rollout.staleness` it may run in a thread of its
+        own while the policy trains.
         """
         pieces = self._pieces(prompts)
         while True:
@@ -196,20 +246,37 @@ class RemoteEngine:
             if not self._settle(self._sampling, self._sampling.gather(report, "sampling")):
                 break
             self._load(self._sampling, (lambda: self._kept) if self._ahead else self._current)
-        answers = [(prompt, found) for piece in pieces for prompt, found in zip(piece.prompts, piece.answers or (), strict=True)]
+        answers = [
+            (prompt, found)
+            for piece in pieces
+            for prompt, found in zip(piece.prompts, piece.answers or (), strict=True)
+        ]
         return [group_of(prompt, found, sampling) for prompt, found in answers]
 
     def _pieces(self, prompts: Sequence[EncodedPrompt]) -> list[_Piece]:
         parts = shares(len(prompts), self.ranks.rank, self.ranks.size, len(self.workers))
-        return [_Piece(worker, prompts[a:b], [Request.of(prompt) for prompt in prompts[a:b]]) for worker, a, b in parts]
+        return [
+            _Piece(worker, prompts[a:b], [Request.of(prompt) for prompt in prompts[a:b]])
+            for worker, a, b in parts
+        ]
 
     def _attempt(self, pieces: Sequence[_Piece], sampling: SamplingConfig) -> _Report:
-        """Have pieces sampled, and those whose pictures a worker cannot see a second time, with the pictures."""
+        """Have pieces sampled, and those whose pictures a worker cannot see a second time, with the
+        pictures.
+        """
         report = _Report({})
         while pieces and not report.problem:
-            calls = [(p.worker, self.workers.submit(p.worker, "sample", p.requests, sampling, self._sync_id)) for p in pieces]
+            calls = [
+                (
+                    p.worker,
+                    self.workers.submit(p.worker, "sample", p.requests, sampling, self._sync_id),
+                )
+                for p in pieces
+            ]
             blind = []
-            for piece, answer in zip(pieces, self._answers("a batch of prompts", calls, report), strict=True):
+            for piece, answer in zip(
+                pieces, self._answers("a batch of prompts", calls, report), strict=True
+            ):
                 if isinstance(answer, Refusal):
                     blind.append(piece)
                     for i in answer.requests:
@@ -219,10 +286,12 @@ class RemoteEngine:
             pieces = blind
         return report
 
-    # -- losses ----------------------------------------------------------------------------------------------------------
+    # -- losses ------------------------------------------------------------------------------------
 
     def _answers(self, what: str, calls: Sequence[tuple[int, Any]], report: _Report) -> list[Any]:
-        """What workers answered, in order; None where one is lost or something is wrong, which the report then says."""
+        """What workers answered, in order; None where one is lost or something is wrong, which the
+        report then says.
+        """
         deadline = time.monotonic() + self.limit_s
         found: list[Any] = []
         for worker, call in calls:
@@ -232,7 +301,9 @@ class RemoteEngine:
             except WorkerLost as error:
                 report.losses.setdefault(worker, Loss(str(error)))
             except TimeoutError:
-                report.losses[worker] = Loss(f"no answer to {what} within {self.limit_s:.0f} s (train.timeout_s)", hung=True)
+                report.losses[worker] = Loss(
+                    f"no answer to {what} within {self.limit_s:.0f} s (train.timeout_s)", hung=True
+                )
             if isinstance(answer, Problem):
                 report.problem, answer = report.problem or answer, None
             elif isinstance(answer, Refusal) and answer.reason == "stale":
@@ -244,7 +315,8 @@ class RemoteEngine:
     def _settle(self, ranks: Ranks, reports: Sequence[_Report]) -> bool:
         """Whether workers were lost: then they are back, with no weights. The same on every rank.
 
-        Raises the first rank's problem, and StoppedError for a worker that is lost once too often or does not come back.
+        Raises the first rank's problem, and StoppedError for a worker that is lost once too often
+        or does not come back.
         """
         problem = next((report.problem for report in reports if report.problem is not None), None)
         if problem is not None:
@@ -253,9 +325,14 @@ class RemoteEngine:
         if not losses:
             return False
         self._proven -= losses.keys()
-        self.losses += [f"engine {worker}: {loss.reason}" for worker, loss in sorted(losses.items())]
+        self.losses += [
+            f"engine {worker}: {loss.reason}" for worker, loss in sorted(losses.items())
+        ]
         if len(self.losses) > self.cfg.ray.max_restarts:
-            raise StoppedError(f"{self.losses[-1]}; ray.max_restarts={self.cfg.ray.max_restarts} were allowed: {'; '.join(self.losses)}")
+            raise StoppedError(
+                f"{self.losses[-1]}; ray.max_restarts={self.cfg.ray.max_restarts} were allowed: "
+                f"{'; '.join(self.losses)}"
+            )
         try:
             late = self._bring_back(losses) if ranks.first else None
         except UserError as error:
@@ -268,7 +345,8 @@ class RemoteEngine:
     def _bring_back(self, losses: Mapping[int, Loss]) -> Problem | None:
         """Wait until lost workers are there again; ones that hang are ended first.
 
-        One that hung before anybody had a connection to it looks like one that is being started: it is ended at half of the time.
+        One that hung before anybody had a connection to it looks like one that is being started: it
+        is ended at half of the time.
         """
         begun = time.monotonic()
         hung = {worker for worker, loss in losses.items() if loss.hung}
@@ -278,7 +356,9 @@ class RemoteEngine:
             while True:
                 waited = time.monotonic() - begun
                 try:
-                    state = self.workers.result(self.workers.submit(worker, "state"), max(0.0, self.limit_s - waited))
+                    state = self.workers.result(
+                        self.workers.submit(worker, "state"), max(0.0, self.limit_s - waited)
+                    )
                     if isinstance(state, Problem):
                         return state
                     break
@@ -290,10 +370,14 @@ class RemoteEngine:
                 except TimeoutError:
                     pass
                 if time.monotonic() > begun + self.limit_s:
-                    return Problem("StoppedError", f"engine {worker} was lost ({loss.reason}) and is not back after {self.limit_s:.0f} s")
+                    return Problem(
+                        "StoppedError",
+                        f"engine {worker} was lost ({loss.reason}) and is not back after "
+                        f"{self.limit_s:.0f} s",
+                    )
         return None
 
-    # -- the rest of a RolloutEngine ---------------------------------------------------------------------------------------
+    # -- the rest of a RolloutEngine ---------------------------------------------------------------
 
     def load_bucket(self, bucket: Mapping[str, Tensor]) -> NoReturn:
         """Not here: the workers are loaded together."""
@@ -311,13 +395,19 @@ class RemoteEngine:
 
 
 def shares(count: int, rank: int, ranks: int, workers: int) -> list[tuple[int, int, int]]:
-    """(worker, start, end) of a rank's `count` prompts: nearly equal parts, such that every worker gets as many parts of all ranks."""
+    """(worker, start, end) of a rank's `count` prompts: nearly equal parts, such that every worker
+    gets as many parts of all ranks.
+    """
     parts = workers // math.gcd(workers, ranks)
     bounds = [count * i // parts for i in range(parts + 1)]
-    return [((rank * parts + i) % workers, a, b) for i, (a, b) in enumerate(pairwise(bounds)) if b > a]
+    return [
+        ((rank * parts + i) % workers, a, b) for i, (a, b) in enumerate(pairwise(bounds)) if b > a
+    ]
 
 
-def group_of(prompt: EncodedPrompt, answers: Sequence[Answer], sampling: SamplingConfig) -> RolloutGroup:
+def group_of(
+    prompt: EncodedPrompt, answers: Sequence[Answer], sampling: SamplingConfig
+) -> RolloutGroup:
     """A worker's answers as responses to this rank's prompt."""
     rollouts = tuple(
         Rollout(prompt, index, a.token_ids, a.logprobs, a.text, a.finish_reason, a.policy_version)

@@ -31,15 +31,19 @@ def undisturbed_generators() -> Iterator[None]:
 
 @contextmanager
 def undisturbed() -> Iterator[None]:
-    """Importing and starting vLLM changes the process: put back what the trainer and its subprocesses rely on.
+    """Importing and starting vLLM changes the process: put back what the trainer and its
+    subprocesses rely on.
 
-    Generators, the number of threads (and torch.set_num_threads itself, which vLLM disables on CPU), default dtype, signal handlers and the
-    environment (LD_PRELOAD, LOCAL_WORLD_SIZE, inductor's settings, ...), of which only vLLM's own variables stay.
+    Generators, the number of threads (and torch.set_num_threads itself, which vLLM disables on
+    CPU), default dtype, signal handlers and the environment (LD_PRELOAD, LOCAL_WORLD_SIZE,
+    inductor's settings, ...), of which only vLLM's own variables stay.
     """
     environment, dtype = dict(os.environ), torch.get_default_dtype()
     threads, set_threads = torch.get_num_threads(), torch.set_num_threads
     main = threading.current_thread() is threading.main_thread()
-    handlers = {number: signal.getsignal(number) for number in signal.valid_signals()} if main else {}
+    handlers = (
+        {number: signal.getsignal(number) for number in signal.valid_signals()} if main else {}
+    )
     with undisturbed_generators(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:

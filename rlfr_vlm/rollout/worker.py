@@ -1,4 +1,6 @@
-"""What runs in an engine's process: a policy of its own, whose weights come by buckets, and the engine that samples from it."""
+"""What runs in an engine's process: a policy of its own, whose weights come by buckets, and the
+engine that samples from it.
+"""
 
 from __future__ import annotations
 
@@ -31,7 +33,9 @@ NO_LIMIT = 10**9  # prompt tokens: the trainer has checked them
 
 @dataclass(frozen=True)
 class Packed:
-    """A tensor as plain bytes, which processes can share and numpy knows; bfloat16 is none of its types."""
+    """A tensor as plain bytes, which processes can share and numpy knows; bfloat16 is none of its
+    types.
+    """
 
     dtype: str
     shape: tuple[int, ...]
@@ -40,7 +44,9 @@ class Packed:
 
 @dataclass(frozen=True)
 class Request:
-    """A prompt on its way to a worker. Pictures go as the row names them; `pictures` tells whether the worker sees the same ones."""
+    """A prompt on its way to a worker. Pictures go as the row names them; `pictures` tells whether
+    the worker sees the same ones.
+    """
 
     prompt: Prompt
     token_ids: tuple[int, ...]
@@ -70,7 +76,9 @@ class Answer:
 
 @dataclass(frozen=True)
 class Refusal:
-    """Why a worker did not sample: its weights are not those asked for, or it cannot see the pictures of these requests."""
+    """Why a worker did not sample: its weights are not those asked for, or it cannot see the
+    pictures of these requests.
+    """
 
     reason: Literal["stale", "pictures"]
     requests: tuple[int, ...] = ()
@@ -86,7 +94,9 @@ class Problem:
     @classmethod
     def of(cls, error: Exception) -> Problem:
         """The error as a value, under the nearest class that the command line knows."""
-        known = (base.__name__ for base in type(error).__mro__ if base.__module__ == errors.__name__)
+        known = (
+            base.__name__ for base in type(error).__mro__ if base.__module__ == errors.__name__
+        )
         return cls(next(known, "StoppedError"), str(error))
 
     def error(self) -> Exception:
@@ -96,7 +106,9 @@ class Problem:
 
 @dataclass(frozen=True)
 class WorkerState:
-    """Who a worker is, and which load its weights are from; None where it has had none, or one that broke off."""
+    """Who a worker is, and which load its weights are from; None where it has had none, or one that
+    broke off.
+    """
 
     engine: str
     pid: int
@@ -105,7 +117,9 @@ class WorkerState:
 
 
 class RolloutWorker:
-    """An engine in a process of its own. It samples from nothing but a completed load: initial weights are stale."""
+    """An engine in a process of its own. It samples from nothing but a completed load: initial
+    weights are stale.
+    """
 
     def __init__(self, cfg: Config) -> None:
         """Load model and engine. Raises UserError as they do."""
@@ -116,7 +130,9 @@ class RolloutWorker:
         self.engine = make_engine(cfg.model_copy(update={"model": model}), self.policy)
         data = cfg.data.model_copy(update={"max_prompt_tokens": NO_LIMIT})
         self.renderer = Renderer(self.policy, data, cfg.data.train or "")
-        self._loading: tuple[str, int] | None = None  # the load under way, and how many buckets of it have come
+        self._loading: tuple[str, int] | None = (
+            None  # the load under way, and how many buckets of it have come
+        )
         self._sync_id: str | None = None
 
     def state(self) -> WorkerState:
@@ -124,7 +140,9 @@ class RolloutWorker:
         return WorkerState(self.name, os.getpid(), socket.gethostname(), self._sync_id)
 
     def load_bucket(self, bucket: Mapping[str, Packed], sync_id: str) -> None:
-        """Take a part of the weights. From the first one on, until `finish_load`, nothing is sampled."""
+        """Take a part of the weights. From the first one on, until `finish_load`, nothing is
+        sampled.
+        """
         count = self._loading[1] if self._loading is not None and self._loading[0] == sync_id else 0
         self._sync_id, self._loading = None, (sync_id, count + 1)
         faultpoint("engine_sync")
@@ -138,8 +156,12 @@ class RolloutWorker:
         self._loading = None
         return self.state()
 
-    def sample(self, requests: Sequence[Request], sampling: SamplingConfig, sync_id: str) -> list[tuple[Answer, ...]] | Refusal:
-        """Responses to each request, or why there are none. Raises StoppedError naming a prompt that reads as other tokens here."""
+    def sample(
+        self, requests: Sequence[Request], sampling: SamplingConfig, sync_id: str
+    ) -> list[tuple[Answer, ...]] | Refusal:
+        """Responses to each request, or why there are none. Raises StoppedError naming a prompt
+        that reads as other tokens here.
+        """
         if self._sync_id != sync_id:
             return Refusal("stale")
         faultpoint("engine_prefill")
@@ -148,24 +170,35 @@ class RolloutWorker:
             return Refusal("pictures", tuple(i for i, found in enumerate(encoded) if found is None))
         groups = self.engine.sample([prompt for prompt in encoded if prompt is not None], sampling)
         return [
-            tuple(Answer(r.token_ids, r.logprobs, r.text, r.finish_reason, r.policy_version) for r in group.rollouts) for group in groups
+            tuple(
+                Answer(r.token_ids, r.logprobs, r.text, r.finish_reason, r.policy_version)
+                for r in group.rollouts
+            )
+            for group in groups
         ]
 
     def _encode(self, request: Request) -> EncodedPrompt | None:
-        """The prompt as the model reads it; None where its pictures are not to be had here, or are others than the trainer's."""
+        """The prompt as the model reads it; None where its pictures are not to be had here, or are
+        others than the trainer's.
+        """
         sent = any(isinstance(image, Image.Image) for image in request.prompt.images)
         try:
             encoded = self.renderer.encode(request.prompt)
         except RowError as error:
             if request.prompt.images and not sent:
                 return None
-            raise StoppedError(f"prompt `{request.prompt.id}`: the engine on {socket.gethostname()} cannot read it: {error}") from None
+            raise StoppedError(
+                f"prompt `{request.prompt.id}`: the engine on {socket.gethostname()} cannot read "
+                f"it: {error}"
+            ) from None
         if digest(encoded.images) != request.pictures and not sent:
             return None
         if (encoded.token_ids, digest(encoded.images)) != (request.token_ids, request.pictures):
+            equal = len(encoded.token_ids) == len(request.token_ids)
             raise StoppedError(
-                f"prompt `{request.prompt.id}`: the trainer reads it as {len(request.token_ids)} tokens, the engine on "
-                f"{socket.gethostname()} as {len(encoded.token_ids)}{' other ones' * (len(encoded.token_ids) == len(request.token_ids))}: "
+                f"prompt `{request.prompt.id}`: the trainer reads it as {len(request.token_ids)} "
+                f"tokens, the engine on {socket.gethostname()} as "
+                f"{len(encoded.token_ids)}{' other ones' * equal}: "
                 "are model files and versions of packages the same there?"
             )
         return encoded
@@ -176,7 +209,9 @@ class RolloutWorker:
 
 
 def worker_model(cfg: ModelConfig) -> ModelConfig:
-    """The model as an engine holds it: whole weights come, with adapters merged, and nothing is trained."""
+    """The model as an engine holds it: whole weights come, with adapters merged, and nothing is
+    trained.
+    """
     return cfg.model_copy(update={"lora": None, "gradient_checkpointing": "off"})
 
 
@@ -211,7 +246,9 @@ def unpacked(tensor: Packed) -> Tensor:
 
 
 def answered(worker: RolloutWorker, method: str, arguments: Sequence[Any]) -> Any:
-    """What a method returns, or the Problem that it met: errors that are meant for the user travel as values."""
+    """What a method returns, or the Problem that it met: errors that are meant for the user travel
+    as values.
+    """
     try:
         return getattr(worker, method)(*arguments)
     except UserError as error:

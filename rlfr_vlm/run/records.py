@@ -48,16 +48,24 @@ def rollout_line(
         "tokens": [token_text(t) for t in rollout.token_ids],
         "logprobs": [round(p, 4) for p in rollout.logprobs],
         "advantages": [round(a, 4) for a in record.advantages] if record else None,
-        "flow_rewards": [round(r, 5) for r in record.flow_rewards] if record and record.flow_rewards is not None else None,
-        "deviations": [round(d, 4) for d in record.deviations] if record and record.deviations is not None else None,
+        "flow_rewards": [round(r, 5) for r in record.flow_rewards]
+        if record and record.flow_rewards is not None
+        else None,
+        "deviations": [round(d, 4) for d in record.deviations]
+        if record and record.deviations is not None
+        else None,
         "entropy": [round(e, 4) for e in record.entropy] if record else None,
-        "latent": [float(f"{x:.4g}") for x in record.latent] if record and record.latent is not None else None,
+        "latent": [float(f"{x:.4g}") for x in record.latent]
+        if record and record.latent is not None
+        else None,
         "attention": attention,
     }
 
 
 def save_pictures(prompt: EncodedPrompt, folder: Path) -> list[str]:
-    """Write a prompt's pictures once each, named by content. Returns their paths relative to rollouts/."""
+    """Write a prompt's pictures once each, named by content. Returns their paths relative to
+    rollouts/.
+    """
     names = []
     for image in prompt.images:
         name = f"{hashlib.sha256(image.tobytes() + str(image.size).encode()).hexdigest()[:16]}.png"
@@ -68,8 +76,10 @@ def save_pictures(prompt: EncodedPrompt, folder: Path) -> list[str]:
 
 
 def over_updates(results: Sequence[tuple[dict[str, float], int]]) -> dict[str, float]:
-    """Metrics of a step's updates, with the number of samples of each: means weighted by it, but the largest of `_max`, standard errors of
-    all together, the whole way of the weights, and where the field is in the end."""
+    """Metrics of a step's updates, with the number of samples of each: means weighted by it, but
+    the largest of `_max`, standard errors of all together, the whole way of the weights, and where
+    the field is in the end.
+    """
     merged: dict[str, float] = {}
     for name in dict.fromkeys(name for figures, _ in results for name in figures):
         found = [(figures[name], count) for figures, count in results if name in figures]
@@ -82,7 +92,9 @@ def over_updates(results: Sequence[tuple[dict[str, float], int]]) -> dict[str, f
         elif name.endswith("_z"):
             merged[name] = sum(value for value, _ in found) / len(found) ** 0.5
         else:
-            merged[name] = sum(value * count for value, count in found) / max(1, sum(count for _, count in found))
+            merged[name] = sum(value * count for value, count in found) / max(
+                1, sum(count for _, count in found)
+            )
     return merged
 
 
@@ -97,14 +109,22 @@ class GroupFigures:
     truncated: tuple[bool, ...]
     outcomes: tuple[Outcome, ...]
     repetition: tuple[float, ...]  # share of each response's 4-grams that occur in it before
-    refrain: tuple[tuple[int, ...], int]  # the 4-gram that repeats most in one response, and how often it occurs there; () where none does
+    refrain: tuple[
+        tuple[int, ...], int
+        # the 4-gram that repeats most in one response, and how often it occurs there; () where none
+        # does
+    ]
 
 
 def group_figures(graded: GradedGroup) -> GroupFigures:
     """Without texts and pictures."""
     rollouts = graded.group.rollouts
     grams = [ngrams(r.token_ids) for r in rollouts]
-    most = max((max(found.items(), key=lambda item: item[1]) for found in grams if found), key=lambda item: item[1], default=((), 0))
+    most = max(
+        (max(found.items(), key=lambda item: item[1]) for found in grams if found),
+        key=lambda item: item[1],
+        default=((), 0),
+    )
     return GroupFigures(
         graded.position,
         graded.informative,
@@ -123,21 +143,29 @@ def ngrams(tokens: Sequence[int]) -> Counter[tuple[int, ...]]:
 
 
 def length_correlation(groups: Sequence[GroupFigures]) -> float | None:
-    """Correlation of reward and length among siblings of the same verdict and format: whether the reward pays for length itself.
+    """Correlation of reward and length among siblings of the same verdict and format: whether the
+    reward pays for length itself.
 
-    Both are taken relative to their mean over such siblings. 0 where rewards then do not differ; None with fewer than MIN_PAIRED of them.
+    Both are taken relative to their mean over such siblings. 0 where rewards then do not differ;
+    None with fewer than MIN_PAIRED of them.
     """
     alike: defaultdict[tuple[int, str, float], list[tuple[float, int]]] = defaultdict(list)
     for group in groups:
         for outcome, length in zip(group.outcomes, group.lengths, strict=True):
             if outcome.graded:
-                alike[group.position, outcome.verdict, outcome.parts.get("format", 0.0)].append((outcome.reward, length))
+                alike[group.position, outcome.verdict, outcome.parts.get("format", 0.0)].append(
+                    (outcome.reward, length)
+                )
     pairs = [np.array(found) - np.mean(found, axis=0) for found in alike.values() if len(found) > 1]
     if sum(map(len, pairs)) < MIN_PAIRED:
         return None
     reward, length = np.concatenate(pairs).T
     size = float(np.sqrt((reward**2).sum() * (length**2).sum()))
-    return float((reward * length).sum()) / size if np.abs(reward).max() > MIN_STD and size > 0 else 0.0
+    return (
+        float((reward * length).sum()) / size
+        if np.abs(reward).max() > MIN_STD and size > 0
+        else 0.0
+    )
 
 
 def batch_metrics(groups: Sequence[GroupFigures]) -> dict[str, float]:
@@ -154,7 +182,8 @@ def batch_metrics(groups: Sequence[GroupFigures]) -> dict[str, float]:
         "response_length/mean": sum(lengths) / len(lengths),
         "response_length/max": max(lengths),
         "response_length/min": min(lengths),
-        "response_length/clip_ratio": sum(cut for g in groups for cut in g.truncated) / len(lengths),
+        "response_length/clip_ratio": sum(cut for g in groups for cut in g.truncated)
+        / len(lengths),
         "prompt_length/mean": sum(g.prompt_length for g in groups) / len(groups),
         "response/repetition": sum(share for g in groups for share in g.repetition) / len(lengths),
     }

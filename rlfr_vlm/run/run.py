@@ -14,7 +14,14 @@ from types import FrameType
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 
 from rlfr_vlm.batch import AttentionRecord, Collected, GradedGroup, Sample, TokenRecord
 from rlfr_vlm.config import Config, to_yaml
@@ -27,7 +34,14 @@ from rlfr_vlm.ranks import ALONE, Ranks
 from rlfr_vlm.rewards.grader import Grader
 from rlfr_vlm.rollout.engine import RolloutEngine, Sampler
 from rlfr_vlm.rollout.spread import spread
-from rlfr_vlm.run.records import GroupFigures, batch_metrics, group_figures, over_updates, rollout_line, save_pictures
+from rlfr_vlm.run.records import (
+    GroupFigures,
+    batch_metrics,
+    group_figures,
+    over_updates,
+    rollout_line,
+    save_pictures,
+)
 from rlfr_vlm.run.rollout_files import write_rollouts
 from rlfr_vlm.run.trackers import Trackers
 from rlfr_vlm.run.watch import METRICS, Watch, keep_lines, read_lines
@@ -56,7 +70,9 @@ class Run:
         if ranks.first:
             self.folder.mkdir(parents=True, exist_ok=True)  # the benchmark holds none
         self.console = console or Console(stderr=True, quiet=not ranks.first)
-        self._unsaved: dict[int, DiskFullError] = {}  # steps since the last checkpoint whose saves failed
+        self._unsaved: dict[
+            int, DiskFullError
+        ] = {}  # steps since the last checkpoint whose saves failed
         self._asked_to_stop = False
         self._previous_handler = signal.signal(signal.SIGTERM, self._on_sigterm)
         self._trackers: Trackers | None = None
@@ -77,7 +93,7 @@ class Run:
             os._exit(75)
         self._asked_to_stop = True
 
-    # -- resuming ------------------------------------------------------------------------------------------------
+    # -- resuming ----------------------------------------------------------------------------------
 
     @property
     def checkpoints(self) -> Path:
@@ -85,10 +101,16 @@ class Run:
         return self.folder / "checkpoints"
 
     def restore(self, learner: Learner, prompts: PromptSource) -> int:
-        """Go on from the newest good checkpoint. Returns its step, 0 for a fresh start. Raises UserError if it is another run's."""
+        """Go on from the newest good checkpoint. Returns its step, 0 for a fresh start. Raises
+        UserError if it is another run's.
+        """
         found, problem = None, None
         try:
-            found = find_checkpoint(self.cfg, self.checkpoints, prompts.rows, self.warn) if self.ranks.first else None
+            found = (
+                find_checkpoint(self.cfg, self.checkpoints, prompts.rows, self.warn)
+                if self.ranks.first
+                else None
+            )
         except UserError as error:
             problem = error
         self.ranks.agree(problem, "looking for a checkpoint")
@@ -98,7 +120,14 @@ class Run:
             state = json.loads((found / "state.json").read_text())
             load_state(found, learner, prompts, state)
             step = state["step"]
-            self.say(f"resumed from {found.name}" + ("" if state["ranks"] == self.ranks.size else f", written by {state['ranks']} ranks"))
+            self.say(
+                f"resumed from {found.name}"
+                + (
+                    ""
+                    if state["ranks"] == self.ranks.size
+                    else f", written by {state['ranks']} ranks"
+                )
+            )
         else:
             seed_generators(self.cfg.seed)
         self.watch.resume(step)
@@ -119,27 +148,35 @@ class Run:
     def save(self, step: int, learner: Learner, prompts: PromptSource, must: bool = False) -> bool:
         """Commit a checkpoint of everything that decides the rest of the run; whether that worked.
 
-        Where the disk has no room, training goes on: what was learned since the last checkpoint is lost if it stops, and may yet be saved
-        if somebody frees some. Raises DiskFullError at the third such save in a row, or at once where it `must` be.
+        Where the disk has no room, training goes on: what was learned since the last checkpoint is
+        lost if it stops, and may yet be saved if somebody frees some. Raises DiskFullError at the
+        third such save in a row, or at once where it `must` be.
         """
         write = partial(write_state, cfg=self.cfg, step=step, learner=learner, prompts=prompts)
         try:
-            commit_checkpoint(self.checkpoints, step, write, self.cfg.train.keep_checkpoints, self.ranks)
+            commit_checkpoint(
+                self.checkpoints, step, write, self.cfg.train.keep_checkpoints, self.ranks
+            )
         except DiskFullError as error:
             self._unsaved[step] = error
             if must or len(self._unsaved) > MAX_UNSAVED:
                 raise
             self.warn(
-                f"{error}. Training goes on; it stops when {MAX_UNSAVED + 1} saves in a row fail, and this is number {len(self._unsaved)}"
+                f"{error}. Training goes on; it stops when {MAX_UNSAVED + 1} saves in a row fail, "
+                f"and this is number {len(self._unsaved)}"
             )
             return False
         self._unsaved = {}
-        if not self.due(step, self.cfg.eval.every):  # else the evaluation of this step comes next, and has more to show
+        if not self.due(
+            step, self.cfg.eval.every
+        ):  # else the evaluation of this step comes next, and has more to show
             self._report()
         return True
 
     def end(self) -> None:
-        """After the last step, and after the model is exported: raises DiskFullError where its checkpoint could not be written."""
+        """After the last step, and after the model is exported: raises DiskFullError where its
+        checkpoint could not be written.
+        """
         if error := self._unsaved.get(self.cfg.train.steps):
             raise error
 
@@ -153,9 +190,17 @@ class Run:
             return False
         done = True
         if self.ranks.first:
-            done = any(row["step"] == step and "val/score" in row for row in read_lines(self.folder / METRICS))
+            done = any(
+                row["step"] == step and "val/score" in row
+                for row in read_lines(self.folder / METRICS)
+            )
             if not done:  # what there is of it is written again
-                keep_lines(self.folder / METRICS, lambda row: row["step"] != step or not any(key.startswith("val/") for key in row))
+                keep_lines(
+                    self.folder / METRICS,
+                    lambda row: (
+                        row["step"] != step or not any(key.startswith("val/") for key in row)
+                    ),
+                )
         return not self.ranks.broadcast(done, "looking for an evaluation")
 
     def due(self, step: int, every: int) -> bool:
@@ -164,7 +209,9 @@ class Run:
 
     @contextmanager
     def guarded(self) -> Iterator[None]:
-        """What is not finite in this block is an event; a roll-back in a run that was asked to stop is its end: the way back is on record."""
+        """What is not finite in this block is an event; a roll-back in a run that was asked to stop
+        is its end: the way back is on record.
+        """
         try:
             with self.watch.guard():
                 yield
@@ -175,12 +222,14 @@ class Run:
 
     def stop_if_asked(self, step: int, learner: Learner, prompts: PromptSource) -> None:
         """After SIGTERM to any rank: save and raise Preempted."""
-        if step < self.cfg.train.steps and any(self.ranks.gather(self._asked_to_stop, f"end of step {step}")):
+        if step < self.cfg.train.steps and any(
+            self.ranks.gather(self._asked_to_stop, f"end of step {step}")
+        ):
             if not self.due(step, self.cfg.train.save_steps) or step in self._unsaved:
                 self.save(step, learner, prompts, must=True)
             raise Preempted(f"stopped at step {step} on SIGTERM; run the same command to go on")
 
-    # -- writing -------------------------------------------------------------------------------------------------
+    # -- writing -----------------------------------------------------------------------------------
 
     def say(self, message: str) -> None:
         """A line for the user."""
@@ -188,7 +237,9 @@ class Run:
 
     def warn(self, message: str) -> None:
         """A line that deserves attention."""
-        self.console.print(f"warning: {message}", style="yellow", highlight=False, markup=False, soft_wrap=True)
+        self.console.print(
+            f"warning: {message}", style="yellow", highlight=False, markup=False, soft_wrap=True
+        )
 
     def log(
         self,
@@ -199,15 +250,22 @@ class Run:
         clock: dict[str, float],
         looks: AttentionRecord,
     ) -> None:
-        """Metrics to metrics.jsonl and the trackers, some rollouts to rollouts/, one line to the terminal; of all ranks' shares.
+        """Metrics to metrics.jsonl and the trackers, some rollouts to rollouts/, one line to the
+        terminal; of all ranks' shares.
 
         Raises StoppedError where a monitor stops the run, or takes it back.
         """
         records = [record for _, part in results for record in part]
         lines = self._rollout_lines(step, batch.kept, samples, records, looks)
         sizes = [len(part) for _, part in results]
-        shares = self.ranks.gather(([group_figures(g) for g in batch.sampled], sizes, lines), f"metrics of step {step}")
-        metrics, refrain = ({}, "") if not self.ranks.first else self._write(step, batch.rounds, results, clock, shares)
+        shares = self.ranks.gather(
+            ([group_figures(g) for g in batch.sampled], sizes, lines), f"metrics of step {step}"
+        )
+        metrics, refrain = (
+            ({}, "")
+            if not self.ranks.first
+            else self._write(step, batch.rounds, results, clock, shares)
+        )
         self.watch.look(step, metrics, refrain)
 
     def _write(
@@ -219,27 +277,39 @@ class Run:
         shares: Sequence[tuple[list[GroupFigures], list[int], list[tuple[tuple[int, int], str]]]],
     ) -> tuple[dict[str, float], str]:
         """The step's metrics, written, and the 4-gram that repeats most in one of its responses."""
-        sampled = sorted((found for part, _, _ in shares for found in part), key=lambda found: found.position)
+        sampled = sorted(
+            (found for part, _, _ in shares for found in part), key=lambda found: found.position
+        )
         metrics = batch_metrics(sampled)
         if self.cfg.rollout.max_rounds > 1:
             metrics["rollout/rounds"] = rounds
             metrics["rollout/num_prompts"] = len(sampled)
         sizes = [sum(column) for column in zip(*(part for _, part, _ in shares), strict=True)]
-        metrics |= over_updates([(figures, size) for (figures, _), size in zip(results, sizes, strict=True)])
+        metrics |= over_updates(
+            [(figures, size) for (figures, _), size in zip(results, sizes, strict=True)]
+        )
         metrics |= clock
-        metrics["perf/tokens_per_s"] = sum(sum(found.lengths) for found in sampled) / clock["timing_s/step"]
+        metrics["perf/tokens_per_s"] = (
+            sum(sum(found.lengths) for found in sampled) / clock["timing_s/step"]
+        )
         self.write_metrics(step, metrics)
         if self.cfg.train.log_rollouts:
-            text = [line for _, line in sorted((key, line) for _, _, part in shares for key, line in part)]
+            text = [
+                line
+                for _, line in sorted((key, line) for _, _, part in shares for key, line in part)
+            ]
             write_rollouts(self.folder / "rollouts", step, text, self.cfg.train.rollout_format)
         figures = (
             f"reward {metrics['reward/mean']:.3f}  accuracy {metrics['reward/accuracy']:.3f}  "
-            f"length {metrics['response_length/mean']:.1f}  {metrics['perf/tokens_per_s']:.0f} tokens/s"
+            f"length {metrics['response_length/mean']:.1f}  {metrics['perf/tokens_per_s']:.0f} "
+            "tokens/s"
         )
         if self._progress is not None:
             self._progress.update(self._progress.task_ids[0], completed=step, figures=figures)
         else:
-            self.say(f"step {step}/{self.cfg.train.steps}  {figures}  {clock['timing_s/step']:.2f} s")
+            self.say(
+                f"step {step}/{self.cfg.train.steps}  {figures}  {clock['timing_s/step']:.2f} s"
+            )
         refrain, _ = max((found.refrain for found in sampled), key=lambda pair: pair[1])
         return metrics, "".join(self._token_text(token) for token in refrain)
 
@@ -252,11 +322,16 @@ class Run:
         if self._trackers is not None:
             self._trackers.write(step, metrics)
 
-    benchmarks: Callable[[Sampler, Path], dict[str, dict[str, Any]]] | None = None  # set by the command
-    report: Callable[[bool, bool], None] | None = None  # likewise; writes report.html, told whether the run ends, and whether in a hurry
+    benchmarks: Callable[[Sampler, Path], dict[str, dict[str, Any]]] | None = (
+        None  # set by the command
+    )
+    report: Callable[[bool, bool], None] | None = (
+        None  # likewise; writes report.html, told whether the run ends, and whether in a hurry
+    )
 
     def evaluate(self, step: int, engine: RolloutEngine) -> float:
-        """Accuracy on the held-out problems and on the benchmarks, written to eval/ and to the metrics. Returns their mean.
+        """Accuracy on the held-out problems and on the benchmarks, written to eval/ and to the
+        metrics. Returns their mean.
 
         The first rank evaluates, all of them sample.
         """
@@ -270,33 +345,54 @@ class Run:
         scores = [self._evaluate_heldout(step, engine).accuracy] if self.heldout else []
         if self.benchmarks is not None:
             summaries = self.benchmarks(engine, self.folder / "eval" / f"step_{step:06d}")
-            found = {f"val/{name}/accuracy": summary["accuracy"] for name, summary in summaries.items()}
+            found = {
+                f"val/{name}/accuracy": summary["accuracy"] for name, summary in summaries.items()
+            }
             self.write_metrics(step, found)
             scores += found.values()
         self._report()
         return sum(scores) / len(scores)
 
-    def keep_if_best(self, step: int, score: float, learner: Learner, prompts: PromptSource) -> None:
-        """The checkpoint with the best evaluation so far stays, whatever its age; `checkpoints/best.json` names it.
+    def keep_if_best(
+        self, step: int, score: float, learner: Learner, prompts: PromptSource
+    ) -> None:
+        """The checkpoint with the best evaluation so far stays, whatever its age;
+        `checkpoints/best.json` names it.
 
         Only then is the evaluation done: `val/score` in the metrics says so.
         """
         best = read_best(self.checkpoints)
-        known = (best is not None and best["score"] >= score, (self.checkpoints / f"{PREFIX}{step}").exists())
+        known = (
+            best is not None and best["score"] >= score,
+            (self.checkpoints / f"{PREFIX}{step}").exists(),
+        )
         beaten, saved = self.ranks.broadcast(known, f"best checkpoint at step {step}")
-        better = not beaten and step not in self._unsaved and (saved or self.save(step, learner, prompts))
+        better = (
+            not beaten
+            and step not in self._unsaved
+            and (saved or self.save(step, learner, prompts))
+        )
         faultpoint("best")
         if better and self.ranks.first:
             write_best(self.checkpoints, step, score)
         self.write_metrics(step, {"val/score": score})
 
     def _evaluate_heldout(self, step: int, engine: Sampler) -> HeldoutResult:
-        result = evaluate_heldout(self.cfg, engine, self.heldout, self.grader, step, self.folder / "eval")
-        self.write_metrics(step, {"val/accuracy": result.accuracy, "val/greedy": result.greedy, "val/response_length": result.mean_length})
+        result = evaluate_heldout(
+            self.cfg, engine, self.heldout, self.grader, step, self.folder / "eval"
+        )
+        self.write_metrics(
+            step,
+            {
+                "val/accuracy": result.accuracy,
+                "val/greedy": result.greedy,
+                "val/response_length": result.mean_length,
+            },
+        )
         low, high = result.accuracy_ci
         self.say(
-            f"step {step}  held-out accuracy {result.accuracy:.3f} ({low:.3f} to {high:.3f}), greedy {result.greedy:.3f}, "
-            f"{result.num_problems} problems x {result.num_samples}"
+            f"step {step}  held-out accuracy {result.accuracy:.3f} ({low:.3f} to {high:.3f}), "
+            f"greedy {result.greedy:.3f}, {result.num_problems} problems x {result.num_samples}"
         )
         return result
 
@@ -308,10 +404,14 @@ class Run:
         records: Sequence[TokenRecord],
         looks: AttentionRecord,
     ) -> list[tuple[tuple[int, int], str]]:
-        """Lines of rollouts/step_N.jsonl with their order, for the first groups of the step; their pictures are written here."""
+        """Lines of rollouts/step_N.jsonl with their order, for the first groups of the step; their
+        pictures are written here.
+        """
         folder = self.folder / "rollouts" / "images"
         token_records = {id(s.rollout): record for s, record in zip(samples, records, strict=True)}
-        positions = sorted(self.ranks.merge([g.position for g in groups], f"rollouts of step {step}"))
+        positions = sorted(
+            self.ranks.merge([g.position for g in groups], f"rollouts of step {step}")
+        )
         shown = set(positions[: self.cfg.train.log_rollouts])
         lines = []
         for graded in groups:
@@ -321,7 +421,9 @@ class Run:
                 for rollout, outcome in zip(graded.group.rollouts, graded.outcomes, strict=True):
                     key = (graded.position, rollout.sample_index)
                     record, look = token_records.get(id(rollout)), looks.get(key)
-                    line = rollout_line(step, rollout, outcome, pictures, record, look, self._token_text)
+                    line = rollout_line(
+                        step, rollout, outcome, pictures, record, look, self._token_text
+                    )
                     lines.append((key, json.dumps(line) + "\n"))
         return lines
 

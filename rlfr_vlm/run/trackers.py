@@ -1,4 +1,5 @@
-"""Curves of a run elsewhere than in its folder: TensorBoard, Weights & Biases and trackio behind one writer.
+"""Curves of a run elsewhere than in its folder: TensorBoard, Weights & Biases and trackio behind
+one writer.
 
 `metrics.jsonl` is the record; these are copies of it to look at. None of them may stop a run.
 """
@@ -22,7 +23,10 @@ from rlfr_vlm.errors import UserError
 
 STATE_FILE = "trackers.json"  # in the run's folder: what W&B and trackio know of the run by
 FLUSH_S = 1.0  # W&B's file is written out so often
-LAG_S = {"wandb": 2 * FLUSH_S, "trackio": 1.0}  # what was written so long ago has reached the disk; trackio's queue waits half a second
+LAG_S = {
+    "wandb": 2 * FLUSH_S,
+    "trackio": 1.0,
+}  # what was written so long ago has reached the disk; trackio's queue waits half a second
 FINISH_S = 120.0  # longest wait at the end for W&B's server
 PACKAGES = {"wandb": "wandb", "trackio": "trackio"}  # TensorBoard comes with the package
 
@@ -30,13 +34,21 @@ Say = Callable[[str], None]
 
 
 def check_recording(cfg: Config) -> None:
-    """Raises UserError, naming what to install, where the packages of `train.trackers` or `train.rollout_format` are missing."""
+    """Raises UserError, naming what to install, where the packages of `train.trackers` or
+    `train.rollout_format` are missing.
+    """
     for name in cfg.train.trackers:
         package = PACKAGES.get(name)
         if package is not None and not _installed(package):
-            raise UserError(f"train.trackers: {name} is not installed: pip install 'rlfr-vlm[trackers]', or pip install {package}")
+            raise UserError(
+                f"train.trackers: {name} is not installed: pip install 'rlfr-vlm[trackers]', or "
+                f"pip install {package}"
+            )
     if cfg.train.rollout_format == "parquet" and not _installed("pyarrow"):
-        raise UserError("train.rollout_format=parquet needs pyarrow: pip install 'rlfr-vlm[data]', or pip install pyarrow")
+        raise UserError(
+            "train.rollout_format=parquet needs pyarrow: pip install 'rlfr-vlm[data]', or pip "
+            "install pyarrow"
+        )
 
 
 def _installed(package: str) -> bool:
@@ -71,9 +83,11 @@ class Trackers:
     def __init__(self, cfg: Config, step: int, say: Say, warn: Say) -> None:
         """Opens them. step: the last one that stays, 0 for a new run.
 
-        After a kill, steps are written again with the same figures: W&B and trackio, which cannot take anything back, get each of them
-        once (trackio may get those of the last second before it twice), and what it cost them from metrics.jsonl. After a roll-back the
-        figures differ: they get another run, of the same group. Raises UserError for a project's name that is refused.
+        After a kill, steps are written again with the same figures: W&B and trackio, which cannot
+        take anything back, get each of them once (trackio may get those of the last second before
+        it twice), and what it cost them from metrics.jsonl. After a roll-back the
+        figures differ: they get another run, of the same group. Raises UserError for a project's
+            name that is refused.
         """
         self.warn = warn
         folder = Path(cfg.output_dir)
@@ -106,7 +120,10 @@ class Trackers:
                 act(tracker)
             except _breakage(name) as error:
                 del self._open[name]
-                self.warn(f"{name} is left out from here on: {error or type(error).__name__}; metrics.jsonl goes on")
+                self.warn(
+                    f"{name} is left out from here on: {error or type(error).__name__}; "
+                    "metrics.jsonl goes on"
+                )
 
 
 def _replay(step: int, metrics: Mapping[str, float], tracker: Tracker) -> None:
@@ -123,7 +140,9 @@ def _breakage(name: str) -> tuple[type[Exception], ...]:
 
 
 class Memory:
-    """What a tracker was told before this process began: the run's id there, and up to which step each figure is written."""
+    """What a tracker was told before this process began: the run's id there, and up to which step
+    each figure is written.
+    """
 
     def __init__(self, path: Path, name: str, step: int, branch: int) -> None:
         self._path, self._name, self._lag = path, name, LAG_S[name]
@@ -131,7 +150,9 @@ class Memory:
         state = _read(path).get(name)
         self.known = step > 0 and isinstance(state, dict) and state.get("branch") == branch
         self._state: dict[str, Any] = (
-            state if self.known and isinstance(state, dict) else {"id": uuid.uuid4().hex[:12], "branch": branch, "rows": 0, "last": {}}
+            state
+            if self.known and isinstance(state, dict)
+            else {"id": uuid.uuid4().hex[:12], "branch": branch, "rows": 0, "last": {}}
         )
         with _state_file:
             self._save(json.dumps(self._state))
@@ -153,10 +174,16 @@ class Memory:
 
     def fresh(self, step: int, metrics: Mapping[str, float]) -> dict[str, float]:
         """Those figures of a step that are not written yet."""
-        return {name: value for name, value in metrics.items() if step > self._state["last"].get(name, 0)}
+        return {
+            name: value
+            for name, value in metrics.items()
+            if step > self._state["last"].get(name, 0)
+        }
 
     def add(self, step: int, metrics: Mapping[str, float]) -> None:
-        """They are, now, in a row of their own. The file says so when they have reached the disk."""
+        """They are, now, in a row of their own. The file says so when they have reached the
+        disk.
+        """
         self._state["rows"] += 1
         self._note(step, metrics)
 
@@ -245,9 +272,11 @@ class TensorBoard:
 
 
 class WandB:
-    """A run of W&B, files in `wandb/`. Without a key, or without a connection at the start, it is offline; it never asks for anything.
+    """A run of W&B, files in `wandb/`. Without a key, or without a connection at the start, it is
+    offline; it never asks for anything.
 
-    Its own step counts rows, since it takes none twice; the axis of every chart is the figure `step`.
+    Its own step counts rows, since it takes none twice; the axis of every chart is the figure
+    `step`.
     """
 
     def __init__(self, cfg: Config, memory: Memory, say: Say, warn: Say) -> None:
@@ -256,7 +285,12 @@ class WandB:
         self._wandb, self._memory = wandb, memory
         folder = Path(cfg.output_dir)
         silent = wandb.Settings(silent=True, console="off")  # it would take over the terminal
-        settings = wandb.Settings(silent=True, console="off", finish_timeout=FINISH_S, x_transaction_log_flush_interval=FLUSH_S)
+        settings = wandb.Settings(
+            silent=True,
+            console="off",
+            finish_timeout=FINISH_S,
+            x_transaction_log_flush_interval=FLUSH_S,
+        )
         given: dict[str, Any] = {
             "project": cfg.train.project,
             "name": memory.run_name(folder),
@@ -267,14 +301,19 @@ class WandB:
             "config": cfg.model_dump(mode="json"),
             "settings": settings,
         }
-        mode: Any = wandb.setup(settings=silent).settings.mode  # that of WANDB_MODE or of `wandb offline`
+        mode: Any = wandb.setup(
+            settings=silent
+        ).settings.mode  # that of WANDB_MODE or of `wandb offline`
         try:
             if mode == "online" and not wandb.login(prompt=False, verify=False):
                 say("W&B: no API key, so the run is kept offline")
                 mode = "offline"
             self._run = wandb.init(mode=mode, **given)
         except wandb.Error as error:
-            warn(f"W&B does not answer, so the run is kept offline: {' '.join(str(error).split())[:300]}")
+            warn(
+                "W&B does not answer, so the run is kept offline: "
+                f"{' '.join(str(error).split())[:300]}"
+            )
             mode = "offline"
             wandb.teardown()  # its process still holds the run's id
             self._run = wandb.init(mode="offline", **given)
@@ -306,10 +345,14 @@ class WandB:
 
 
 class Trackio:
-    """A run of trackio, in `trackio/` unless TRACKIO_DIR or a Space says otherwise. It warns of its failures itself and raises none."""
+    """A run of trackio, in `trackio/` unless TRACKIO_DIR or a Space says otherwise. It warns of its
+    failures itself and raises none.
+    """
 
     def __init__(self, cfg: Config, memory: Memory, say: Say, warn: Say) -> None:
-        os.environ.setdefault("TRACKIO_DIR", str(Path(cfg.output_dir).resolve() / "trackio"))  # read when it is imported
+        os.environ.setdefault(
+            "TRACKIO_DIR", str(Path(cfg.output_dir).resolve() / "trackio")
+        )  # read when it is imported
         import trackio
         from trackio.utils import TRACKIO_DIR
 
@@ -327,7 +370,10 @@ class Trackio:
                 )
         except ValueError as error:
             raise UserError(f"train.project: trackio refuses it: {error}") from None
-        say(f"trackio: look at it with `TRACKIO_DIR={TRACKIO_DIR} trackio show --project {cfg.train.project}`")
+        say(
+            f"trackio: look at it with `TRACKIO_DIR={TRACKIO_DIR} trackio show --project "
+            f"{cfg.train.project}`"
+        )
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
         """See Tracker."""

@@ -1,4 +1,6 @@
-"""What follows from a monitor's word: a line on record, an end of the run, or a way back to an older checkpoint."""
+"""What follows from a monitor's word: a line on record, an end of the run, or a way back to an
+older checkpoint.
+"""
 
 from __future__ import annotations
 
@@ -26,25 +28,35 @@ ROLL_BACKS = "roll_backs.json"  # in the folder of the checkpoints
 class Watch:
     """The monitors of a run and what they do; every rank has one, the first rank's decides."""
 
-    def __init__(self, cfg: Config, folder: Path, ranks: Ranks, warn: Callable[[str], None]) -> None:
+    def __init__(
+        self, cfg: Config, folder: Path, ranks: Ranks, warn: Callable[[str], None]
+    ) -> None:
         self.cfg, self.folder, self.ranks, self.warn = cfg, folder, ranks, warn
         self.monitors = Monitors(cfg)
         self.step = 0  # the last one that was seen
         self.track: Callable[[int, Event], None] | None = None  # tells the trackers
 
     def resume(self, step: int) -> None:
-        """Go on after this step: what the monitors saw before it is read again, what came after it is to be written again."""
+        """Go on after this step: what the monitors saw before it is read again, what came after it
+        is to be written again.
+        """
         self.step = step
         if not self.ranks.first:
             return
         keep_lines(self.folder / METRICS, lambda row: row["step"] <= step)
-        (self.folder / EVENTS).touch()  # an empty file says that there were monitors, and that they saw nothing
+        (
+            self.folder / EVENTS
+        ).touch()  # an empty file says that there were monitors, and that they saw nothing
         rows = kept_events(read_lines(self.folder / EVENTS), step, count_roll_backs(self.folder))
         _write_lines(self.folder / EVENTS, rows)
-        self.monitors.replay(merged(read_lines(self.folder / METRICS)), {row["monitor"] for row in rows if row["action"] == "warn"})
+        self.monitors.replay(
+            merged(read_lines(self.folder / METRICS)),
+            {row["monitor"] for row in rows if row["action"] == "warn"},
+        )
 
     def look(self, step: int, figures: Mapping[str, float], refrain: str) -> None:
-        """Let the monitors see a step, and do as they say. All ranks call it; figures and refrain are the first one's.
+        """Let the monitors see a step, and do as they say. All ranks call it; figures and refrain
+        are the first one's.
 
         Raises StoppedError, or RolledBack when the run stands at an older checkpoint now.
         """
@@ -54,46 +66,86 @@ class Watch:
 
     @contextmanager
     def guard(self) -> Iterator[None]:
-        """Whatever in this block is not finite is an event of the step after the last one. All ranks must meet it."""
+        """Whatever in this block is not finite is an event of the step after the last one. All
+        ranks must meet it.
+        """
         try:
             yield
         except NonFiniteError as error:
             step = self.step + 1
-            seen = "No engine and no checkpoint has seen it" if isinstance(error, NonFiniteWeightError) else "No weight has seen it"
-            event = Event(step, step, "non_finite", self.cfg.monitors.non_finite, math.nan, 0.0, str(error), "", seen)
+            seen = (
+                "No engine and no checkpoint has seen it"
+                if isinstance(error, NonFiniteWeightError)
+                else "No weight has seen it"
+            )
+            event = Event(
+                step,
+                step,
+                "non_finite",
+                self.cfg.monitors.non_finite,
+                math.nan,
+                0.0,
+                str(error),
+                "",
+                seen,
+            )
             try:
                 self._act([event])
             except StoppedError as outcome:
                 raise outcome from error
 
     def _act(self, events: Sequence[Event]) -> None:
-        """Warn of all of them; of the others the first one counts, and stopping comes before going back."""
-        urgent = min((e for e in events if e.action in ("stop", "roll_back")), key=lambda e: e.action != "stop", default=None)
+        """Warn of all of them; of the others the first one counts, and stopping comes before going
+        back.
+        """
+        urgent = min(
+            (e for e in events if e.action in ("stop", "roll_back")),
+            key=lambda e: e.action != "stop",
+            default=None,
+        )
         for event in events:
             if event is not urgent:
-                self._say(replace(event, action="warn"))  # what it would have done is done by the urgent one
+                self._say(
+                    replace(event, action="warn")
+                )  # what it would have done is done by the urgent one
         if urgent is None:
             return
         if urgent.action == "roll_back":
             urgent = self._roll_back(urgent)
         if urgent.action == "stop":
             self._say(urgent)
-            raise StoppedError(f"{urgent.line} (monitors.{urgent.monitor}={getattr(self.cfg.monitors, urgent.monitor)})")
+            raise StoppedError(
+                f"{urgent.line} "
+                f"(monitors.{urgent.monitor}={getattr(self.cfg.monitors, urgent.monitor)})"
+            )
         raise RolledBack(
-            f"{urgent.line} (monitors.{urgent.monitor}=roll_back: the run stands at step {urgent.to}; the same command goes on)"
+            f"{urgent.line} (monitors.{urgent.monitor}=roll_back: the run stands at step "
+            f"{urgent.to}; the same command goes on)"
         )
 
     def _roll_back(self, event: Event) -> Event:
-        """Back to the newest checkpoint from before it began, where there is one; the event as it came out."""
+        """Back to the newest checkpoint from before it began, where there is one; the event as it
+        came out.
+        """
         outcome = event
         if self.ranks.first:
             done = count_roll_backs(self.folder)
-            target = max((s for s in checkpoint_steps(self.folder) if s < event.since), default=None)
+            target = max(
+                (s for s in checkpoint_steps(self.folder) if s < event.since), default=None
+            )
             if done >= self.cfg.monitors.max_roll_backs:
-                outcome = replace(event, action="stop", do=f"{event.do}. It was rolled back {done} times already: monitors.max_roll_backs")
+                outcome = replace(
+                    event,
+                    action="stop",
+                    do=f"{event.do}. It was rolled back {done} times already: "
+                    "monitors.max_roll_backs",
+                )
             elif target is None:
                 outcome = replace(
-                    event, action="stop", do=f"{event.do}. There is no checkpoint from before step {event.since} to go back to"
+                    event,
+                    action="stop",
+                    do=f"{event.do}. There is no checkpoint from before step {event.since} to go "
+                    "back to",
                 )
             else:
                 outcome = replace(event, to=target)
@@ -104,7 +156,10 @@ class Watch:
     def _say(self, event: Event) -> None:
         if not self.ranks.first:
             return
-        row = {name: value if not isinstance(value, float) or math.isfinite(value) else None for name, value in asdict(event).items()}
+        row = {
+            name: value if not isinstance(value, float) or math.isfinite(value) else None
+            for name, value in asdict(event).items()
+        }
         with (self.folder / EVENTS).open("a") as file:
             file.write(json.dumps(row) + "\n")
         self.warn(event.line)
@@ -121,21 +176,30 @@ def count_roll_backs(folder: Path) -> int:
 
 
 def with_roll_backs(cfg: Config, ranks: Ranks = ALONE) -> Config:
-    """The config of a run that may have been rolled back: after each time it draws other samples, and learns more slowly."""
-    count = ranks.broadcast(count_roll_backs(Path(cfg.output_dir)) if ranks.first else 0, "counting roll-backs")
-    return cfg.model_copy(update={"monitors": cfg.monitors.model_copy(update={"roll_backs": count})})
+    """The config of a run that may have been rolled back: after each time it draws other samples,
+    and learns more slowly.
+    """
+    count = ranks.broadcast(
+        count_roll_backs(Path(cfg.output_dir)) if ranks.first else 0, "counting roll-backs"
+    )
+    return cfg.model_copy(
+        update={"monitors": cfg.monitors.model_copy(update={"roll_backs": count})}
+    )
 
 
 def checkpoint_steps(folder: Path) -> list[int]:
     """Steps of the checkpoints that there are."""
-    return [int(path.name.removeprefix(PREFIX)) for path in list_checkpoints(folder / "checkpoints")]
+    return [
+        int(path.name.removeprefix(PREFIX)) for path in list_checkpoints(folder / "checkpoints")
+    ]
 
 
 def take_back(folder: Path, event: Event, number: int) -> None:
-    """Set aside checkpoints, evaluations and rollouts, and move away metrics, of the steps after the one that is gone back to; the count
-    comes last.
+    """Set aside checkpoints, evaluations and rollouts, and move away metrics, of the steps after
+    the one that is gone back to; the count comes last.
 
-    Killed before that, the run goes on from the same checkpoint as if it had never gone further, and comes to the same point again.
+    Killed before that, the run goes on from the same checkpoint as if it had never gone further,
+    and comes to the same point again.
     """
     assert event.to is not None
     root = folder / "checkpoints"
@@ -149,8 +213,14 @@ def take_back(folder: Path, event: Event, number: int) -> None:
     for path in [*(folder / "eval").glob("step_*"), *(folder / "rollouts").glob("step_*")]:
         if (found := re.match(r"step_(\d+)", path.name)) and int(found[1]) > event.to:
             path.rename(path.with_name(f"rolled-back-{number}-{uuid.uuid4().hex[:8]}-{path.name}"))
-    before = [row for row in read_lines(folder / ROLLED_BACK) if row.get("roll_back", 0) < number]  # a kill may have left some of this time
-    taken = [{"roll_back": number, **row} for row in read_lines(folder / METRICS) if row["step"] > event.to]
+    before = [
+        row for row in read_lines(folder / ROLLED_BACK) if row.get("roll_back", 0) < number
+    ]  # a kill may have left some of this time
+    taken = [
+        {"roll_back": number, **row}
+        for row in read_lines(folder / METRICS)
+        if row["step"] > event.to
+    ]
     _write_lines(folder / ROLLED_BACK, [*before, *taken])
     keep_lines(folder / METRICS, lambda row: row["step"] <= event.to)
     known = json.loads((root / ROLL_BACKS).read_text()) if (root / ROLL_BACKS).exists() else []
@@ -162,17 +232,24 @@ def take_back(folder: Path, event: Event, number: int) -> None:
     temporary.replace(root / ROLL_BACKS)
 
 
-def kept_events(rows: Sequence[Mapping[str, Any]], step: int, num_roll_backs: int) -> list[Mapping[str, Any]]:
-    """Events that stay when the run goes on after this step: those up to it, and all up to the last stop or roll-back.
+def kept_events(
+    rows: Sequence[Mapping[str, Any]], step: int, num_roll_backs: int
+) -> list[Mapping[str, Any]]:
+    """Events that stay when the run goes on after this step: those up to it, and all up to the last
+    stop or roll-back.
 
     A roll-back beyond the count was cut short by a kill: it will come again.
     """
     kept: list[Mapping[str, Any]] = []
-    later: list[Mapping[str, Any]] = []  # of steps that are to come again, unless a stop or a roll-back follows
+    later: list[
+        Mapping[str, Any]
+    ] = []  # of steps that are to come again, unless a stop or a roll-back follows
     done = 0
     for row in rows:
         done += row.get("action") == "roll_back"
-        if row.get("action") == "stop" or (row.get("action") == "roll_back" and done <= num_roll_backs):
+        if row.get("action") == "stop" or (
+            row.get("action") == "roll_back" and done <= num_roll_backs
+        ):
             kept, later = [*kept, *later, row], []
         elif row.get("action") == "warn":
             (kept if row["step"] <= step else later).append(row)

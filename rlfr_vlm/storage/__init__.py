@@ -1,1 +1,3 @@
-"""What is kept on disk so that a run can go on or be used elsewhere: checkpoints, shards, export, the run's lock."""
+"""What is kept on disk so that a run can go on or be used elsewhere: checkpoints, shards, export,
+the run's lock.
+"""

@@ -1,7 +1,8 @@
 """Checkpoints that are either complete and verified, or invisible.
 
-Written into a hidden folder, every file flushed to disk, then a manifest with sizes and sha256 sums, then one rename; `latest` is replaced
-after that, and only then are old ones removed. Read in the opposite order of trust: manifest, sizes, sums, then content.
+Written into a hidden folder, every file flushed to disk, then a manifest with sizes and sha256
+sums, then one rename; `latest` is replaced after that, and only then are old ones removed. Read in
+the opposite order of trust: manifest, sizes, sums, then content.
 """
 
 from __future__ import annotations
@@ -24,18 +25,24 @@ if TYPE_CHECKING:
 
 MANIFEST = "manifest.json"
 PREFIX = "global_step_"
-REPLACED = ".tmp-replaced-"  # and the name of a checkpoint, while another of the same step takes its place
+REPLACED = (
+    ".tmp-replaced-"  # and the name of a checkpoint, while another of the same step takes its place
+)
 RANK = "rank_"  # and its number: a folder inside a checkpoint
 INTACT = "free some; the older checkpoints are intact"
 
 T = TypeVar("T")
 
 
-def commit_checkpoint(root: Path, step: int, write: Callable[[Path], None], keep: int, ranks: Ranks | None = None) -> Path:
-    """Let `write` fill a folder and make it `root/global_step_N`, atomically. Keeps the newest `keep` checkpoints, and the best one.
+def commit_checkpoint(
+    root: Path, step: int, write: Callable[[Path], None], keep: int, ranks: Ranks | None = None
+) -> Path:
+    """Let `write` fill a folder and make it `root/global_step_N`, atomically. Keeps the newest
+    `keep` checkpoints, and the best one.
 
-    Every rank writes, flushes and hashes its own files; the first one commits them when all are done. Raises DiskFullError on every rank,
-    with every older checkpoint intact and nothing half-written left, when the disk has no room for it or refuses it.
+    Every rank writes, flushes and hashes its own files; the first one commits them when all are
+    done. Raises DiskFullError on every rank, with every older checkpoint intact and nothing
+    half-written left, when the disk has no room for it or refuses it.
     """
     from rlfr_vlm.ranks import ALONE
 
@@ -99,7 +106,9 @@ def _commit(root: Path, temporary: Path, final: Path, keep: int) -> None:
     others = [p for p in list_checkpoints(root) if p != final]
     for old in others[: -(keep - 1)]:
         if old.name not in spared:
-            old.rename(root / f".tmp-old-{old.name}-{uuid.uuid4().hex[:8]}")  # half removed, it would look like a damaged one
+            old.rename(
+                root / f".tmp-old-{old.name}-{uuid.uuid4().hex[:8]}"
+            )  # half removed, it would look like a damaged one
             faultpoint("checkpoint_prune")
     _clear_temporary(root)
 
@@ -112,7 +121,9 @@ def write_latest(root: Path, name: str) -> None:
 
 
 def read_best(root: Path) -> dict[str, float] | None:
-    """{"step", "score"} of the checkpoint with the best evaluation; None where there was none, or where it is gone."""
+    """{"step", "score"} of the checkpoint with the best evaluation; None where there was none, or
+    where it is gone.
+    """
     try:
         best = json.loads((root / "best.json").read_text())
     except (OSError, ValueError):
@@ -142,7 +153,9 @@ def _clear_temporary(root: Path) -> None:
 
 
 def rank_folder(folder: Path, rank: int) -> Path:
-    """Where a rank writes its share of a checkpoint; the first rank also writes beside these folders."""
+    """Where a rank writes its share of a checkpoint; the first rank also writes beside these
+    folders.
+    """
     return folder / f"{RANK}{rank:04d}"
 
 
@@ -151,7 +164,9 @@ def _flushed(folder: Path, ranks: Ranks) -> dict[str, dict[str, Any]]:
     entries = {}
     for path in sorted(p for p in folder.rglob("*") if p.is_file()):
         name = path.relative_to(folder)
-        if name.parts[0] == rank_folder(folder, ranks.rank).name or (ranks.first and not name.parts[0].startswith(RANK)):
+        if name.parts[0] == rank_folder(folder, ranks.rank).name or (
+            ranks.first and not name.parts[0].startswith(RANK)
+        ):
             with path.open("rb+") as file:
                 os.fsync(file.fileno())
             _sync_folder(path.parent)
@@ -193,7 +208,9 @@ def sha256(path: Path) -> str:
 
 def list_checkpoints(root: Path) -> list[Path]:
     """Committed checkpoints, oldest first."""
-    found = [p for p in root.glob(f"{PREFIX}*") if p.is_dir() and p.name.removeprefix(PREFIX).isdigit()]
+    found = [
+        p for p in root.glob(f"{PREFIX}*") if p.is_dir() and p.name.removeprefix(PREFIX).isdigit()
+    ]
     return sorted(found, key=lambda p: int(p.name.removeprefix(PREFIX)))
 
 
@@ -221,7 +238,9 @@ def _check(path: Path, entry: dict[str, Any]) -> None:
 
 
 def _manifest(folder: Path) -> dict[str, dict[str, Any]]:
-    """Size and sum of each file, by name. Raises CheckpointError where they are not what was written, or files were added."""
+    """Size and sum of each file, by name. Raises CheckpointError where they are not what was
+    written, or files were added.
+    """
     path = folder / MANIFEST
     try:
         content = json.loads(path.read_text())
@@ -233,13 +252,20 @@ def _manifest(folder: Path) -> dict[str, dict[str, Any]]:
         raise CheckpointError(f"{path} was changed after it was written")
     for found in folder.rglob("*"):  # what is read back is found by its name
         name = found.relative_to(folder)
-        if found.is_file() and str(name) not in files and str(name) != MANIFEST and not any(part.startswith(".") for part in name.parts):
+        if (
+            found.is_file()
+            and str(name) not in files
+            and str(name) != MANIFEST
+            and not any(part.startswith(".") for part in name.parts)
+        ):
             raise CheckpointError(f"{found} is not in the manifest")
     return files
 
 
 def _put_back(root: Path) -> None:
-    """Undo a replacement that a kill cut short: the checkpoint that was taken away, and the new one that is not there."""
+    """Undo a replacement that a kill cut short: the checkpoint that was taken away, and the new one
+    that is not there.
+    """
     for replaced in root.glob(f"{REPLACED}*"):
         final = root / replaced.name.removeprefix(REPLACED).rpartition("-")[0]
         if not final.exists():
@@ -247,9 +273,11 @@ def _put_back(root: Path) -> None:
 
 
 def newest_good(root: Path, warn: Callable[[str], None]) -> Path | None:
-    """The newest checkpoint that verifies; each damaged one is reported and set aside. None where none was ever committed.
+    """The newest checkpoint that verifies; each damaged one is reported and set aside. None where
+    none was ever committed.
 
-    Raises CheckpointError when there are checkpoints and none is good: a run never starts afresh in silence.
+    Raises CheckpointError when there are checkpoints and none is good: a run never starts afresh in
+    silence.
     """
     _put_back(root)
     _clear_temporary(root)
@@ -263,7 +291,13 @@ def newest_good(root: Path, warn: Callable[[str], None]) -> Path | None:
             return folder
         except CheckpointError as error:
             problems.append(str(error))
-            warn(f"checkpoint {folder.name} is damaged: {error}; it is set aside, trying the one before")
+            warn(
+                f"checkpoint {folder.name} is damaged: {error}; it is set aside, trying the one "
+                "before"
+            )
     if problems:
-        raise CheckpointError(f"no good checkpoint is left in {root}: {problems[0]}; use another output_dir to start afresh")
+        raise CheckpointError(
+            f"no good checkpoint is left in {root}: {problems[0]}; use another output_dir to start "
+            "afresh"
+        )
     return None

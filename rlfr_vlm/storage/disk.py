@@ -21,7 +21,8 @@ NOTHING_FREE = 2**20  # bytes: whatever fails with less than that, a full disk i
 def refusal(error: BaseException, folder: Path) -> str | None:
     """Why the disk refused a write; None where the error is of another kind.
 
-    safetensors and torch.save report a full disk as errors of their own: with the number of the system's error in the text, or without.
+    safetensors and torch.save report a full disk as errors of their own: with the number of the
+    system's error in the text, or without.
     """
     told = re.search(r"os error (\d+)", str(error))
     number = getattr(error, "errno", None) or (int(told[1]) if told else None)
@@ -34,7 +35,9 @@ def refusal(error: BaseException, folder: Path) -> str | None:
 
 @contextmanager
 def refusals_named(target: Path, partial: Path, rest: str = "free some") -> Iterator[None]:
-    """Raises DiskFullError for what the disk refuses in this block. `partial`: what is written there, on the way to becoming `target`."""
+    """Raises DiskFullError for what the disk refuses in this block. `partial`: what is written
+    there, on the way to becoming `target`.
+    """
     try:
         yield
     except UserError:
@@ -44,12 +47,18 @@ def refusals_named(target: Path, partial: Path, rest: str = "free some") -> Iter
         why = refusal(error, root)
         if why is None:
             raise
-        raise DiskFullError(message(why, target, f"more than the {size(written(partial))} that were written", root, rest)) from error
+        raise DiskFullError(
+            message(
+                why, target, f"more than the {size(written(partial))} that were written", root, rest
+            )
+        ) from error
 
 
 @contextmanager
 def fullness_named(folder: Path) -> Iterator[None]:
-    """Raises DiskFullError, naming the folder or the file, for whatever finds its disk full in this block."""
+    """Raises DiskFullError, naming the folder or the file, for whatever finds its disk full in this
+    block.
+    """
     try:
         yield
     except (UserError, Preempted):
@@ -60,19 +69,25 @@ def fullness_named(folder: Path) -> Iterator[None]:
         where = getattr(error, "filename", None) or folder
         free = size(shutil.disk_usage(folder).free)
         raise DiskFullError(
-            f"{NO_SPACE} for {where}: {free} are free on the disk of {folder}; free some and run the same command"
+            f"{NO_SPACE} for {where}: {free} are free on the disk of {folder}; free some and run "
+            "the same command"
         ) from error
 
 
 def check_room(target: Path, needed: int, rest: str = "free some") -> None:
-    """Raises DiskFullError where less than `needed` bytes are free for `target`, before a byte is written."""
+    """Raises DiskFullError where less than `needed` bytes are free for `target`, before a byte is
+    written.
+    """
     if shutil.disk_usage(target.parent).free < needed:
         raise DiskFullError(message(NO_SPACE, target, size(needed), target.parent, rest))
 
 
 def message(why: str, target: Path, needed: str, root: Path, rest: str) -> str:
     """One line."""
-    return f"{why} for {target}: it needs {needed}, and {size(shutil.disk_usage(root).free)} are free; {rest}"
+    return (
+        f"{why} for {target}: it needs {needed}, and {size(shutil.disk_usage(root).free)} are "
+        f"free; {rest}"
+    )
 
 
 def written(folder: Path) -> int:

@@ -1,4 +1,6 @@
-"""A checkpoint of any number of ranks -> a plain Hugging Face folder, checked by a forward of transformers' own model."""
+"""A checkpoint of any number of ranks -> a plain Hugging Face folder, checked by a forward of
+transformers' own model.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +28,9 @@ ANSWER = "The answer is 4, because 1 + 3 = 4."  # what the exported model is ask
 
 
 def find_checkpoint(source: Path, best: bool = False) -> Path:
-    """The checkpoint that a path means: itself, or of a run the newest one, or the best. Raises UserError naming what is not there."""
+    """The checkpoint that a path means: itself, or of a run the newest one, or the best. Raises
+    UserError naming what is not there.
+    """
     if (source / "state.json").is_file():
         return source
     root = source if list_checkpoints(source) else source / "checkpoints"
@@ -37,14 +41,19 @@ def find_checkpoint(source: Path, best: bool = False) -> Path:
         return found[-1]
     named = read_best(root)
     if named is None:
-        raise UserError(f"{root}/best.json names no checkpoint: the run had no evaluation (eval.every=0)")
+        raise UserError(
+            f"{root}/best.json names no checkpoint: the run had no evaluation (eval.every=0)"
+        )
     return root / f"{PREFIX}{named['step']:.0f}"
 
 
-def export_checkpoint(source: Path, out: Path, best: bool = False, model: str | None = None) -> Path:
+def export_checkpoint(
+    source: Path, out: Path, best: bool = False, model: str | None = None
+) -> Path:
     """Write the trained model of a checkpoint to `out`; returns the checkpoint that it was.
 
-    model: where the model that training started from lies now. Raises CheckpointError for a damaged checkpoint, naming the file, and
+    model: where the model that training started from lies now. Raises CheckpointError for a damaged
+        checkpoint, naming the file, and
     UserError where `out` is taken or the base model does not load.
     """
     if out.exists():
@@ -55,7 +64,10 @@ def export_checkpoint(source: Path, out: Path, best: bool = False, model: str | 
         tree = json.loads((folder / "state.json").read_text())["config"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{folder / 'state.json'} cannot be read: {error!r}") from None
-    tree["model"] |= {"gradient_checkpointing": "off", **({"path": model} if model is not None else {})}
+    tree["model"] |= {
+        "gradient_checkpointing": "off",
+        **({"path": model} if model is not None else {}),
+    }
     cfg = parse_config(tree, f"{folder / 'state.json'}")
     policy = Policy(cfg.model, "--model" if model is not None else "model.path of the run")
     load_weights(folder, policy)
@@ -70,16 +82,23 @@ def export_checkpoint(source: Path, out: Path, best: bool = False, model: str | 
 
 
 def check_export(cfg: Config, policy: Policy, folder: Path) -> float:
-    """Mean gap between the log-probs of the exported model, in transformers' own forward, and the policy's; StoppedError if it is too large."""
+    """Mean gap between the log-probs of the exported model, in transformers' own forward, and the
+    policy's; StoppedError if it is too large.
+    """
     rollouts = [_answered(prompt, policy) for prompt in probe_prompts(cfg, policy)]
     loader = AutoModelForImageTextToText if policy.family.vision else AutoModelForCausalLM
     exported: Any = loader.from_pretrained(folder, dtype=policy.dtype, attn_implementation="sdpa")
     exported = exported.to(policy.device).eval()
-    theirs = torch.cat([plain_logprobs(exported, rollout, policy.banned_token_ids) for rollout in rollouts])
+    theirs = torch.cat(
+        [plain_logprobs(exported, rollout, policy.banned_token_ids) for rollout in rollouts]
+    )
     ours = torch.cat(policy.score(rollouts))
     gap = float((theirs - ours).abs().mean())
     if not gap <= TOLERANCE[policy.dtype]:
-        raise StoppedError(f"the exported model's log-probs are {gap:.4g} away from the policy's (limit {TOLERANCE[policy.dtype]:.4g})")
+        raise StoppedError(
+            f"the exported model's log-probs are {gap:.4g} away from the policy's (limit "
+            f"{TOLERANCE[policy.dtype]:.4g})"
+        )
     return gap
 
 
@@ -90,7 +109,9 @@ def _answered(prompt: Any, policy: Policy) -> Rollout:
 
 @torch.no_grad()
 def plain_logprobs(model: Any, rollout: Rollout, banned: Sequence[int]) -> torch.Tensor:
-    """Log-probs of a response by a model as transformers loads it, one sequence without packing. Returns [T] float32 on the CPU."""
+    """Log-probs of a response by a model as transformers loads it, one sequence without packing.
+    Returns [T] float32 on the CPU.
+    """
     ids = torch.tensor([[*rollout.prompt.token_ids, *rollout.token_ids]], device=model.device)
     vision: dict[str, Any] = {k: v.to(model.device) for k, v in rollout.prompt.vision.items()}
     if vision:

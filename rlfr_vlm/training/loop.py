@@ -1,4 +1,6 @@
-"""The algorithm: policy optimisation with verifiable rewards and flow rewards (RLFR, arXiv:2510.10201), and the methods beside it."""
+"""The algorithm: policy optimisation with verifiable rewards and flow rewards (RLFR,
+arXiv:2510.10201), and the methods beside it.
+"""
 
 from __future__ import annotations
 
@@ -23,10 +25,19 @@ from rlfr_vlm.training.timing import timed
 from rlfr_vlm.training.update import update
 
 
-def train(cfg: Config, learner: Learner, engine: RolloutEngine, prompts: PromptSource, grader: Grader, run: Run) -> None:
-    """Group-relative policy optimisation with flow rewards; resumes from the run's newest good checkpoint.
+def train(
+    cfg: Config,
+    learner: Learner,
+    engine: RolloutEngine,
+    prompts: PromptSource,
+    grader: Grader,
+    run: Run,
+) -> None:
+    """Group-relative policy optimisation with flow rewards; resumes from the run's newest good
+    checkpoint.
 
-    Every rank runs this on its share of each batch; sums go over all of them, so that the numbers are those of one process.
+    Every rank runs this on its share of each batch; sums go over all of them, so that the numbers
+    are those of one process.
     """
     done = run.restore(learner, prompts)
     if run.owes_evaluation(done):
@@ -34,24 +45,34 @@ def train(cfg: Config, learner: Learner, engine: RolloutEngine, prompts: PromptS
     with closing(Rollouts(cfg, learner, engine, prompts, grader)) as rollouts, run.guarded():
         for step in range(done + 1, cfg.train.steps + 1):
             with timed("step") as clock:
-                # 1. Sample G responses to each prompt from the current policy, and verify the answers: one outcome per response.
+                # 1. Sample G responses to each prompt from the current policy, and verify the
+                # answers: one outcome per response.
                 batch = rollouts.next(step, clock)
 
                 # 2. What each outcome is worth: relative to its group, or as it is.
-                samples = make_samples(batch.groups, batch.outcomes, cfg.run_seed, step, cfg.algorithm, batch.positions)
+                samples = make_samples(
+                    batch.groups, batch.outcomes, cfg.run_seed, step, cfg.algorithm, batch.positions
+                )
                 faultpoint("reward")
 
-                # 3. Old log-probs, deviations from the flow, and credit; with one on-policy update, its own forward gives them.
+                # 3. Old log-probs, deviations from the flow, and credit; with one on-policy update,
+                # its own forward gives them.
                 if needs_scoring(cfg, samples, learner.ranks):
                     with timed("score", clock):
                         samples = score_samples(cfg, learner, samples, clock)
 
-                looks = record_attention(cfg, learner, batch.kept, clock)  # for the record: where in the pictures each token looked
+                looks = record_attention(
+                    cfg, learner, batch.kept, clock
+                )  # for the record: where in the pictures each token looked
 
-                # 4. Policy updates; the flow follows the latents of selected responses, by default the correct ones.
+                # 4. Policy updates; the flow follows the latents of selected responses, by default
+                # the correct ones.
                 with timed("update", clock):
                     parts = split_evenly(samples, cfg.algorithm.updates_per_rollout, learner.ranks)
-                    results = [update(cfg, learner, part, trains_policy(cfg, step), clock) for part in parts]
+                    results = [
+                        update(cfg, learner, part, trains_policy(cfg, step), clock)
+                        for part in parts
+                    ]
 
             run.log(step, batch, samples, results, clock, looks)
             if run.due(step, cfg.train.save_steps):
@@ -62,7 +83,9 @@ def train(cfg: Config, learner: Learner, engine: RolloutEngine, prompts: PromptS
             run.stop_if_asked(step, learner, prompts)
 
 
-def evaluate(learner: Learner, engine: RolloutEngine, prompts: PromptSource, run: Run, step: int) -> None:
+def evaluate(
+    learner: Learner, engine: RolloutEngine, prompts: PromptSource, run: Run, step: int
+) -> None:
     """Evaluate the policy as it is; the best checkpoint is kept."""
     engine.load_weights(learner.policy)
     faultpoint("eval")
@@ -78,9 +101,14 @@ def trains_policy(cfg: Config, step: int) -> bool:
 
 
 def split_evenly(samples: list[Sample], parts: int, ranks: Ranks = ALONE) -> list[list[Sample]]:
-    """Contiguous shares of the whole step's samples, of nearly equal size and none of them empty; of each share, those of this rank."""
+    """Contiguous shares of the whole step's samples, of nearly equal size and none of them empty;
+    of each share, those of this rank.
+    """
     own = [(sample.position, sample.rollout.sample_index) for sample in samples]
     order = {key: i for i, key in enumerate(sorted(ranks.merge(own, "sharing out updates")))}
     bounds = [len(order) * i // parts for i in range(parts + 1)]
     shares = [range(a, b) for a, b in pairwise(bounds) if b > a]
-    return [[sample for sample, key in zip(samples, own, strict=True) if order[key] in share] for share in shares]
+    return [
+        [sample for sample, key in zip(samples, own, strict=True) if order[key] in share]
+        for share in shares
+    ]

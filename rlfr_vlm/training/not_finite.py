@@ -17,11 +17,17 @@ TOO_FAST = "the field or the policy's latents are broken; lower flow.online.lr"
 
 
 def check_rollouts(groups: Sequence[RolloutGroup], outcomes: Sequence[Outcome]) -> None:
-    """Raises NonFiniteError naming the responses whose log-probs by the engine, or rewards, are not finite: weights may be, or a reward."""
+    """Raises NonFiniteError naming the responses whose log-probs by the engine, or rewards, are not
+    finite: weights may be, or a reward.
+    """
     rollouts = [rollout for group in groups for rollout in group.rollouts]
     if unsure := [rollout for rollout in rollouts if not all(map(math.isfinite, rollout.logprobs))]:
         raise blame("the engine's log-probs", unsure)
-    if wrong := [rollout for rollout, outcome in zip(rollouts, outcomes, strict=True) if not math.isfinite(outcome.reward)]:
+    if wrong := [
+        rollout
+        for rollout, outcome in zip(rollouts, outcomes, strict=True)
+        if not math.isfinite(outcome.reward)
+    ]:
         raise blame("the rewards", wrong)
 
 
@@ -29,11 +35,17 @@ def blame(what: str, rollouts: Sequence[Rollout]) -> NonFiniteError:
     """What to say of responses, as PROMPT#SAMPLE."""
     named = [f"{rollout.prompt.prompt.id}#{rollout.sample_index}" for rollout in rollouts]
     more = f" and {len(named) - NAMED} more" * (len(named) > NAMED)
-    return NonFiniteError(f"not finite: {what} of response{'s' * (len(named) > 1)} {', '.join(named[:NAMED])}{more}")
+    return NonFiniteError(
+        f"not finite: {what} of response{'s' * (len(named) > 1)} {', '.join(named[:NAMED])}{more}"
+    )
 
 
-def in_microbatch(output: PolicyOutput, scores: Scores, credit: Credit, samples: Sequence[Sample], loss: Tensor) -> NonFiniteError | None:
-    """The first column of a micro-batch, in the order in which they come to be, that is not finite, and the responses to blame."""
+def in_microbatch(
+    output: PolicyOutput, scores: Scores, credit: Credit, samples: Sequence[Sample], loss: Tensor
+) -> NonFiniteError | None:
+    """The first column of a micro-batch, in the order in which they come to be, that is not finite,
+    and the responses to blame.
+    """
     columns = {
         "the log-probs": output.logprobs.detach(),
         "the old log-probs": scores.logprobs,
@@ -45,11 +57,20 @@ def in_microbatch(output: PolicyOutput, scores: Scores, credit: Credit, samples:
         "the returns": credit.returns,
     }
     present = {what: column for what, column in columns.items() if column is not None}
-    good = torch.stack([*(column.isfinite().all() for column in present.values()), loss.isfinite()]).tolist()
+    good = torch.stack(
+        [*(column.isfinite().all() for column in present.values()), loss.isfinite()]
+    ).tolist()
     if all(good):
         return None
     for (what, column), fine in zip(present.items(), good, strict=False):
         if not fine:
             parts = column.split([s.length for s in samples])
-            return blame(what, [s.rollout for s, part in zip(samples, parts, strict=True) if not bool(part.isfinite().all())])
+            return blame(
+                what,
+                [
+                    s.rollout
+                    for s, part in zip(samples, parts, strict=True)
+                    if not bool(part.isfinite().all())
+                ],
+            )
     return blame("the policy loss", [s.rollout for s in samples])

@@ -20,18 +20,35 @@ from rlfr_vlm.training.timing import timed
 class Rollouts:
     """Graded batches, one per step.
 
-    With `rollout.staleness=1` the batch of step s + 1 is sampled in a thread while step s trains, from the weights that step s started
-    with: one step old when it is learnt from, and never older. `algorithm.importance_cap` corrects for that.
+    With `rollout.staleness=1` the batch of step s + 1 is sampled in a thread while step s trains,
+    from the weights that step s started
+    with: one step old when it is learnt from, and never older. `algorithm.importance_cap` corrects
+        for that.
     """
 
-    def __init__(self, cfg: Config, learner: Learner, engine: RolloutEngine, prompts: PromptSource, grader: Grader) -> None:
-        self.cfg, self.learner, self.engine, self.prompts, self.grader = cfg, learner, engine, prompts, grader
+    def __init__(
+        self,
+        cfg: Config,
+        learner: Learner,
+        engine: RolloutEngine,
+        prompts: PromptSource,
+        grader: Grader,
+    ) -> None:
+        self.cfg, self.learner, self.engine, self.prompts, self.grader = (
+            cfg,
+            learner,
+            engine,
+            prompts,
+            grader,
+        )
         self.ranks = learner.ranks
         self._thread: ThreadPoolExecutor | None = None
         self._ahead: Future[tuple[Collected, dict[str, float]]] | None = None
         if cfg.rollout.staleness:
             self._thread = ThreadPoolExecutor(1, "rollouts")
-            self.ranks = Ranks(self.ranks.rank, self.ranks.size, self.ranks.timeout_s)  # a process group of the thread's own
+            self.ranks = Ranks(
+                self.ranks.rank, self.ranks.size, self.ranks.timeout_s
+            )  # a process group of the thread's own
             prompts.ranks = self.ranks
 
     def next(self, step: int, clock: dict[str, float]) -> Collected:
@@ -57,7 +74,9 @@ class Rollouts:
         with timed("sync", clock):
             try:
                 self.engine.load_weights(self.learner.policy)
-            except NonFiniteError as error:  # of this rank's weights: the others are about to sample
+            except (
+                NonFiniteError
+            ) as error:  # of this rank's weights: the others are about to sample
                 problem = error
         self.learner.ranks.agree(problem, "weight sync")
         faultpoint("sync")
@@ -77,6 +96,8 @@ class Rollouts:
             self._ahead.exception()
 
     def close(self) -> None:
-        """Wait for the thread; what it sampled is lost, and is sampled again by a run that resumes."""
+        """Wait for the thread; what it sampled is lost, and is sampled again by a run that
+        resumes.
+        """
         if self._thread is not None:
             self._thread.shutdown(cancel_futures=True)

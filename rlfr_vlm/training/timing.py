@@ -11,7 +11,9 @@ import torch
 
 @contextmanager
 def timed(name: str, clock: dict[str, float] | None = None) -> Iterator[dict[str, float]]:
-    """Add the seconds of the block to `timing_s/name`, in the clock given or in a new one that is yielded."""
+    """Add the seconds of the block to `timing_s/name`, in the clock given or in a new one that is
+    yielded.
+    """
     clock = {} if clock is None else clock
     start = _now()
     yield clock
@@ -20,5 +22,6 @@ def timed(name: str, clock: dict[str, float] | None = None) -> Iterator[dict[str
 
 def _now() -> float:
     if torch.cuda.is_initialized():
-        torch.cuda.synchronize()  # kernels run behind: without this their time falls to whoever waits for them
+        # kernels run behind: without this their time falls to whoever waits for them
+        torch.cuda.synchronize()
     return time.perf_counter()

@@ -29,15 +29,25 @@ from rlfr_vlm.types import PolicyOutput
 
 
 def update(
-    cfg: Config, learner: Learner, samples: Sequence[Sample], train_policy: bool = True, clock: dict[str, float] | None = None
+    cfg: Config,
+    learner: Learner,
+    samples: Sequence[Sample],
+    train_policy: bool = True,
+    clock: dict[str, float] | None = None,
 ) -> tuple[dict[str, float], list[TokenRecord]]:
-    """One optimiser step of the policy (unless told not to) and one of the field on these samples, micro-batch by micro-batch.
+    """One optimiser step of the policy (unless told not to) and one of the field on these samples,
+    micro-batch by micro-batch.
 
-    The result does not depend on how the samples fall into micro-batches. Returns metrics and, per sample, what its tokens got.
+    The result does not depend on how the samples fall into micro-batches. Returns metrics and, per
+    sample, what its tokens got.
     """
     ranks = learner.ranks
-    num_tokens, num_sequences = ranks.total([sum(s.length for s in samples), len(samples)], "size of the update")
-    size = UpdateSize(int(num_tokens), int(num_sequences))  # every mean divides by the whole update's, never by a micro-batch's
+    num_tokens, num_sequences = ranks.total(
+        [sum(s.length for s in samples), len(samples)], "size of the update"
+    )
+    size = UpdateSize(
+        int(num_tokens), int(num_sequences)
+    )  # every mean divides by the whole update's, never by a micro-batch's
     metrics, records = UpdateMetrics(cfg, size), list[TokenRecord]()
     following = None
     if cfg.flow is not None and learner.field is not None and learner.field_optimizers:
@@ -45,11 +55,14 @@ def update(
         if learner.flow_optimizer is not None:
             metrics.add({"flow/selected_frac": num_selected(cfg, samples) / size.num_sequences})
     problem: NonFiniteError | None = None
-    for part in synchronised([s.rollout for s in samples], cfg.train.tokens_per_microbatch, learner.policy, ranks):
+    for part in synchronised(
+        [s.rollout for s in samples], cfg.train.tokens_per_microbatch, learner.policy, ranks
+    ):
         chosen = [samples[i] for i in part.rows]
         with torch.set_grad_enabled(train_policy):
             output = forward(cfg, learner, part.batch)
-        if not chosen:  # other ranks have more: sharded weights are gathered by all of them together, backwards too
+        # other ranks have more: sharded weights are gathered by all of them together, backwards too
+        if not chosen:
             if train_policy:
                 learner.optimizer.backward(0.0 * output.logprobs.sum())
             continue
@@ -62,12 +75,16 @@ def update(
                 seen = following.see(part.rows, chosen, output.latents, scores, metrics)
             problem = problem or seen
         metrics.add_tokens(chosen, scores, credit)
-        records += _records(chosen, scores, credit, output.latents, cfg.shaping.likelihood is not None)
+        records += _records(
+            chosen, scores, credit, output.latents, cfg.shaping.likelihood is not None
+        )
     ranks.agree(problem, "losses of the update")  # before any weight moves
     result = metrics.result(ranks)
     selected = following.selected() if following is not None and learner.window is None else {}
     for name in selected:
-        if not selected[name]:  # where nothing selected has a context there is no loss, not a loss of 0
+        if not selected[
+            name
+        ]:  # where nothing selected has a context there is no loss, not a loss of 0
             result.pop(LOSSES[name], None)
     result |= _policy_step(learner, train_policy)
     if following is not None:
@@ -93,7 +110,9 @@ def _policy_gradient(
     samples: Sequence[Sample],
     metrics: UpdateMetrics,
 ) -> NonFiniteError | None:
-    """Add this micro-batch's share of the gradient and of the metrics. Returns what is not finite in it."""
+    """Add this micro-batch's share of the gradient and of the metrics. Returns what is not finite
+    in it.
+    """
     loss, found = objective(cfg, learner.head, output, scores, credit, samples, metrics.size)
     problem = in_microbatch(output, scores, credit, samples, loss)
     output.logprobs.register_hook(partial(poison, "gradient"))
@@ -104,7 +123,9 @@ def _policy_gradient(
 
 
 def _policy_step(learner: Learner, train_policy: bool) -> dict[str, float]:
-    """Steps of the policy's optimiser and its head's. Returns rates, gradient norms and how far weights moved."""
+    """Steps of the policy's optimiser and its head's. Returns rates, gradient norms and how far
+    weights moved.
+    """
     metrics: dict[str, float] = {}
     before = learner.optimizer.sample()
     if train_policy:
@@ -124,18 +145,34 @@ def _policy_step(learner: Learner, train_policy: bool) -> dict[str, float]:
 
 def moved(before: Tensor, after: Tensor, ranks: Ranks = ALONE) -> float:
     """||after - before|| / ||before|| over the samples of all ranks."""
-    change, size = ranks.total([(after - before).square().sum().item(), before.square().sum().item()], "how far weights moved")
+    change, size = ranks.total(
+        [(after - before).square().sum().item(), before.square().sum().item()],
+        "how far weights moved",
+    )
     return math.sqrt(change / size) if size > 0 else 0.0
 
 
-def _records(samples: Sequence[Sample], scores: Scores, credit: Credit, latents: Latents | None, shaped: bool) -> list[TokenRecord]:
+def _records(
+    samples: Sequence[Sample], scores: Scores, credit: Credit, latents: Latents | None, shaped: bool
+) -> list[TokenRecord]:
     sizes = [s.length for s in samples]
     zeros = torch.zeros_like(scores.entropy)
     with_flow = scores.straying is not None
-    all_columns = (credit.advantages, credit.token_rewards, scores.straying if with_flow else zeros, scores.entropy)
+    all_columns = (
+        credit.advantages,
+        credit.token_rewards,
+        scores.straying if with_flow else zeros,
+        scores.entropy,
+    )
     columns = [column.cpu().split(sizes) for column in all_columns if column is not None]
     sketches = [None] * len(samples) if latents is None else sketch_latents(latents, sizes).tolist()
     return [
-        TokenRecord(a.tolist(), r.tolist() if with_flow or shaped else None, d.tolist() if with_flow else None, e.tolist(), sketch)
+        TokenRecord(
+            a.tolist(),
+            r.tolist() if with_flow or shaped else None,
+            d.tolist() if with_flow else None,
+            e.tolist(),
+            sketch,
+        )
         for a, r, d, e, sketch in zip(*columns, sketches, strict=True)
     ]

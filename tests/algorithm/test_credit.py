@@ -26,14 +26,18 @@ def prepared(model_folder, family="qwen2", **sections):
     learner, samples = setup(cfg)
     if cfg.algorithm.advantage != "group":
         raw = {id(s.rollout): s for s in samples}
-        samples = [dataclasses.replace(s, advantage=raw[id(s.rollout)].outcome.reward) for s in samples]
+        samples = [
+            dataclasses.replace(s, advantage=raw[id(s.rollout)].outcome.reward) for s in samples
+        ]
     return cfg, learner, samples
 
 
 @pytest.mark.parametrize("method", OBJECTIVES)
 @pytest.mark.parametrize("updates", [1, 2])
 def test_every_method_updates_the_policy_and_its_head(model_folder, method, updates):
-    cfg, learner, samples = prepared(model_folder, algorithm={"method": method, "updates_per_rollout": updates})
+    cfg, learner, samples = prepared(
+        model_folder, algorithm={"method": method, "updates_per_rollout": updates}
+    )
     before = weights(learner.policy.model)
     head = weights(learner.head) if learner.head else None
     if needs_scoring(cfg, samples):
@@ -51,10 +55,14 @@ def test_every_method_updates_the_policy_and_its_head(model_folder, method, upda
 def test_micro_batches_do_not_change_any_objective(model_folder, method):
     results = []
     for budget in (10_000, 40):
-        cfg, learner, samples = prepared(model_folder, algorithm={"method": method}, train={"tokens_per_microbatch": budget})
+        cfg, learner, samples = prepared(
+            model_folder, algorithm={"method": method}, train={"tokens_per_microbatch": budget}
+        )
         gradients = {}
         learner.optimizer.torch.register_step_pre_hook(
-            lambda *_, kept=gradients, own=learner: kept.update({n: p.grad.clone() for n, p in own.policy.model.named_parameters()})
+            lambda *_, kept=gradients, own=learner: kept.update(
+                {n: p.grad.clone() for n, p in own.policy.model.named_parameters()}
+            )
         )
         metrics, _ = update(cfg, learner, score_samples(cfg, learner, samples))
         results.append((metrics, gradients))
@@ -65,7 +73,9 @@ def test_micro_batches_do_not_change_any_objective(model_folder, method):
 
 
 def test_reinforce_pp_charges_for_divergence_before_it_whitens(model_folder):
-    cfg, learner, samples = prepared(model_folder, algorithm={"method": "reinforce_pp", "kl": {"coef": 0.5}})
+    cfg, learner, samples = prepared(
+        model_folder, algorithm={"method": "reinforce_pp", "kl": {"coef": 0.5}}
+    )
     with torch.no_grad():
         for parameter in learner.reference.model.parameters():
             parameter.mul_(1.05)
@@ -75,7 +85,9 @@ def test_reinforce_pp_charges_for_divergence_before_it_whitens(model_folder):
         rewards = -0.5 * kl_estimate(s.scores.logprobs, s.scores.ref_logprobs, "k1")
         rewards[-1] += s.outcome.reward
         expected.append(rewards.flip(0).cumsum(0).flip(0))
-    assert torch.allclose(torch.cat([s.credit.advantages for s in scored]), whiten(torch.cat(expected)), atol=1e-5)
+    assert torch.allclose(
+        torch.cat([s.credit.advantages for s in scored]), whiten(torch.cat(expected)), atol=1e-5
+    )
 
 
 @pytest.mark.parametrize("place", ["loss", "reward"])
@@ -83,11 +95,15 @@ def test_divergence_from_the_reference_holds_the_policy_back(model_folder, place
     """A reference that equals the policy costs nothing; far from it, the gradient changes."""
     plain, learner, samples = prepared(model_folder)
     update(plain, learner, samples)
-    cfg, with_kl, _ = prepared(model_folder, algorithm={"kl": {"coef": 0.1, "estimator": "k2", "place": place}})
+    cfg, with_kl, _ = prepared(
+        model_folder, algorithm={"kl": {"coef": 0.1, "estimator": "k2", "place": place}}
+    )
     metrics, _ = update(cfg, with_kl, samples)
     assert metrics["actor/kl"] == pytest.approx(0, abs=1e-9)
     assert same(weights(learner.policy.model), weights(with_kl.policy.model))
-    _, far, _ = prepared(model_folder, algorithm={"kl": {"coef": 0.1, "estimator": "k2", "place": place}})
+    _, far, _ = prepared(
+        model_folder, algorithm={"kl": {"coef": 0.1, "estimator": "k2", "place": place}}
+    )
     with torch.no_grad():
         for parameter in far.reference.model.parameters():
             parameter.mul_(1.05)
@@ -100,7 +116,13 @@ def test_divergence_from_the_reference_holds_the_policy_back(model_folder, place
 def test_the_importance_cap_weighs_tokens_by_the_engines_mismatch(model_folder):
     cfg, learner, samples = prepared(model_folder, algorithm={"importance_cap": 2.0})
     skewed = [
-        dataclasses.replace(s, rollout=dataclasses.replace(s.rollout, logprobs=tuple(p - 1.0 for p in s.rollout.logprobs))) for s in samples
+        dataclasses.replace(
+            s,
+            rollout=dataclasses.replace(
+                s.rollout, logprobs=tuple(p - 1.0 for p in s.rollout.logprobs)
+            ),
+        )
+        for s in samples
     ]
     metrics, _ = update(cfg, learner, skewed)
     assert metrics["rollout/importance_mean"] == pytest.approx(2.0)  # e capped
@@ -120,10 +142,17 @@ def test_ppo_bootstraps_from_its_own_values(model_folder):
 
 
 def test_flowrl_moves_log_z_against_the_residual(model_folder):
-    cfg, learner, samples = prepared(model_folder, algorithm={"method": "flowrl", "flowrl": {"lr": 1e-2}}, optim={"lr": 1e-9})
+    cfg, learner, samples = prepared(
+        model_folder, algorithm={"method": "flowrl", "flowrl": {"lr": 1e-2}}, optim={"lr": 1e-9}
+    )
     residuals = [update(cfg, learner, samples)[0]["flowrl/residual"] for _ in range(6)]
-    assert residuals[0] == pytest.approx(15 * 0.866, rel=0.2)  # beta times the mean size of two right and two wrong answers
-    first = [update(cfg, learner, [s for s in samples if s.outcome.correct])[0]["flowrl/log_z"] for _ in range(6)]
+    assert residuals[0] == pytest.approx(
+        15 * 0.866, rel=0.2
+    )  # beta times the mean size of two right and two wrong answers
+    first = [
+        update(cfg, learner, [s for s in samples if s.outcome.correct])[0]["flowrl/log_z"]
+        for _ in range(6)
+    ]
     assert first[-1] > first[0]
 
 
@@ -138,7 +167,10 @@ def test_entropy_shaping_adds_to_the_loss_alone(model_folder):
 
 @pytest.mark.parametrize("sign", [-1, 1])
 def test_likelihood_shaping_charges_or_pays_for_surprise(model_folder, sign):
-    cfg, learner, samples = prepared(model_folder, shaping={"likelihood": {"sign": sign, "coef": 0.1, "threshold": 0.0, "top_k": 0}})
+    cfg, learner, samples = prepared(
+        model_folder,
+        shaping={"likelihood": {"sign": sign, "coef": 0.1, "threshold": 0.0, "top_k": 0}},
+    )
     scored = score_samples(cfg, learner, samples)
     for s in scored:
         if s.length < 2:
@@ -176,7 +208,9 @@ def test_the_field_alone_learns_in_its_warm_up(model_folder):
     ids=str,
 )
 def test_every_flow_option_runs_and_moves_the_field(model_folder, flow):
-    cfg, learner, samples = prepared(model_folder, flow={**flow, "reward": {"threshold": 0.0, **flow.get("reward", {})}})
+    cfg, learner, samples = prepared(
+        model_folder, flow={**flow, "reward": {"threshold": 0.0, **flow.get("reward", {})}}
+    )
     before = weights(learner.field.network)
     metrics, records = update(cfg, learner, samples)
     assert not same(before, weights(learner.field.network))
@@ -191,7 +225,9 @@ def test_a_mixture_scores_the_mean_of_its_sides(model_folder):
         scores[context] = score_samples(cfg, learner, samples)
     for pre, post, both in zip(*scores.values(), strict=True):
         mean = (pre.scores.deviations + post.scores.deviations) / 2
-        last = torch.arange(pre.length) == pre.length - 1  # has no token after it: its other side counts alone
+        last = (
+            torch.arange(pre.length) == pre.length - 1
+        )  # has no token after it: its other side counts alone
         expected = torch.where(last, post.scores.deviations, mean)
         assert torch.allclose(both.scores.deviations, expected, rtol=1e-4)
         assert bool(both.scores.valid.all())
@@ -202,7 +238,10 @@ def test_draws_average_over_noise(model_folder):
     one = score_samples(cfg, learner, samples)
     many_cfg, _, _ = prepared(model_folder, flow={"reward": {"draws": 64}})
     many, again = (score_samples(many_cfg, learner, samples) for _ in range(2))
-    assert all(torch.equal(a.scores.deviations, b.scores.deviations) for a, b in zip(many, again, strict=True))
+    assert all(
+        torch.equal(a.scores.deviations, b.scores.deviations)
+        for a, b in zip(many, again, strict=True)
+    )
     assert not torch.allclose(one[0].scores.deviations, many[0].scores.deviations)
 
 
@@ -211,7 +250,8 @@ def test_columns_split_and_join(model_folder):
     scored = score_samples(cfg, learner, samples)
     whole = join([s.scores for s in scored])
     assert all(
-        torch.equal(a.deviations, b.scores.deviations) for a, b in zip(split(whole, [s.length for s in scored]), scored, strict=True)
+        torch.equal(a.deviations, b.scores.deviations)
+        for a, b in zip(split(whole, [s.length for s in scored]), scored, strict=True)
     )
     assert whole.values is None
     again = assign_credit(cfg, samples, whole)
@@ -222,7 +262,13 @@ def test_a_reference_with_other_tokens_is_refused(model_folder, tmp_path):
     other = tmp_path / "other"
     shutil.copytree(model_folder("qwen2"), other)
     tree = json.loads((other / "tokenizer.json").read_text())
-    tree["added_tokens"].append({**tree["added_tokens"][-1], "id": tree["added_tokens"][-1]["id"] + 1, "content": "<|more|>"})
+    tree["added_tokens"].append(
+        {
+            **tree["added_tokens"][-1],
+            "id": tree["added_tokens"][-1]["id"] + 1,
+            "content": "<|more|>",
+        }
+    )
     (other / "tokenizer.json").write_text(json.dumps(tree))
     cfg = config(model_folder("qwen2"), algorithm={"method": "flowrl", "reference": str(other)})
     with pytest.raises(UserError, match=r"algorithm\.reference.*another vocabulary"):
@@ -240,7 +286,9 @@ def test_make_samples_follows_the_method(model_folder):
     found = {}
     for method in ("grpo", "dr_grpo", "rloo", "ppo"):
         algorithm = config(model_folder("qwen2"), algorithm={"method": method}).algorithm
-        found[method] = [round(s.outcome_credit, 4) for s in make_samples(groups, outcomes, 0, 1, algorithm)][:4]
+        found[method] = [
+            round(s.outcome_credit, 4) for s in make_samples(groups, outcomes, 0, 1, algorithm)
+        ][:4]
     assert found["grpo"] == [0.866, -0.866, -0.866, 0.866]
     assert found["dr_grpo"] == [0.5, -0.5, -0.5, 0.5]
     assert found["rloo"] == [0.6667, -0.6667, -0.6667, 0.6667]

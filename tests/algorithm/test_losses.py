@@ -1,4 +1,6 @@
-"""Hand-computed cases of the losses; golden numbers are in tests/golden, numpy references in test_numpy_references."""
+"""Hand-computed cases of the losses; golden numbers are in tests/golden, numpy references in
+test_numpy_references.
+"""
 
 import math
 
@@ -11,7 +13,12 @@ from rlfr_vlm.algorithm.losses import policy_loss, token_weights
 def per_token(ratio, advantage, **kwargs):
     logprobs = torch.tensor([ratio], dtype=torch.float64).log()
     zero = torch.zeros(1, dtype=torch.float64)
-    loss, _ = policy_loss(logprobs - zero, torch.tensor([advantage], dtype=torch.float64), torch.ones(1, dtype=torch.float64), **kwargs)
+    loss, _ = policy_loss(
+        logprobs - zero,
+        torch.tensor([advantage], dtype=torch.float64),
+        torch.ones(1, dtype=torch.float64),
+        **kwargs,
+    )
     return loss.item()
 
 
@@ -28,7 +35,9 @@ def test_token_weights_sum_to_one_and_split_over_micro_batches():
         assert whole.sum().item() == pytest.approx(1.0)
         assert torch.equal(whole, torch.cat(parts))
     assert token_weights(lengths, "token", 10, 3).tolist() == pytest.approx([0.1] * 10)
-    assert token_weights(lengths, "sequence", 10, 3).tolist() == pytest.approx([1 / 9] * 3 + [1 / 3] + [1 / 18] * 6)
+    assert token_weights(lengths, "sequence", 10, 3).tolist() == pytest.approx(
+        [1 / 9] * 3 + [1 / 3] + [1 / 18] * 6
+    )
 
 
 def test_gradient_is_zero_where_clipped():

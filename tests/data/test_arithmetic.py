@@ -4,7 +4,9 @@ import importlib.util
 import json
 from pathlib import Path
 
-SPEC = importlib.util.spec_from_file_location("arithmetic", Path(__file__).parents[2] / "data" / "arithmetic.py")
+SPEC = importlib.util.spec_from_file_location(
+    "arithmetic", Path(__file__).parents[2] / "data" / "arithmetic.py"
+)
 arithmetic = importlib.util.module_from_spec(SPEC)
 SPEC.loader.exec_module(arithmetic)
 
@@ -20,8 +22,12 @@ def test_rows_are_right_deterministic_and_split_by_pair(tmp_path):
     for name in ("train", "test", "expert"):
         assert read(tmp_path / "a", name) == read(tmp_path / "b", name)
         for row in read(tmp_path / "a", name):
-            first, second = (int(w.strip("?.")) for w in row["prompt"].split() if w.strip("?.").isdigit())
-            assert int(row["answer"]) == (first + second if row["data_source"].endswith("sum") else first - second)
+            first, second = (
+                int(w.strip("?.")) for w in row["prompt"].split() if w.strip("?.").isdigit()
+            )
+            assert int(row["answer"]) == (
+                first + second if row["data_source"].endswith("sum") else first - second
+            )
             assert ("response" in row) == (name == "expert")
     pairs = arithmetic.split_pairs(0)
     assert not set(pairs["train"]) & set(pairs["test"])

@@ -56,8 +56,13 @@ def test_rows_follow_the_schema(data_dir):
             assert row["prompt"].count("<image>") == len(row["images"]) == 1
             assert ("response" in row) == (split == "expert")
             width, height = Image.open(data_dir / row["images"][0]).size
-            assert (width, height) == (168 if row["data_source"] in ("digits/even", "digits/result") else 112, 56)
-    assert {row["data_source"] for row in rows(data_dir, "test")} == {f"digits/{kind}" for kind in digits.QUESTIONS}
+            assert (width, height) == (
+                168 if row["data_source"] in ("digits/even", "digits/result") else 112,
+                56,
+            )
+    assert {row["data_source"] for row in rows(data_dir, "test")} == {
+        f"digits/{kind}" for kind in digits.QUESTIONS
+    }
 
 
 def test_expert_responses_end_in_the_answer_of_what_they_read(data_dir):
@@ -76,7 +81,17 @@ def test_expert_responses_end_in_the_answer_of_what_they_read(data_dir):
 
 def test_the_seed_decides_everything(data_dir, tmp_path, monkeypatch):
     again, other = tmp_path / "again", tmp_path / "other"
-    monkeypatch.setattr(sys, "argv", ["digits.py", "build", str(again), *(f"--{split}={n}" for split, n in COUNTS.items()), "--seed=3"])
+    monkeypatch.setattr(
+        sys,
+        "argv",
+        [
+            "digits.py",
+            "build",
+            str(again),
+            *(f"--{split}={n}" for split, n in COUNTS.items()),
+            "--seed=3",
+        ],
+    )
     digits.main()
     digits.build(other, COUNTS, seed=4)
     files = sorted(path.relative_to(data_dir) for path in data_dir.rglob("*.*"))
@@ -92,7 +107,10 @@ def test_more_rows_keep_the_first_ones():
 
 
 def test_train_and_test_use_different_digit_images(data_dir):
-    seen, held_out = ({image.tobytes() for images in digits.digit_images(side) for image in images} for side in (False, True))
+    seen, held_out = (
+        {image.tobytes() for images in digits.digit_images(side) for image in images}
+        for side in (False, True)
+    )
     assert not seen & held_out
     assert len(seen) + len(held_out) == 1797
     assert all(len(images) > 20 for images in digits.digit_images(True))
@@ -117,14 +135,25 @@ def test_the_sloppy_teacher_keeps_the_format_and_is_partly_right():
     problems = [digits.draw_problem(rng) for _ in range(1000)]
     answers = [tiny_vlm.boxed(tiny_vlm.sloppy_solution(problem, rng)) for problem in problems]
     assert None not in answers
-    assert 0.4 < np.mean([a == str(digits.answer(p)) for a, p in zip(answers, problems, strict=True)]) < 0.7
+    assert (
+        0.4
+        < np.mean([a == str(digits.answer(p)) for a, p in zip(answers, problems, strict=True)])
+        < 0.7
+    )
 
 
 @pytest.fixture(scope="module")
 def few_steps_model(tmp_path_factory):
     """The script's model after three steps."""
     out = tmp_path_factory.mktemp("few_steps")
-    command = [sys.executable, str(RECIPES / "tiny_vlm.py"), str(out), "--steps=3", "--batch-size=4", "--report-rows=4"]
+    command = [
+        sys.executable,
+        str(RECIPES / "tiny_vlm.py"),
+        str(out),
+        "--steps=3",
+        "--batch-size=4",
+        "--report-rows=4",
+    ]
     done = subprocess.run(command, check=True, capture_output=True, text=True)
     assert "sampled all" in done.stdout
     return out
@@ -132,7 +161,9 @@ def few_steps_model(tmp_path_factory):
 
 def test_the_script_is_deterministic(few_steps_model, tmp_path):
     tiny_vlm.build(tmp_path, steps=3, batch_size=4, lr=2e-3, seed=0)
-    assert (tmp_path / "model.safetensors").read_bytes() == (few_steps_model / "model.safetensors").read_bytes()
+    assert (tmp_path / "model.safetensors").read_bytes() == (
+        few_steps_model / "model.safetensors"
+    ).read_bytes()
 
 
 @pytest.mark.parametrize("folder", ["few_steps", "committed"])
@@ -145,21 +176,32 @@ def test_the_folder_reloads_with_the_auto_classes(folder, few_steps_model):
     assert model.dtype == torch.bfloat16
     assert sum(file.stat().st_size for file in path.iterdir()) <= 4_000_000
     assert model.config.text_config.vocab_size == len(processor.tokenizer)
-    assert processor.tokenizer.convert_ids_to_tokens(model.generation_config.eos_token_id) == ["<|im_end|>", "<|endoftext|>"]
+    assert processor.tokenizer.convert_ids_to_tokens(model.generation_config.eos_token_id) == [
+        "<|im_end|>",
+        "<|endoftext|>",
+    ]
     assert processor.tokenizer.tokenize("13") == ["1", "3"]
     text = tiny_vlm.prompt_text(processor, Problem("even", (1, 2, 3)))
     assert text == (
-        "<|im_start|>user\n<|vision_start|><|image_pad|><|vision_end|>How many digits are even?<|im_end|>\n<|im_start|>assistant\n"
+        "<|im_start|>user\n<|vision_start|><|image_pad|><|vision_end|>How many digits are "
+        "even?<|im_end|>\n<|im_start|>assistant\n"
     )
-    image_tokens = processor(text=[text], images=[Image.new("RGB", (168, 56))])["input_ids"][0].count(model.config.image_token_id)
+    image_tokens = processor(text=[text], images=[Image.new("RGB", (168, 56))])["input_ids"][
+        0
+    ].count(model.config.image_token_id)
     assert image_tokens == 12  # 168 x 56 pixels: 6 x 2 squares of 28
 
 
 def test_chat_template_takes_strings_and_several_turns(few_steps_model):
     tokenizer = AutoProcessor.from_pretrained(few_steps_model)
-    turns = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "1 + 1 ?"}, {"role": "assistant", "content": "2"}]
+    turns = [
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": "1 + 1 ?"},
+        {"role": "assistant", "content": "2"},
+    ]
     assert tokenizer.apply_chat_template(turns) == (
-        "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\n1 + 1 ?<|im_end|>\n<|im_start|>assistant\n2<|im_end|>\n"
+        "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\n1 + 1 "
+        "?<|im_end|>\n<|im_start|>assistant\n2<|im_end|>\n"
     )
 
 
@@ -169,7 +211,9 @@ def test_the_committed_model_is_partly_right():
     model = AutoModelForImageTextToText.from_pretrained(path, dtype=torch.float32).eval()
     examples = list(digits.draw_examples("test", 64, seed=0))
     torch.manual_seed(0)
-    sampled = tiny_vlm.accuracy(examples, tiny_vlm.respond(model, processor, examples, num_samples=4))
+    sampled = tiny_vlm.accuracy(
+        examples, tiny_vlm.respond(model, processor, examples, num_samples=4)
+    )
     greedy = tiny_vlm.accuracy(examples, tiny_vlm.respond(model, processor, examples))
     assert sampled["format"] > 0.95
     assert greedy["format"] > 0.98

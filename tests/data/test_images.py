@@ -1,4 +1,6 @@
-"""Pictures that rows name: downloads have limits, and every way in which a file or an address can fail is an ImageError."""
+"""Pictures that rows name: downloads have limits, and every way in which a file or an address can
+fail is an ImageError.
+"""
 
 import io
 import threading
@@ -20,7 +22,9 @@ def png(size=(56, 56)):
 
 @pytest.fixture
 def address():
-    """Of a server on loopback: /good.png, /moved, /round (redirects for ever), /big, and /slow, a byte every 50 ms for a minute."""
+    """Of a server on loopback: /good.png, /moved, /round (redirects for ever), /big, and /slow, a
+    byte every 50 ms for a minute.
+    """
     closing = threading.Event()
 
     class Handler(BaseHTTPRequestHandler):
@@ -49,7 +53,9 @@ def address():
             """Clients hang up: that is the point."""
 
     server = Server(("127.0.0.1", 0), Handler)
-    threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
+    threading.Thread(
+        target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True
+    ).start()
     yield f"http://127.0.0.1:{server.server_address[1]}"
     closing.set()
     server.shutdown()
@@ -67,7 +73,12 @@ def test_a_download_has_limits(address, tmp_path, monkeypatch):
     monkeypatch.setattr(images, "FETCH_SECONDS", 0.5)
     monkeypatch.setattr(images, "MAX_BYTES", 2000)
     start = time.monotonic()
-    for path, message in (("slow", "not complete within 0.5 s"), ("big", "more than 2000"), ("round", "redirects"), ("gone", "404")):
+    for path, message in (
+        ("slow", "not complete within 0.5 s"),
+        ("big", "more than 2000"),
+        ("round", "redirects"),
+        ("gone", "404"),
+    ):
         with pytest.raises(ImageError, match=message):
             open_image(f"{address}/{path}", [tmp_path], allow_urls=True)
     assert time.monotonic() - start < 5
@@ -75,7 +86,15 @@ def test_a_download_has_limits(address, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(
     "url",
-    ["http://a b/", "http://[::1/", "http://\u00fc\0/", "http://127.0.0.1:99999/", "http://", "http://127.0.0.1:1/x", "https://\ud800/"],
+    [
+        "http://a b/",
+        "http://[::1/",
+        "http://\u00fc\0/",
+        "http://127.0.0.1:99999/",
+        "http://",
+        "http://127.0.0.1:1/x",
+        "https://\ud800/",
+    ],
 )
 def test_an_address_that_leads_nowhere_is_an_image_error(tmp_path, url):
     with pytest.raises(ImageError):

@@ -22,32 +22,74 @@ def kinds(prompt):
         {"prompt": "<image>How many?", "images": ["a.png"], "answer": "3"},
         {"problem": "<image>How many?", "images": ["a.png"], "answer": 3},
         {"question": "How many?", "image": "a.png", "solution": "3"},
-        {"message": json.dumps([{"role": "user", "content": "<image>How many?"}]), "image_path": "a.png", "ground_truth": "3"},
         {
-            "messages": [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "How many?"}]}],
+            "message": json.dumps([{"role": "user", "content": "<image>How many?"}]),
+            "image_path": "a.png",
+            "ground_truth": "3",
+        },
+        {
+            "messages": [
+                {
+                    "role": "user",
+                    "content": [{"type": "image"}, {"type": "text", "text": "How many?"}],
+                }
+            ],
             "images": ["a.png"],
             "label": "3",
         },
         {
-            "messages": [{"role": "user", "content": [{"type": "image", "image": "a.png"}, {"type": "text", "text": "How many?"}]}],
+            "messages": [
+                {
+                    "role": "user",
+                    "content": [
+                        {"type": "image", "image": "a.png"},
+                        {"type": "text", "text": "How many?"},
+                    ],
+                }
+            ],
             "label": "3",
         },
-        {"conversations": [{"from": "human", "value": "<image>How many?"}, {"from": "gpt", "value": "3"}], "image": "a.png", "answer": "3"},
+        {
+            "conversations": [
+                {"from": "human", "value": "<image>How many?"},
+                {"from": "gpt", "value": "3"},
+            ],
+            "image": "a.png",
+            "answer": "3",
+        },
         {
             "prompt": [{"role": "user", "content": "<image>How many?"}],
             "images": ["a.png"],
             "reward_model": {"ground_truth": "3", "style": "rule"},
         },
         {"query": "How many?", "image_path": ["a.png"], "ground_truth": ["3"]},
-        {"conversations": [{"from": "human", "value": "<image>How many?"}, {"from": "gpt", "value": "3"}], "image": "a.png"},  # VLM-R1
-        {"conversations": [{"role": "user", "content": "<image>How many?"}], "answer": "3", "image_urls": ["file://a.png"]},  # MM-EUREKA
-        {"conversations": ' [ {"role": "user", "content": "<image>How many?"}]', "answer": "3", "image_urls": ["a.png"]},
         {
-            "message": '[\n{"role": "user", "content": [{"type": "image", "image": "file://a.png"}, {"type": "text", "text": "How many?"}]}]',
+            "conversations": [
+                {"from": "human", "value": "<image>How many?"},
+                {"from": "gpt", "value": "3"},
+            ],
+            "image": "a.png",
+        },  # VLM-R1
+        {
+            "conversations": [{"role": "user", "content": "<image>How many?"}],
+            "answer": "3",
+            "image_urls": ["file://a.png"],
+        },  # MM-EUREKA
+        {
+            "conversations": ' [ {"role": "user", "content": "<image>How many?"}]',
+            "answer": "3",
+            "image_urls": ["a.png"],
+        },
+        {
+            "message": '[\n{"role": "user", "content": [{"type": "image", "image": '
+            '"file://a.png"}, {"type": "text", "text": "How many?"}]}]',
             "answer": "3",
         },
         {
-            "messages": [{"role": "user", "content": "<image>How many?"}, {"role": "assistant", "content": "It is 4."}],  # swift
+            "messages": [
+                {"role": "user", "content": "<image>How many?"},
+                {"role": "assistant", "content": "It is 4."},
+            ],  # swift
             "images": ["a.png"],
             "solution": "3",
             "videos": [],
@@ -69,18 +111,36 @@ def test_system_and_suffix_are_added_once():
 
 
 def test_other_columns_travel_with_the_row():
-    prompt = parse_row({"id": 7, "prompt": "x", "answer": "1", "level": 3, "data_source": "s"}, "f:1", CFG)
+    prompt = parse_row(
+        {"id": 7, "prompt": "x", "answer": "1", "level": 3, "data_source": "s"}, "f:1", CFG
+    )
     assert (prompt.id, prompt.extra, prompt.data_source) == ("7", {"level": 3}, "s")
 
 
 def test_the_columns_of_verl_travel_too():
-    row = {"data_source": "math_dapo", "prompt": "x", "ability": "MATH", "difficulty": 3, "reward_model": {"ground_truth": "1"}}
+    row = {
+        "data_source": "math_dapo",
+        "prompt": "x",
+        "ability": "MATH",
+        "difficulty": 3,
+        "reward_model": {"ground_truth": "1"},
+    }
     prompt = parse_row({**row, "extra_info": {"index": 7, "split": "train"}}, "f:1", CFG)
     assert prompt.id == "math_dapo/7"  # the index counts anew in each data source
-    assert prompt.extra == {"ability": "MATH", "difficulty": 3, "extra_info": {"index": 7, "split": "train"}}
+    assert prompt.extra == {
+        "ability": "MATH",
+        "difficulty": 3,
+        "extra_info": {"index": 7, "split": "train"},
+    }
     assert parse_row({**row, "id": "own", "extra_info": {"index": 7}}, "f:1", CFG).id == "own"
-    assert parse_row({"prompt": "x", "answer": "1", "uuid": "u", "datasource": "d"}, "f:1", CFG).id == "u"
-    assert [parse_row({"prompt": "x", "answer": "1", **r}, "f:1", CFG).id for r in ({}, {"id": ""}, {"id": 0})] == ["f:1", "f:1", "0"]
+    assert (
+        parse_row({"prompt": "x", "answer": "1", "uuid": "u", "datasource": "d"}, "f:1", CFG).id
+        == "u"
+    )
+    assert [
+        parse_row({"prompt": "x", "answer": "1", **r}, "f:1", CFG).id
+        for r in ({}, {"id": ""}, {"id": 0})
+    ] == ["f:1", "f:1", "0"]
 
 
 @pytest.mark.parametrize(
@@ -88,7 +148,12 @@ def test_the_columns_of_verl_travel_too():
     [
         {"prompt": "x", "response": "R"},
         {"question": "x", "chosen": "R", "rejected": "no"},  # MMPR
-        {"messages": [{"role": "user", "content": "x"}, {"role": "assistant", "content": [{"type": "text", "text": "R"}]}]},
+        {
+            "messages": [
+                {"role": "user", "content": "x"},
+                {"role": "assistant", "content": [{"type": "text", "text": "R"}]},
+            ]
+        },
         {"conversations": [{"from": "human", "value": "x"}, {"from": "gpt", "value": "R"}]},
     ],
 )
@@ -97,30 +162,62 @@ def test_expert_rows_in_every_shape(row):
     assert parse_row({"prompt": "x", "answer": "1"}, "f:1", CFG).response is None
 
 
-@pytest.mark.parametrize("text", ["[{1, 2}, {3}] is a list of what?", '[{"a": 1}] has which keys?', '[{"a": 1}]', "[1, 2]", "[{x}"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "[{1, 2}, {3}] is a list of what?",
+        '[{"a": 1}] has which keys?',
+        '[{"a": 1}]',
+        "[1, 2]",
+        "[{x}",
+    ],
+)
 def test_a_question_may_look_like_a_list(text):
-    assert parse_row({"prompt": text, "answer": "1"}, "f:1", CFG).messages[0]["content"] == [{"type": "text", "text": text}]
+    assert parse_row({"prompt": text, "answer": "1"}, "f:1", CFG).messages[0]["content"] == [
+        {"type": "text", "text": text}
+    ]
 
 
 @pytest.mark.parametrize(
     ("row", "message"),
     [
-        ({"message": "[{'role': 'user', 'content': 'x'}]", "answer": "1"}, "f:1: the prompt looks like messages, but is not JSON"),
-        ({"prompt": "x", "answer": "1", "videos": ["a.mp4"]}, "f:1: the row has `videos`; only pictures are supported"),
+        (
+            {"message": "[{'role': 'user', 'content': 'x'}]", "answer": "1"},
+            "f:1: the prompt looks like messages, but is not JSON",
+        ),
+        (
+            {"prompt": "x", "answer": "1", "videos": ["a.mp4"]},
+            "f:1: the row has `videos`; only pictures are supported",
+        ),
         ({"prompt": "x", "answer": "1", "video": {"path": "a.mp4"}}, "the row has `video`"),
         ({"prompt": "x", "answer": float("nan")}, "the answer is empty"),
-        ({"messages": [{"role": "user", "content": "x"}, {"role": "assistant", "content": "3"}]}, "the answer is empty"),
+        (
+            {"messages": [{"role": "user", "content": "x"}, {"role": "assistant", "content": "3"}]},
+            "the answer is empty",
+        ),
         ({"prompt": "x"}, "f:1: the answer is empty or missing"),
         ({"prompt": "x", "answer": "  "}, "the answer is empty"),
         ({"prompt": "x", "answer": {"a": 1}}, "the answer is empty"),
         ({"answer": "1"}, "no prompt"),
         ({"prompt": "", "answer": "1"}, "prompt is empty"),
-        ({"prompt": "<image><image>x", "images": ["a.png"], "answer": "1"}, "1 images but 2 image placeholders"),
-        ({"prompt": "<image>x", "images": ["a.png", "b.png"], "answer": "1"}, "2 images but 1 image placeholders"),
+        (
+            {"prompt": "<image><image>x", "images": ["a.png"], "answer": "1"},
+            "1 images but 2 image placeholders",
+        ),
+        (
+            {"prompt": "<image>x", "images": ["a.png", "b.png"], "answer": "1"},
+            "2 images but 1 image placeholders",
+        ),
         ({"prompt": "<image>x", "answer": "1"}, "0 images but 1"),
         ({"messages": [{"role": "user"}], "answer": "1"}, "needs a role"),
-        ({"messages": [{"role": "system", "content": "x"}], "answer": "1"}, "last message must be the user's"),
-        ({"messages": [{"role": "user", "content": [{"type": "video"}]}], "answer": "1"}, "neither text nor an image"),
+        (
+            {"messages": [{"role": "system", "content": "x"}], "answer": "1"},
+            "last message must be the user's",
+        ),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "video"}]}], "answer": "1"},
+            "neither text nor an image",
+        ),
     ],
 )
 def test_unusable_rows_name_themselves(row, message):
@@ -130,7 +227,9 @@ def test_unusable_rows_name_themselves(row, message):
 
 def write(folder, *lines):
     path = folder / "rows.jsonl"
-    path.write_text("\n".join(line if isinstance(line, str) else json.dumps(line) for line in lines))
+    path.write_text(
+        "\n".join(line if isinstance(line, str) else json.dumps(line) for line in lines)
+    )
     return str(path)
 
 
@@ -145,7 +244,13 @@ def test_stop_names_the_first_bad_row(tmp_path):
 
 def test_skip_records_and_counts(tmp_path):
     cfg = DataConfig(on_bad_row="skip", max_bad_frac=0.5)
-    path = write(tmp_path, *GOOD, "[]", {"id": "3", "prompt": "again", "answer": "1"}, {"prompt": "x", "answer": ""})
+    path = write(
+        tmp_path,
+        *GOOD,
+        "[]",
+        {"id": "3", "prompt": "again", "answer": "1"},
+        {"prompt": "x", "answer": ""},
+    )
     bad = BadRows(cfg, tmp_path / "bad_rows.jsonl")
     assert [p.id for p in load_prompts(path, cfg, bad)] == [str(i) for i in range(8)]
     recorded = [json.loads(line) for line in (tmp_path / "bad_rows.jsonl").read_text().splitlines()]
@@ -169,7 +274,9 @@ def test_a_row_is_named_by_its_path_and_numbered_wherever_its_file_lies(tmp_path
 @pytest.mark.parametrize("newline", ["\n", "\r\n"])
 @pytest.mark.parametrize("mark", [b"", b"\xef\xbb\xbf"])
 def test_lines_are_counted_as_an_editor_counts_them(tmp_path, newline, mark):
-    """With blank lines, either line end, a byte order mark, and Unicode line separators inside strings."""
+    """With blank lines, either line end, a byte order mark, and Unicode line separators inside
+    strings.
+    """
     lines = [
         '{"prompt": "a\u2028b\u2029c\x85d", "answer": "1"}',
         "",
@@ -194,7 +301,10 @@ def test_lines_are_counted_as_an_editor_counts_them(tmp_path, newline, mark):
 
 def test_a_byte_order_mark_alone_is_a_blank_line(tmp_path):
     (tmp_path / "rows.jsonl").write_bytes(b'\xef\xbb\xbf\n{"prompt": "x", "answer": "1"}')
-    assert load_prompts(str(tmp_path / "rows.jsonl"), CFG, BadRows(CFG))[0].origin == f"{tmp_path}/rows.jsonl:2"
+    assert (
+        load_prompts(str(tmp_path / "rows.jsonl"), CFG, BadRows(CFG))[0].origin
+        == f"{tmp_path}/rows.jsonl:2"
+    )
 
 
 def test_too_many_bad_rows_stop(tmp_path):
@@ -212,11 +322,16 @@ def test_other_formats(tmp_path, name):
         import pyarrow as pa
         import pyarrow.parquet as parquet
 
-        table = pa.Table.from_pylist([{**row, "images": [{"bytes": b"png", "path": None}]} for row in GOOD])
+        table = pa.Table.from_pylist(
+            [{**row, "images": [{"bytes": b"png", "path": None}]} for row in GOOD]
+        )
         if name.endswith("parquet"):
             parquet.write_table(table, path)
         else:
-            with pa.OSFile(str(path), "wb") as file, pa.ipc.new_stream(file, table.schema) as stream:
+            with (
+                pa.OSFile(str(path), "wb") as file,
+                pa.ipc.new_stream(file, table.schema) as stream,
+            ):
                 stream.write_table(table)
     prompts = load_prompts(str(path), CFG, BadRows(CFG))
     assert [p.origin for p in prompts] == [f"{tmp_path}/{name}[{i}]" for i in range(8)]
@@ -268,7 +383,11 @@ def test_a_later_look_is_at_fewer_rows_and_the_share_is_still_of_all():
 
 
 def test_messages_hold_nothing_that_steers_a_terminal_or_cannot_be_encoded(tmp_path):
-    path = write(tmp_path, {"prompt": "x", "answer": "1", "id": "\x1b[2J\u202e\ud800"}, {"prompt": "x", "answer": "1", "id": "\x1b[2J"})
+    path = write(
+        tmp_path,
+        {"prompt": "x", "answer": "1", "id": "\x1b[2J\u202e\ud800"},
+        {"prompt": "x", "answer": "1", "id": "\x1b[2J"},
+    )
     cfg = DataConfig(on_bad_row="skip", max_bad_frac=1.0)
     bad = BadRows(cfg)
     load_prompts(path, cfg, bad)

@@ -1,5 +1,6 @@
-"""A real chat server on loopback whose answers and faults follow a script: what happens to a request depends on its prompt and on how
-often that prompt was sent, not on the order of arrival."""
+"""A real chat server on loopback whose answers and faults follow a script: what happens to a
+request depends on its prompt and on how often that prompt was sent, not on the order of arrival.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +17,21 @@ from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 # Faults after which the same request can succeed.
-TRANSIENT = ("429", "429-bare", "500", "502", "slow", "dribble", "garbage", "half", "reset", "empty", "null", "huge", "gzip")
+TRANSIENT = (
+    "429",
+    "429-bare",
+    "500",
+    "502",
+    "slow",
+    "dribble",
+    "garbage",
+    "half",
+    "reset",
+    "empty",
+    "null",
+    "huge",
+    "gzip",
+)
 
 
 def echo(request: dict) -> str:
@@ -25,7 +40,9 @@ def echo(request: dict) -> str:
 
 
 class ScriptedServer:
-    """Use as a context manager. `faults` maps a kind to the share of requests that meet it, or is a function of (prompt, how often before)."""
+    """Use as a context manager. `faults` maps a kind to the share of requests that meet it, or is a
+    function of (prompt, how often before).
+    """
 
     def __init__(
         self,
@@ -38,8 +55,16 @@ class ScriptedServer:
         retry_after: str = "0.02",
         pause: float = 0.0,
     ) -> None:
-        """models: what /models lists, None: 404. key: what is required. elsewhere: where `redirect` points. pause: seconds before an answer."""
-        self.answer, self.faults, self.seed, self.models, self.key = answer, faults or {}, seed, models, key
+        """models: what /models lists, None: 404. key: what is required. elsewhere: where `redirect`
+        points. pause: seconds before an answer.
+        """
+        self.answer, self.faults, self.seed, self.models, self.key = (
+            answer,
+            faults or {},
+            seed,
+            models,
+            key,
+        )
         self.elsewhere, self.retry_after, self.pause = elsewhere, retry_after, pause
         self.count: Counter[str] = Counter()  # requests by prompt
         self.answered: Counter[str] = Counter()  # good replies by prompt
@@ -67,7 +92,9 @@ class ScriptedServer:
         self.server = Server(("127.0.0.1", 0), Handler)
         self.port = self.server.server_address[1]
         self.api_base = f"http://127.0.0.1:{self.port}/v1"
-        threading.Thread(target=self.server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
+        threading.Thread(
+            target=self.server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True
+        ).start()
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -121,7 +148,9 @@ class _Handler(BaseHTTPRequestHandler):
             if not self.authorised():
                 return
             if script.models is not None and request["model"] not in script.models:
-                self.reply(404, {"error": {"message": f"The model `{request['model']}` does not exist."}})
+                self.reply(
+                    404, {"error": {"message": f"The model `{request['model']}` does not exist."}}
+                )
                 return
             script.closing.wait(script.pause)
             kind = script.fault(prompt, before)
@@ -142,13 +171,27 @@ class _Handler(BaseHTTPRequestHandler):
         if script.key is None or self.headers.get("Authorization") == f"Bearer {script.key}":
             return True
         # A server that repeats what it was given, key and all.
-        self.reply(401, {"error": {"message": f"Incorrect API key provided: {self.headers.get('Authorization')}"}})
+        self.reply(
+            401,
+            {
+                "error": {
+                    "message": f"Incorrect API key provided: {self.headers.get('Authorization')}"
+                }
+            },
+        )
         return False
 
     def reply(self, status: int, tree: object, **headers: str) -> None:
         self.send(status, json.dumps(tree).encode(), "application/json", headers)
 
-    def send(self, status: int, body: bytes, kind: str, headers: dict[str, str], length: int | None = None) -> None:
+    def send(
+        self,
+        status: int,
+        body: bytes,
+        kind: str,
+        headers: dict[str, str],
+        length: int | None = None,
+    ) -> None:
         self.send_response(status)
         self.send_header("Content-Type", kind)
         self.send_header("Content-Length", str(len(body) if length is None else length))
@@ -197,7 +240,12 @@ class _Handler(BaseHTTPRequestHandler):
         elif kind == "huge":
             self.send(200, b'{"choices": "' + b"x" * (3 << 20) + b'"}', "application/json", {})
         elif kind == "gzip":
-            self.send(200, gzip.compress(b" " * (50 << 20), 1), "application/json", {"Content-Encoding": "gzip"})
+            self.send(
+                200,
+                gzip.compress(b" " * (50 << 20), 1),
+                "application/json",
+                {"Content-Encoding": "gzip"},
+            )
         else:
             raise ValueError(kind)
 
@@ -217,7 +265,9 @@ def judged(request: dict) -> tuple[str, dict[str, str]]:
     """(code, the four texts) of a judge's prompt."""
     text = request["messages"][-1]["content"]
     code = re.search(r"(\w+):0 if they do not\.$", text)[1]
-    return code, dict(re.findall(rf"\[{code} ([a-z ]+)\]\n(.*?)\n\[/{code} \1\]", text, flags=re.DOTALL))
+    return code, dict(
+        re.findall(rf"\[{code} ([a-z ]+)\]\n(.*?)\n\[/{code} \1\]", text, flags=re.DOTALL)
+    )
 
 
 def right_verdict(request: dict) -> str:

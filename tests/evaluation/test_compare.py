@@ -1,4 +1,6 @@
-"""Two evaluations compared: from ledgers as they are written to a table, and refused where the numbers would not compare."""
+"""Two evaluations compared: from ledgers as they are written to a table, and refused where the
+numbers would not compare.
+"""
 
 import copy
 import csv
@@ -18,7 +20,14 @@ VERDICTS = {"1": "correct", "0": "wrong", "u": "unjudged", "f": "failed", "e": "
 def protocol(**changes):
     """As the runner writes it; `a__b=c` changes a.b."""
     tree = {
-        "benchmark": {"name": "toy", "version": 1, "system": None, "suffix": "", "num_samples": 1, "temperature": 0.0},
+        "benchmark": {
+            "name": "toy",
+            "version": 1,
+            "system": None,
+            "suffix": "",
+            "num_samples": 1,
+            "temperature": 0.0,
+        },
         "problems": {"count": None, "sha256": "abc"},
         "model": {"path": "base", "weights": "00ff"},
         "seed": 0,
@@ -34,7 +43,9 @@ def protocol(**changes):
 
 
 def evaluation(folder, verdicts, ids=None, golds=None, **changes):
-    """An evaluation whose problems have these verdicts, one letter per sample; "-" is a response without a verdict, "?" no response."""
+    """An evaluation whose problems have these verdicts, one letter per sample; "-" is a response
+    without a verdict, "?" no response.
+    """
     ids = ids or [f"p{i}" for i in range(len(verdicts))]
     changes = {
         "benchmark__num_samples": max(map(len, verdicts)),
@@ -50,24 +61,37 @@ def evaluation(folder, verdicts, ids=None, golds=None, **changes):
                 ledger.append([Verdict(problem, sample, VERDICTS[letter], "7")])
     ledger.close()
     if golds is not None:
-        (folder / "problems.jsonl").write_text("".join(json.dumps({"id": i, "golds": [golds]}) + "\n" for i in ids))
+        (folder / "problems.jsonl").write_text(
+            "".join(json.dumps({"id": i, "golds": [golds]}) + "\n" for i in ids)
+        )
     return folder
 
 
 def table(report):
     """The cells of the Markdown table by column, one dict per benchmark."""
-    rows = [line.strip("| ").split(" | ") for line in render(report, "md").splitlines() if line.startswith("| ")]
+    rows = [
+        line.strip("| ").split(" | ")
+        for line in render(report, "md").splitlines()
+        if line.startswith("| ")
+    ]
     return [dict(zip(rows[0], row, strict=True)) for row in rows[2:]]
 
 
 def test_one_sample_per_problem(tmp_path):
     evaluation(tmp_path / "a/toy", ["1"] * 10 + ["0"] * 10)
-    evaluation(tmp_path / "b/toy", ["1"] * 8 + ["0"] * 2 + ["1"] * 7 + ["0"] * 3, model__path="trained", seed=7)
+    evaluation(
+        tmp_path / "b/toy",
+        ["1"] * 8 + ["0"] * 2 + ["1"] * 7 + ["0"] * 3,
+        model__path="trained",
+        seed=7,
+    )
     (found,) = compare(tmp_path / "a", tmp_path / "b").comparisons
     assert (found.a.accuracy.value, found.b.accuracy.value) == (0.5, 0.75)
     assert (found.b.accuracy.low, found.b.accuracy.high) == pytest.approx(wilson_interval(0.75, 20))
     assert (found.change.difference.value, found.change.test) == (0.25, "McNemar, exact")
-    assert (found.change.difference.low, found.change.difference.high) == pytest.approx(difference_interval([-1] * 2 + [1] * 7 + [0] * 11))
+    assert (found.change.difference.low, found.change.difference.high) == pytest.approx(
+        difference_interval([-1] * 2 + [1] * 7 + [0] * 11)
+    )
     assert found.change.p_value == mcnemar(2, 7)
     assert found.lost == (("p8", 0), ("p9", 0))
     assert {problem for problem, _ in found.gained} == {f"p{i}" for i in range(10, 17)}
@@ -81,7 +105,9 @@ def test_several_samples_are_clustered_by_problem_and_some_lack_a_verdict(tmp_pa
     (found,) = compare(tmp_path / "a", tmp_path / "b").comparisons
     assert (found.num_problems, found.left_out) == (99, 1)
     assert found.change.difference.value == pytest.approx(0.25 * 50 / 99)
-    assert found.change.difference.value == pytest.approx(found.b.accuracy.value - found.a.accuracy.value)
+    assert found.change.difference.value == pytest.approx(
+        found.b.accuracy.value - found.a.accuracy.value
+    )
     assert (found.change.test, found.change.p_value < 0.001) == ("paired permutation", True)
     assert (len(found.lost), len(found.gained), found.b.errors) == (0, 50, 53)
     assert found.gained[0] == ("p0", 2)
@@ -90,13 +116,19 @@ def test_several_samples_are_clustered_by_problem_and_some_lack_a_verdict(tmp_pa
     assert "wrong to right: p0, p1" in text
 
 
-@pytest.mark.parametrize(("letter", "field"), [("f", "failed"), ("?", "failed"), ("u", "unjudged"), ("-", "unjudged")])
+@pytest.mark.parametrize(
+    ("letter", "field"), [("f", "failed"), ("?", "failed"), ("u", "unjudged"), ("-", "unjudged")]
+)
 def test_no_score_above_one_percent_without_a_verdict(tmp_path, letter, field):
     evaluation(tmp_path / "a/toy", ["1"] * 200)
     evaluation(tmp_path / "b/toy", ["1"] * 198 + [letter] * 2)
     evaluation(tmp_path / "c/toy", ["1"] * 197 + [letter] * 3)
     (fine,) = compare(tmp_path / "a", tmp_path / "b").comparisons
-    assert (fine.change.difference.num_problems, fine.left_out, getattr(fine.b, field)) == (198, 2, 2)
+    assert (fine.change.difference.num_problems, fine.left_out, getattr(fine.b, field)) == (
+        198,
+        2,
+        2,
+    )
     report = compare(tmp_path / "c", tmp_path / "a")
     assert report.comparisons[0].change is None
     (row,) = table(report)
@@ -113,7 +145,10 @@ def test_no_score_above_one_percent_without_a_verdict(tmp_path, letter, field):
         ({"benchmark__version": 2}, "benchmark.version: 1 in A, 2 in B"),
         ({"benchmark__name": "other"}, 'benchmark.name: "toy" in A, "other" in B'),
         ({"problems__sha256": "abd"}, 'problems.sha256: "abc" in A, "abd" in B'),
-        ({"grading__mode": "judge", "grading__judge": {"model": "m"}}, 'grading.judge.model: nothing in A, "m" in B; grading.mode: "rule"'),
+        (
+            {"grading__mode": "judge", "grading__judge": {"model": "m"}},
+            'grading.judge.model: nothing in A, "m" in B; grading.mode: "rule"',
+        ),
     ],
 )
 def test_other_problems_or_grading_are_refused(tmp_path, changes, message):
@@ -127,11 +162,21 @@ def test_other_problems_or_grading_are_refused(tmp_path, changes, message):
 
 def test_another_prompt_or_decoding_is_a_warning_where_problems_are_the_same(tmp_path):
     evaluation(tmp_path / "a/toy", ["1", "0"], golds="7")
-    changes = {"benchmark__suffix": "Think.", "problems__sha256": "abd", "benchmark__temperature": 0.6}
+    changes = {
+        "benchmark__suffix": "Think.",
+        "problems__sha256": "abd",
+        "benchmark__temperature": 0.6,
+    }
     evaluation(tmp_path / "b/toy", ["1", "0"], golds="7", **changes)
     (found,) = compare(tmp_path / "a", tmp_path / "b").comparisons
-    assert [w.split(":")[0] for w in found.warnings] == ["benchmark.suffix", "benchmark.temperature", "problems.sha256"]
-    assert "- warning: benchmark.temperature: 0.0 in A, 0.6 in B" in render(compare(tmp_path / "a", tmp_path / "b"), "md")
+    assert [w.split(":")[0] for w in found.warnings] == [
+        "benchmark.suffix",
+        "benchmark.temperature",
+        "problems.sha256",
+    ]
+    assert "- warning: benchmark.temperature: 0.0 in A, 0.6 in B" in render(
+        compare(tmp_path / "a", tmp_path / "b"), "md"
+    )
     evaluation(tmp_path / "c/toy", ["1", "0"], golds="8", **changes)
     evaluation(tmp_path / "d/toy", ["1", "0"], **changes)  # golds unknown
     for other in ("c", "d"):
@@ -142,7 +187,9 @@ def test_another_prompt_or_decoding_is_a_warning_where_problems_are_the_same(tmp
 def test_protocols_without_a_digest_are_held_to_the_problems_in_their_ledgers(tmp_path):
     evaluation(tmp_path / "a/toy", ["1", "0", "1"], ["x", "y", "z"], problems={})
     evaluation(tmp_path / "b/toy", ["1", "0", "1"], ["x", "y", "w"], problems={})
-    with pytest.raises(UserError, match=r"the problems differ: 1 only in A \(z\), 1 only in B \(w\)"):
+    with pytest.raises(
+        UserError, match=r"the problems differ: 1 only in A \(z\), 1 only in B \(w\)"
+    ):
         compare(tmp_path / "a", tmp_path / "b")
     evaluation(tmp_path / "c/toy", ["0", "0", "1"], ["x", "y", "z"], problems={})
     assert compare(tmp_path / "a", tmp_path / "c").comparisons[0].num_problems == 3
@@ -153,7 +200,10 @@ def test_protocol_differences_are_sorted_by_what_they_mean():
     b["checkpoint"] = "step_10"
     found = protocol_differences(a, b)
     assert found.refused == ()
-    assert found.expected == ('checkpoint: nothing in A, "step_10" in B', 'model.path: "base" in A, "x" in B')
+    assert found.expected == (
+        'checkpoint: nothing in A, "step_10" in B',
+        'model.path: "base" in A, "x" in B',
+    )
     assert found.warnings == ("benchmark.num_samples: 1 in A, 4 in B",)
     assert protocol_differences(a, a) == protocol_differences(b, b)
 
@@ -164,9 +214,14 @@ def test_folders_of_outputs_and_of_single_benchmarks(tmp_path):
     evaluation(tmp_path / "a/more", ["1"])
     evaluation(tmp_path / "c/more", ["1"])
     report = compare(tmp_path / "a", tmp_path / "b")
-    assert ([c.benchmark for c in report.comparisons], report.notes) == (["toy"], ("more: only in A",))
+    assert ([c.benchmark for c in report.comparisons], report.notes) == (
+        ["toy"],
+        ("more: only in A",),
+    )
     for first, second in (("a/toy", "b/toy"), ("a/toy", "b"), ("a", "b/toy")):
-        assert [c.benchmark for c in compare(tmp_path / first, tmp_path / second).comparisons] == ["toy"]
+        assert [c.benchmark for c in compare(tmp_path / first, tmp_path / second).comparisons] == [
+            "toy"
+        ]
     with pytest.raises(UserError, match=r"no benchmark in common: .*b has toy; .*c has more"):
         compare(tmp_path / "b", tmp_path / "c")
     with pytest.raises(UserError, match="holds no evaluation"):
@@ -180,8 +235,13 @@ def test_a_ledger_is_read_while_it_is_held_and_written(tmp_path):
     with (folder / "ledger.jsonl").open("ab") as file:
         file.write(b'{"kind": "response", "prob')  # torn: half a line
     _, answers, verdicts = read_ledger(folder)
-    assert (sorted(answers), [v.verdict for v in verdicts.values()]) == ([("p0", 0), ("p1", 0)], ["correct", "wrong"])
-    assert (folder / "ledger.jsonl").read_bytes().startswith(before + b'{"kind')  # nothing was cut off
+    assert (sorted(answers), [v.verdict for v in verdicts.values()]) == (
+        [("p0", 0), ("p1", 0)],
+        ["correct", "wrong"],
+    )
+    assert (
+        (folder / "ledger.jsonl").read_bytes().startswith(before + b'{"kind')
+    )  # nothing was cut off
     assert (answers, verdicts) == (holder.answers, holder.verdicts)
     holder.close()
 
@@ -190,8 +250,14 @@ def test_a_ledger_is_read_while_it_is_held_and_written(tmp_path):
     ("line", "message"),
     [
         ("nonsense", "ledger.jsonl:3: not a line of a ledger"),
-        ('{"kind": "response", "protocol": "p", "problem": "x"}', "ledger.jsonl:3: not a line of a ledger"),
-        ('{"kind": "verdict", "protocol": "p", "problem": "x", "sample": 0, "verdict": "wrong"}', "ledger.jsonl:3: belongs to protocol p"),
+        (
+            '{"kind": "response", "protocol": "p", "problem": "x"}',
+            "ledger.jsonl:3: not a line of a ledger",
+        ),
+        (
+            '{"kind": "verdict", "protocol": "p", "problem": "x", "sample": 0, "verdict": "wrong"}',
+            "ledger.jsonl:3: belongs to protocol p",
+        ),
     ],
 )
 def test_what_is_no_ledger_is_named(tmp_path, line, message):

@@ -15,7 +15,14 @@ from PIL import Image
 from rlfr_vlm.config import EndpointConfig, JudgeConfig
 from rlfr_vlm.errors import UserError
 from rlfr_vlm.evaluation.server import endpoint as module
-from rlfr_vlm.evaluation.server.endpoint import ChatReply, ChatRequest, Endpoint, Failure, data_url, wait_seconds
+from rlfr_vlm.evaluation.server.endpoint import (
+    ChatReply,
+    ChatRequest,
+    Endpoint,
+    Failure,
+    data_url,
+    wait_seconds,
+)
 from rlfr_vlm.evaluation.server.wire import Secret, retry_after
 from tests.evaluation.scripted_server import TRANSIENT, ScriptedServer
 
@@ -37,7 +44,11 @@ def ask(text, **settings):
 
 
 def make(server, **settings):
-    return Endpoint(EndpointConfig(**{"model": "scripted", "api_base": server.api_base, "timeout": 20.0, **settings}))
+    return Endpoint(
+        EndpointConfig(
+            **{"model": "scripted", "api_base": server.api_base, "timeout": 20.0, **settings}
+        )
+    )
 
 
 def test_every_request_is_answered_once_and_no_more_are_under_way_than_allowed():
@@ -57,7 +68,12 @@ def test_every_request_is_answered_once_and_no_more_are_under_way_than_allowed()
             assert len(drawn) <= len(found) + 8  # drawn as they are needed
         assert server.most_in_flight <= 4
     assert {i: r.text for i, r in found.items()} == {i: f"question {i}" for i in range(40)}
-    assert all(r.attempts == 1 and r.finish_reason == "stop" and (r.prompt_tokens, r.response_tokens) == (5, 3) for r in found.values())
+    assert all(
+        r.attempts == 1
+        and r.finish_reason == "stop"
+        and (r.prompt_tokens, r.response_tokens) == (5, 3)
+        for r in found.values()
+    )
     sent = next(b for b in server.bodies if b["messages"][0]["content"] == "question 7")
     assert sent == {
         "model": "scripted", "messages": [{"role": "user", "content": "question 7"}],
@@ -76,35 +92,59 @@ def test_a_transient_fault_is_tried_again(kind):
 @pytest.mark.parametrize("kind", TRANSIENT)
 def test_a_fault_that_stays_is_a_failure_of_its_kind(kind):
     with ScriptedServer(faults={kind: 1.0}) as server:
-        ((_, failure),) = make(server, retries=1, timeout=0.4 if kind in LATE else 20.0).chat([ask("hello")])
+        ((_, failure),) = make(server, retries=1, timeout=0.4 if kind in LATE else 20.0).chat(
+            [ask("hello")]
+        )
     expected = {
         "429": "status", "429-bare": "status", "500": "status", "502": "status", "slow": "timeout", "dribble": "timeout",
         "half": "connection", "reset": "connection",
     }.get(kind, "body")  # fmt: skip
-    assert isinstance(failure, Failure) and failure.kind == expected and failure.attempts == 2, failure
+    assert isinstance(failure, Failure) and failure.kind == expected and failure.attempts == 2, (
+        failure
+    )
     assert server.met[kind] == 2 and len(failure.message) < 400 and "\n" not in failure.message
 
 
 def test_nothing_is_lost_under_many_faults():
-    with ScriptedServer(faults={kind: 0.4 / len(TRANSIENT) for kind in TRANSIENT}, seed=3) as server:
-        replies = dict(make(server, retries=12, concurrency=16, timeout=2.0).chat(ask(f"q{i}") for i in range(150)))
+    with ScriptedServer(
+        faults={kind: 0.4 / len(TRANSIENT) for kind in TRANSIENT}, seed=3
+    ) as server:
+        replies = dict(
+            make(server, retries=12, concurrency=16, timeout=2.0).chat(
+                ask(f"q{i}") for i in range(150)
+            )
+        )
     assert {i: r.text for i, r in replies.items()} == {i: f"q{i}" for i in range(150)}
     assert sum(r.attempts for r in replies.values()) == server.count.total()
-    assert 0.3 < server.met.total() / server.count.total() < 0.5 and set(server.met) == set(TRANSIENT)
+    assert 0.3 < server.met.total() / server.count.total() < 0.5 and set(server.met) == set(
+        TRANSIENT
+    )
 
 
 def test_retry_after_is_waited_for_and_capped(monkeypatch):
     monkeypatch.setattr(module, "MAX_WAIT", 0.5)
     for header, low in (("0.3", 0.3), ("3600", 0.5)):
-        with ScriptedServer(faults=lambda prompt, before: "429" if before == 0 else None, retry_after=header) as server:
+        with ScriptedServer(
+            faults=lambda prompt, before: "429" if before == 0 else None, retry_after=header
+        ) as server:
             ((_, reply),) = make(server).chat([ask("hello")])
         assert low <= reply.seconds < 15
     monkeypatch.setattr(module, "MAX_WAIT", 60.0)
     monkeypatch.setattr(module, "BACKOFF_SECONDS", 1.0)
-    assert all(0.75 * 2 ** (n - 1) <= wait_seconds(n, None) <= 1.25 * 2 ** (n - 1) for n in range(1, 6))
+    assert all(
+        0.75 * 2 ** (n - 1) <= wait_seconds(n, None) <= 1.25 * 2 ** (n - 1) for n in range(1, 6)
+    )
     assert wait_seconds(50, None) == 60 and 10 <= wait_seconds(1, 10.0) <= 11
-    assert retry_after("12") == 12 and retry_after("soon") is None and retry_after(None) is None and retry_after("-1") is None
-    assert retry_after("Wed, 21 Oct 2015 07:28:00 GMT") == 0 and retry_after("Wed, 21 Oct 2099 07:28:00 GMT") > 1e9
+    assert (
+        retry_after("12") == 12
+        and retry_after("soon") is None
+        and retry_after(None) is None
+        and retry_after("-1") is None
+    )
+    assert (
+        retry_after("Wed, 21 Oct 2015 07:28:00 GMT") == 0
+        and retry_after("Wed, 21 Oct 2099 07:28:00 GMT") > 1e9
+    )
 
 
 def test_a_refused_request_fails_at_once_with_the_servers_words_cut():
@@ -116,7 +156,12 @@ def test_a_refused_request_fails_at_once_with_the_servers_words_cut():
 
 def test_a_redirect_is_not_followed(monkeypatch):
     monkeypatch.setenv("OPENAI_API_KEY", KEY)
-    with ScriptedServer() as other, ScriptedServer(faults={"redirect": 1.0}, elsewhere=other.api_base + "/chat/completions") as server:
+    with (
+        ScriptedServer() as other,
+        ScriptedServer(
+            faults={"redirect": 1.0}, elsewhere=other.api_base + "/chat/completions"
+        ) as server,
+    ):
         ((_, failure),) = make(server).chat([ask("hello")])
     assert failure.kind == "refused" and "redirect" in failure.message and failure.attempts == 1
     assert not other.paths
@@ -127,7 +172,11 @@ def test_a_dead_server_is_given_up():
         endpoint = make(server, retries=1, concurrency=4)
     start = time.monotonic()
     outcomes = dict(endpoint.chat(ask(f"q{i}") for i in range(500)))
-    assert len(outcomes) == 500 and all(isinstance(f, Failure) for f in outcomes.values()) and endpoint.down
+    assert (
+        len(outcomes) == 500
+        and all(isinstance(f, Failure) for f in outcomes.values())
+        and endpoint.down
+    )
     kinds = [f.kind for f in outcomes.values()]
     assert 8 <= kinds.count("connection") <= 8 + 4 and kinds.count("breaker") >= 488
     assert time.monotonic() - start < 15
@@ -138,7 +187,10 @@ def test_a_dead_server_is_given_up():
 def test_a_server_that_comes_back_is_asked_again_after_a_probe():
     with ScriptedServer(faults={"500": 1.0}) as server:
         endpoint = make(server, retries=0, concurrency=2)
-        assert {f.kind for _, f in endpoint.chat(ask(f"q{i}") for i in range(50))} == {"status", "breaker"}
+        assert {f.kind for _, f in endpoint.chat(ask(f"q{i}") for i in range(50))} == {
+            "status",
+            "breaker",
+        }
         server.faults = {}
         assert {f.kind for _, f in endpoint.chat([ask("more")])} == {"breaker"}
         endpoint.probe()
@@ -146,8 +198,12 @@ def test_a_server_that_comes_back_is_asked_again_after_a_probe():
 
 
 def test_refusals_of_single_requests_do_not_give_up_a_server():
-    with ScriptedServer(faults=lambda prompt, before: "400" if "long" in prompt else None) as server:
-        outcomes = dict(make(server, concurrency=1).chat([*(ask(f"long {i}") for i in range(20)), ask("short")]))
+    with ScriptedServer(
+        faults=lambda prompt, before: "400" if "long" in prompt else None
+    ) as server:
+        outcomes = dict(
+            make(server, concurrency=1).chat([*(ask(f"long {i}") for i in range(20)), ask("short")])
+        )
     assert outcomes[20].text == "short"
 
 
@@ -192,7 +248,10 @@ def test_addresses(monkeypatch):
     monkeypatch.setenv("OPENAI_API_BASE", "https://api.example.com/v1/chat/completions")
     endpoint = Endpoint(EndpointConfig(model="m"))
     assert endpoint.api_base == "https://api.example.com/v1" and not endpoint.loopback
-    assert all(Endpoint(EndpointConfig(model="m", api_base=f"http://{host}:1/v1")).loopback for host in ("localhost", "127.0.0.9", "[::1]"))
+    assert all(
+        Endpoint(EndpointConfig(model="m", api_base=f"http://{host}:1/v1")).loopback
+        for host in ("localhost", "127.0.0.9", "[::1]")
+    )
     with pytest.raises(UserError, match=r"eval.endpoint.model"):
         Endpoint(EndpointConfig())
 
@@ -208,14 +267,18 @@ def test_a_proxy_is_not_asked_for_this_machine(monkeypatch):
 
 def test_the_probe_says_what_to_do(monkeypatch):
     with ScriptedServer(models=("small", "large")) as server:
-        with pytest.raises(UserError, match=r"does not serve `scripted` but small, large; set eval.endpoint.model"):
+        with pytest.raises(
+            UserError, match=r"does not serve `scripted` but small, large; set eval.endpoint.model"
+        ):
             make(server).probe()
         make(server, model="large").probe()
     with ScriptedServer(models=None) as server:
         make(server).probe()  # no list: the test request decides
         assert server.bodies[-1]["max_tokens"] == 1
     with ScriptedServer(key=KEY) as server:
-        with pytest.raises(UserError, match="does not accept requests without a key; set OPENAI_API_KEY"):
+        with pytest.raises(
+            UserError, match="does not accept requests without a key; set OPENAI_API_KEY"
+        ):
             make(server).probe()
         monkeypatch.setenv("OPENAI_API_KEY", "another-key-altogether")
         with pytest.raises(UserError, match="does not accept the key in OPENAI_API_KEY") as caught:
@@ -223,7 +286,10 @@ def test_the_probe_says_what_to_do(monkeypatch):
         assert "another-key" not in str(caught.value)
         monkeypatch.setenv("OPENAI_API_KEY", KEY)
         make(server).probe()
-    with ScriptedServer(faults={"500": 1.0}) as server, pytest.raises(UserError, match=r"did not answer a test request.*out of luck"):
+    with (
+        ScriptedServer(faults={"500": 1.0}) as server,
+        pytest.raises(UserError, match=r"did not answer a test request.*out of luck"),
+    ):
         make(server).probe()
     with pytest.raises(UserError, match=r"cannot be reached \(ConnectError"):
         make(server).probe()
@@ -232,7 +298,10 @@ def test_the_probe_says_what_to_do(monkeypatch):
 def test_a_secret_shows_itself_nowhere():
     secret = Secret(KEY)
     assert secret.reveal() == KEY
-    assert all(KEY not in text for text in (repr(secret), str(secret), f"{secret}", f"{[secret]}", str(dir(secret))))
+    assert all(
+        KEY not in text
+        for text in (repr(secret), str(secret), f"{secret}", f"{[secret]}", str(dir(secret)))
+    )
     with pytest.raises(TypeError):
         pickle.dumps(secret)
     with pytest.raises(TypeError):
@@ -240,7 +309,9 @@ def test_a_secret_shows_itself_nowhere():
 
 
 def test_the_key_is_sent_and_else_found_nowhere(monkeypatch, caplog, tmp_path):
-    """Not in logs at their most talkative, failures, exceptions with all local variables, or the objects' own descriptions."""
+    """Not in logs at their most talkative, failures, exceptions with all local variables, or the
+    objects' own descriptions.
+    """
     caplog.set_level("DEBUG")
     monkeypatch.setenv("MY_KEY", KEY)
     texts = []
@@ -248,7 +319,13 @@ def test_the_key_is_sent_and_else_found_nowhere(monkeypatch, caplog, tmp_path):
         endpoint = make(server, key_env="MY_KEY")
         ((_, failure),) = endpoint.chat([ask("hello")])
         assert failure.status == 401 and "<key>" in failure.message
-        texts += [repr(failure), repr(endpoint), repr(vars(endpoint)), endpoint.cfg.model_dump_json(), repr(endpoint._key())]
+        texts += [
+            repr(failure),
+            repr(endpoint),
+            repr(vars(endpoint)),
+            endpoint.cfg.model_dump_json(),
+            repr(endpoint._key()),
+        ]
         try:
             endpoint.probe()
         except UserError as error:
@@ -267,9 +344,16 @@ def test_the_trainers_random_numbers_are_left_alone():
 
 def test_pictures_arrive_as_they_are():
     image = Image.effect_noise((40, 30), 80).convert("RGB")
-    parts = [{"type": "image_url", "image_url": {"url": data_url(image)}}, {"type": "text", "text": "What is this?"}]
-    with ScriptedServer(answer=lambda request: request["messages"][0]["content"][0]["image_url"]["url"]) as server:
+    parts = [
+        {"type": "image_url", "image_url": {"url": data_url(image)}},
+        {"type": "text", "text": "What is this?"},
+    ]
+    with ScriptedServer(
+        answer=lambda request: request["messages"][0]["content"][0]["image_url"]["url"]
+    ) as server:
         ((_, reply),) = make(server).chat([ChatRequest(({"role": "user", "content": parts},))])
-    found = Image.open(io.BytesIO(base64.b64decode(reply.text.removeprefix("data:image/png;base64,"))))
+    found = Image.open(
+        io.BytesIO(base64.b64decode(reply.text.removeprefix("data:image/png;base64,")))
+    )
     assert found.tobytes() == image.tobytes() and found.size == image.size
     assert data_url(image.convert("CMYK")).startswith("data:image/png;base64,")

@@ -17,12 +17,20 @@ def answered(problem, sample=0):
 def test_what_was_appended_is_there_again(tmp_path):
     ledger = Ledger(tmp_path, PROTOCOL)
     ledger.append([answered("a"), answered("b")])
-    ledger.append([Verdict("a", 0, "correct", "4", rule="correct"), Verdict("b", 0, "failed", reason="the judge: timeout")])
+    ledger.append(
+        [
+            Verdict("a", 0, "correct", "4", rule="correct"),
+            Verdict("b", 0, "failed", reason="the judge: timeout"),
+        ]
+    )
     ledger.append([Verdict("b", 0, "wrong", "5")])  # asked again
     ledger.close()
     again = Ledger(tmp_path, PROTOCOL)
     assert again.answers == ledger.answers
-    assert {s: v.verdict for s, v in again.verdicts.items()} == {("a", 0): "correct", ("b", 0): "wrong"}
+    assert {s: v.verdict for s, v in again.verdicts.items()} == {
+        ("a", 0): "correct",
+        ("b", 0): "wrong",
+    }
     assert again.unanswered([("a", 0), ("a", 1), ("b", 0)]) == [("a", 1)]
     again.close()
 
@@ -45,13 +53,19 @@ def test_a_torn_last_line_is_cut_off_and_written_again(tmp_path, keep):
     again = Ledger(tmp_path, PROTOCOL)
     again.append([answered("b")])
     again.close()
-    assert [json.loads(line)["problem"] for line in ledger.path.read_text().splitlines()] == ["a", "b"]
+    assert [json.loads(line)["problem"] for line in ledger.path.read_text().splitlines()] == [
+        "a",
+        "b",
+    ]
 
 
 def test_another_protocol_is_refused_with_both_values(tmp_path):
     Ledger(tmp_path, PROTOCOL).close()
     other = {**PROTOCOL, "benchmark": {"name": "b", "temperature": 0.6}}
-    with pytest.raises(UserError, match=r"another protocol \(benchmark\.temperature: 0\.0 -> 0\.6\).*another output_dir"):
+    with pytest.raises(
+        UserError,
+        match=r"another protocol \(benchmark\.temperature: 0\.0 -> 0\.6\).*another output_dir",
+    ):
         Ledger(tmp_path, other)
 
 

@@ -1,4 +1,6 @@
-"""Benchmarks through the real command: nothing is asked twice, nothing is lost, and what has no verdict is in no accuracy."""
+"""Benchmarks through the real command: nothing is asked twice, nothing is lost, and what has no
+verdict is in no accuracy.
+"""
 
 import json
 import os
@@ -28,7 +30,15 @@ NUM_PROBLEMS = 24
 def sums(folder, name="sums", count=NUM_PROBLEMS, **settings):
     """A benchmark of the user's own: a YAML and a JSONL."""
     folder.mkdir(parents=True, exist_ok=True)
-    rows = [{"id": f"p{i}", "problem": f"What is {i} + 1?", "answer": str(i + 1), "data_source": f"s{i % 2}"} for i in range(count)]
+    rows = [
+        {
+            "id": f"p{i}",
+            "problem": f"What is {i} + 1?",
+            "answer": str(i + 1),
+            "data_source": f"s{i % 2}",
+        }
+        for i in range(count)
+    ]
     (folder / "sums.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     tree = {
         "name": name,
@@ -45,7 +55,9 @@ def sums(folder, name="sums", count=NUM_PROBLEMS, **settings):
 
 
 def model(request):
-    """Right on two problems of three; on the others it says the right thing in words that no rule reads, or the wrong one."""
+    """Right on two problems of three; on the others it says the right thing in words that no rule
+    reads, or the wrong one.
+    """
     found = re.search(r"What is (\d+)", json.dumps(request["messages"]))
     if found is None:
         return "Hello."  # to a probe
@@ -71,7 +83,11 @@ def config(folder, benchmark, server, **settings):
             "output_dir": str(folder / "out"),
             "model": {"path": "scripted"},
             "reward": {"grader": {"workers": 1}},
-            "eval": {"benchmarks": [benchmark], "endpoint": {"api_base": server.api_base, "model": "scripted", "retries": 8}, **settings},
+            "eval": {
+                "benchmarks": [benchmark],
+                "endpoint": {"api_base": server.api_base, "model": "scripted", "retries": 8},
+                **settings,
+            },
         }
     )
 
@@ -93,7 +109,9 @@ def test_a_server_is_evaluated_and_nothing_is_asked_twice(tmp_path):
         assert asked(server) == NUM_PROBLEMS * 2
         assert table(evaluate_benchmarks(config(tmp_path, benchmark, server))) == table(first)
         assert asked(server) == NUM_PROBLEMS * 2
-        with pytest.raises(UserError, match=r"another protocol \(benchmark\.temperature: 0\.7 -> 0\.1\)"):
+        with pytest.raises(
+            UserError, match=r"another protocol \(benchmark\.temperature: 0\.7 -> 0\.1\)"
+        ):
             evaluate_benchmarks(config(tmp_path, benchmark, server, temperature=0.1))
         assert asked(server) == NUM_PROBLEMS * 2
     found = first["sums"]
@@ -117,24 +135,34 @@ def test_faults_in_four_calls_of_ten_change_nothing(tmp_path):
     with ScriptedServer(answer=model, faults=FAULTS) as server:
         found = evaluate_benchmarks(config(tmp_path / "faulty", benchmark, server))
         assert sum(server.met.values()) > 5
-        assert sum(n for prompt, n in server.answered.items() if "What is" in prompt) == NUM_PROBLEMS * 2
+        assert (
+            sum(n for prompt, n in server.answered.items() if "What is" in prompt)
+            == NUM_PROBLEMS * 2
+        )
     assert table(found) == table(expected)
 
 
 @pytest.mark.parametrize(
-    ("grading", "accuracy", "agreement"), [("rule_then_judge", 20 / 24, 0.5), ("judge", 4 / 24, 4 / 24), ("both", 4 / 24, 4 / 24)]
+    ("grading", "accuracy", "agreement"),
+    [("rule_then_judge", 20 / 24, 0.5), ("judge", 4 / 24, 4 / 24), ("both", 4 / 24, 4 / 24)],
 )
 def test_a_judge_decides_as_the_grading_says(tmp_path, grading, accuracy, agreement):
-    """The scripted judge knows only the responses that appeal to judges: 4 of 24, all of which the rules call wrong."""
+    """The scripted judge knows only the responses that appeal to judges: 4 of 24, all of which the
+    rules call wrong.
+    """
     benchmark = sums(tmp_path, num_samples=1)
     with ScriptedServer(answer=model) as server, ScriptedServer(answer=judge) as judges:
         said = {"api_base": judges.api_base, "model": "scripted", "retries": 8}
-        found = evaluate_benchmarks(config(tmp_path, benchmark, server, grading=grading, judge=said))["sums"]
+        found = evaluate_benchmarks(
+            config(tmp_path, benchmark, server, grading=grading, judge=said)
+        )["sums"]
     assert found["accuracy"] == pytest.approx(accuracy)
     assert found["rule_accuracy"] == pytest.approx(16 / 24)
     assert found["agreement"] == pytest.approx(agreement)
     assert found["judge"]["model"] == "scripted"
-    lines = [json.loads(line) for line in (tmp_path / "out/sums/ledger.jsonl").read_text().splitlines()]
+    lines = [
+        json.loads(line) for line in (tmp_path / "out/sums/ledger.jsonl").read_text().splitlines()
+    ]
     judged = [line["judge"] for line in lines if line["kind"] == "verdict" and line["judge"]]
     assert len(judged) == (8 if grading == "rule_then_judge" else 24)
     assert all(entry["prompt"] == "equivalence-1" and entry["reply"] for entry in judged)
@@ -145,12 +173,22 @@ def test_what_the_judge_failed_to_say_is_no_wrong_answer(tmp_path):
     with ScriptedServer(answer=model) as server:
         with ScriptedServer(answer=judge) as judges:
             said = {"api_base": judges.api_base, "model": "scripted", "retries": 8}
-            expected = evaluate_benchmarks(config(tmp_path / "healthy", benchmark, server, grading="rule_then_judge", judge=said))
+            expected = evaluate_benchmarks(
+                config(
+                    tmp_path / "healthy", benchmark, server, grading="rule_then_judge", judge=said
+                )
+            )
         with ScriptedServer(answer=judge) as judges:
             said = {"api_base": judges.api_base, "model": "scripted", "retries": 0}
             ill = config(tmp_path / "ill", benchmark, server, grading="rule_then_judge", judge=said)
-            judges.faults = lambda prompt, before: "500" if "final answer" in prompt and zlib.crc32(prompt.encode()) % 2 else None
-            with pytest.raises(StoppedError, match=r"of 24 responses 0 are missing, \d+ verdicts failed.*run the same command again"):
+            judges.faults = lambda prompt, before: (
+                "500" if "final answer" in prompt and zlib.crc32(prompt.encode()) % 2 else None
+            )
+            with pytest.raises(
+                StoppedError,
+                match=r"of 24 responses 0 are missing, \d+ verdicts failed.*run the same command "
+                r"again",
+            ):
                 evaluate_benchmarks(ill)
             summary = json.loads((tmp_path / "ill/out/sums/summary.json").read_text())
             assert summary["accuracy"] is None
@@ -167,9 +205,21 @@ def test_what_the_judge_failed_to_say_is_no_wrong_answer(tmp_path):
     [
         ({"benchmarks": ["aime1999"]}, r"there is no `aime1999`; known: .*aime24"),
         ({"grading": "judge"}, "eval.grading=judge needs a judge"),
-        ({"judge": {"model": "m", "api_base": "http://127.0.0.1:9/v1"}}, "eval.grading=rule asks nobody"),
-        ({"benchmarks": ["math500"], "data_dir": "/nowhere"}, "/nowhere/math500/math500.jsonl does not exist"),
-        ({"grading": "both", "judge": {"model": "m", "api_base": "http://127.0.0.1:9/v1", "retries": 0}}, "127.0.0.1:9"),
+        (
+            {"judge": {"model": "m", "api_base": "http://127.0.0.1:9/v1"}},
+            "eval.grading=rule asks nobody",
+        ),
+        (
+            {"benchmarks": ["math500"], "data_dir": "/nowhere"},
+            "/nowhere/math500/math500.jsonl does not exist",
+        ),
+        (
+            {
+                "grading": "both",
+                "judge": {"model": "m", "api_base": "http://127.0.0.1:9/v1", "retries": 0},
+            },
+            "127.0.0.1:9",
+        ),
     ],
 )
 def test_what_cannot_be_done_is_said_before_the_first_request(tmp_path, settings, message):
@@ -189,7 +239,9 @@ def test_a_definition_that_does_not_fit_its_data_is_refused(tmp_path):
 
 
 def kill_and_resume(tmp_path, moments):
-    """Kill the real command at these seconds after its first answer, then let it finish. Requests for stored answers must not be repeated."""
+    """Kill the real command at these seconds after its first answer, then let it finish. Requests
+    for stored answers must not be repeated.
+    """
     benchmark = sums(tmp_path)
     with ScriptedServer(answer=model) as server:
         expected = evaluate_benchmarks(config(tmp_path / "whole", benchmark, server))
@@ -206,12 +258,22 @@ def kill_and_resume(tmp_path, moments):
             "--benchmarks",
             benchmark,
         ]
-        command += ["--out", str(tmp_path / "killed/out"), "eval.endpoint.concurrency=2", "reward.grader.workers=1"]
+        command += [
+            "--out",
+            str(tmp_path / "killed/out"),
+            "eval.endpoint.concurrency=2",
+            "reward.grader.workers=1",
+        ]
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
         stored = {}
         for moment in [*moments, None]:
             process = subprocess.Popen(
-                command, env=environment, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, start_new_session=True
+                command,
+                env=environment,
+                cwd=ROOT,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.DEVNULL,
+                start_new_session=True,
             )
             if moment is not None:
                 start = asked(server)
@@ -225,14 +287,18 @@ def kill_and_resume(tmp_path, moments):
             assert {seed: times_asked(server, seed) for seed in stored} == stored
             folder = Path(tmp_path / "killed/out/sums")
             if (folder / "ledger.jsonl").exists():
-                stored = {seed: times_asked(server, seed) for seed in seeds_of(read_ledger(folder)[1])}
+                stored = {
+                    seed: times_asked(server, seed) for seed in seeds_of(read_ledger(folder)[1])
+                }
         assert process.returncode == 0
     assert table(json.loads(output)) == table(expected)
 
 
 def seeds_of(answers):
     """The seeds of what was answered and stored."""
-    return [request_seed(0, "benchmark", "sums", problem, sample) % 2**31 for problem, sample in answers]
+    return [
+        request_seed(0, "benchmark", "sums", problem, sample) % 2**31 for problem, sample in answers
+    ]
 
 
 def times_asked(server, seed):
@@ -250,7 +316,9 @@ def test_ten_kills_at_random_moments_change_nothing(tmp_path):
     kill_and_resume(tmp_path, [generator.uniform(0.0, 0.6) for _ in range(10)])
 
 
-def test_benchmarks_run_between_training_steps_and_the_best_checkpoint_stays(model_folder, tmp_path):
+def test_benchmarks_run_between_training_steps_and_the_best_checkpoint_stays(
+    model_folder, tmp_path
+):
     make_data(tmp_path)
     benchmark = sums(tmp_path / "bench", count=6, num_samples=1)
     config = make_config(

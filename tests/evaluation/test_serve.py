@@ -1,4 +1,6 @@
-"""A real vLLM on loopback: it answers, keeps no key, listens to nobody else, and leaves nothing behind."""
+"""A real vLLM on loopback: it answers, keeps no key, listens to nobody else, and leaves nothing
+behind.
+"""
 
 import importlib.util
 import os
@@ -21,8 +23,12 @@ from rlfr_vlm.evaluation.server.serve import environment, serve
 KEY = "sk-SENTINEL-0123456789abcdef"
 ROOT = Path(rlfr_vlm.__file__).parent.parent
 LIMITS = {"max_model_len": 1024, "max_num_seqs": 8, "kv_cache_gib": 0.125}
-needs_vllm = pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed")
-linux_only = pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="looks processes up under /proc")
+needs_vllm = pytest.mark.skipif(
+    importlib.util.find_spec("vllm") is None, reason="vLLM is not installed"
+)
+linux_only = pytest.mark.skipif(
+    not Path("/proc/self/stat").exists(), reason="looks processes up under /proc"
+)
 
 
 @pytest.fixture
@@ -96,24 +102,48 @@ def test_it_answers_and_leaves_nothing_behind(model_folder, tmp_path, monkeypatc
         pids = members(group)
         assert len(pids) >= 3 and api_base.startswith("http://127.0.0.1:")
         for pid in pids:
-            assert KEY.encode() not in Path(f"/proc/{pid}/environ").read_bytes() + Path(f"/proc/{pid}/cmdline").read_bytes()
+            assert (
+                KEY.encode()
+                not in Path(f"/proc/{pid}/environ").read_bytes()
+                + Path(f"/proc/{pid}/cmdline").read_bytes()
+            )
         sockets = listening(pids)
         assert int(api_base.split(":")[2].split("/")[0]) in [port for _, port in sockets]
-        assert {address for address, _ in sockets} <= {"0100007F", "00000000000000000000000001000000", "0000000000000000FFFF00000100007F"}
+        assert {address for address, _ in sockets} <= {
+            "0100007F",
+            "00000000000000000000000001000000",
+            "0000000000000000FFFF00000100007F",
+        }
 
         endpoint = Endpoint(EndpointConfig(model="tiny", api_base=api_base))
         endpoint.probe()
         requests = [
-            ChatRequest([{"role": "user", "content": f"{i} + 3 = ?"}], temperature=1.0, top_p=0.9, max_tokens=8, seed=i) for i in range(6)
+            ChatRequest(
+                [{"role": "user", "content": f"{i} + 3 = ?"}],
+                temperature=1.0,
+                top_p=0.9,
+                max_tokens=8,
+                seed=i,
+            )
+            for i in range(6)
         ]
         first, second = (dict(endpoint.chat(requests)) for _ in range(2))
-        assert all(isinstance(r, ChatReply) and r.response_tokens > 0 and r.prompt_tokens > 5 for r in first.values())
-        assert [first[i].text for i in range(6)] == [second[i].text for i in range(6)] and len({r.text for r in first.values()}) > 1
+        assert all(
+            isinstance(r, ChatReply) and r.response_tokens > 0 and r.prompt_tokens > 5
+            for r in first.values()
+        )
+        assert [first[i].text for i in range(6)] == [second[i].text for i in range(6)] and len(
+            {r.text for r in first.values()}
+        ) > 1
         with pytest.raises(UserError, match="does not serve `other` but tiny"):
             Endpoint(EndpointConfig(model="other", api_base=api_base)).probe()
         cfg = JudgeConfig(model="tiny", api_base=api_base, max_tokens=16)
-        ((_, verdict),) = Judge(cfg, Endpoint(cfg)).judge([JudgeItem("3 + 4?", "7", "7", "It is 7.")])
-        assert verdict.verdict == "failed" and verdict.attempts == 3  # a random model decides nothing
+        ((_, verdict),) = Judge(cfg, Endpoint(cfg)).judge(
+            [JudgeItem("3 + 4?", "7", "7", "It is 7.")]
+        )
+        assert (
+            verdict.verdict == "failed" and verdict.attempts == 3
+        )  # a random model decides nothing
     assert not members(group) and KEY not in log.read_text()
     with pytest.raises(UserError, match="cannot be reached"):
         Endpoint(EndpointConfig(model="tiny", api_base=api_base, retries=0)).probe()
@@ -123,7 +153,10 @@ def test_it_answers_and_leaves_nothing_behind(model_folder, tmp_path, monkeypatc
 @linux_only
 def test_a_server_that_is_not_ready_in_time_is_stopped(model_folder):
     before = set(groups_of_children())
-    with pytest.raises(UserError, match="was not ready in time"), serve(model_folder("qwen2"), start_seconds=0.5):
+    with (
+        pytest.raises(UserError, match="was not ready in time"),
+        serve(model_folder("qwen2"), start_seconds=0.5),
+    ):
         raise AssertionError("it cannot have started")
     assert set(groups_of_children()) <= before
 
@@ -133,22 +166,43 @@ def test_a_server_that_is_not_ready_in_time_is_stopped(model_folder):
 def test_a_server_that_does_not_start_is_quoted(tmp_path, compiled_once):
     (tmp_path / "config.json").write_text('{"model_type": "no_such_type"}')
     start = time.monotonic()
-    with pytest.raises(UserError, match=r"vLLM did not start: .*no_such_type"), serve(str(tmp_path)):
+    with (
+        pytest.raises(UserError, match=r"vLLM did not start: .*no_such_type"),
+        serve(str(tmp_path)),
+    ):
         raise AssertionError("it cannot have started")
     assert time.monotonic() - start < 120  # seen at once, not at the deadline
 
 
 def test_the_servers_environment(monkeypatch):
-    for name in ("OPENAI_API_KEY", "HF_TOKEN", "VLLM_API_KEY", "PYTHON_SECRETS", "TORCH_AUTH_HEADER", "http_proxy", "RANK"):
+    for name in (
+        "OPENAI_API_KEY",
+        "HF_TOKEN",
+        "VLLM_API_KEY",
+        "PYTHON_SECRETS",
+        "TORCH_AUTH_HEADER",
+        "http_proxy",
+        "RANK",
+    ):
         monkeypatch.setenv(name, KEY)
-    kept = {"HF_HOME": "/a", "CUDA_VISIBLE_DEVICES": "1", "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "VLLM_USE_V2": "1"}
+    kept = {
+        "HF_HOME": "/a",
+        "CUDA_VISIBLE_DEVICES": "1",
+        "OMP_NUM_THREADS": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+        "VLLM_USE_V2": "1",
+    }
     for name, value in kept.items():
         monkeypatch.setenv(name, value)
     given = environment()
-    assert KEY not in given.values() and kept.items() <= given.items() and given["PATH"] == os.environ["PATH"]
+    assert (
+        KEY not in given.values()
+        and kept.items() <= given.items()
+        and given["PATH"] == os.environ["PATH"]
+    )
 
 
-# -- the keeper alone --------------------------------------------------------------------------------------------------
+# -- the keeper alone ------------------------------------------------------------------------------
 
 STUBBORN = """
 import os, signal, subprocess, sys, time
@@ -160,8 +214,24 @@ time.sleep({seconds})
 
 
 def keep(code, starter, **streams):
-    command = [sys.executable, "-I", keeper.__file__, str(starter), "0.3", sys.executable, "-c", code]
-    return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True, text=True, **streams)
+    command = [
+        sys.executable,
+        "-I",
+        keeper.__file__,
+        str(starter),
+        "0.3",
+        sys.executable,
+        "-c",
+        code,
+    ]
+    return subprocess.Popen(
+        command,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        start_new_session=True,
+        text=True,
+        **streams,
+    )
 
 
 @linux_only
@@ -181,14 +251,10 @@ def test_the_keeper_ends_a_stubborn_group(seconds):
 @linux_only
 def test_the_keeper_outlives_its_starter_by_a_moment_even_where_a_fork_holds_the_pipe():
     code = (
-        "import os, sys, time\n"
-        f"sys.path.insert(0, {str(ROOT)!r})\n"
-        "from tests.evaluation.test_serve import STUBBORN, keep\n"
-        "process = keep(STUBBORN.format(seconds=60), os.getpid())\n"
-        "process.stdout.readline()\n"
-        "fork = os.fork()\n"
-        "if fork: print(process.pid, fork, flush=True)\n"
-        "time.sleep(60)\n"
+        f"import os, sys, time\nsys.path.insert(0, {str(ROOT)!r})\nfrom "
+        "tests.evaluation.test_serve import STUBBORN, keep\nprocess = "
+        "keep(STUBBORN.format(seconds=60), os.getpid())\nprocess.stdout.readline()\nfork = "
+        "os.fork()\nif fork: print(process.pid, fork, flush=True)\ntime.sleep(60)\n"
     )
     starter = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
     group, fork = map(int, starter.stdout.readline().split())
@@ -206,16 +272,18 @@ def test_the_keeper_outlives_its_starter_by_a_moment_even_where_a_fork_holds_the
 @pytest.mark.slow
 def test_no_orphan_when_the_parent_is_killed(model_folder, compiled_once):
     code = (
-        "import sys, time\n"
-        "from rlfr_vlm.evaluation.server.serve import serve\n"
-        f"with serve({model_folder('qwen2')!r}, 'tiny', **{LIMITS!r}) as api_base:\n"
-        "    print(api_base, flush=True)\n"
-        "    time.sleep(300)\n"
+        "import sys, time\nfrom rlfr_vlm.evaluation.server.serve import serve\nwith "
+        f"serve({model_folder('qwen2')!r}, 'tiny', **{LIMITS!r}) as api_base:\n    print(api_base, "
+        "flush=True)\n    time.sleep(300)\n"
     )
-    parent = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, cwd=ROOT)
+    parent = subprocess.Popen(
+        [sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, cwd=ROOT
+    )
     api_base = parent.stdout.readline().strip()
     children = Path(f"/proc/{parent.pid}/task/{parent.pid}/children").read_text().split()
-    (group,) = [int(pid) for pid in children if "keeper.py" in Path(f"/proc/{pid}/cmdline").read_text()]
+    (group,) = [
+        int(pid) for pid in children if "keeper.py" in Path(f"/proc/{pid}/cmdline").read_text()
+    ]
     endpoint = Endpoint(EndpointConfig(model="tiny", api_base=api_base, retries=0))
     endpoint.probe()
     assert len(members(group)) >= 3

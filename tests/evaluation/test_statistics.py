@@ -1,15 +1,24 @@
-"""Statistics against values computed another way: all subsets, exact rationals, other packages, simulation.
+"""Statistics against values computed another way: all subsets, exact rationals, other packages,
+simulation.
 
-Coverage of the 95 % interval of an accuracy in 2,000 runs, in %: the least and the largest where difficulties are drawn from
-Beta(mean c, (1 - mean) c), c = 0.3, 2, 20 (standard error 0.5; `pytest -s` prints them, but for the last row, which is for comparison):
+Coverage of the 95 % interval of an accuracy in 2,000 runs, in %: the least and the largest where
+difficulties are drawn from Beta(mean c, (1 - mean) c), c = 0.3, 2, 20 (standard error 0.5; `pytest
+-s` prints them, but for the last row, which is for comparison):
 
-    problems x samples    mean 0.02      0.1            0.3            0.5            0.9            0.98
-    500 x 1               96.2 - 97.0    95.4 - 96.4    95.0 - 96.7    94.3 - 95.4    95.0 - 96.0    96.0 - 96.8
-    500 x 4               94.8 - 95.5    93.8 - 95.0    95.0 - 95.9    94.7 - 95.2    95.2 - 95.9    94.8 - 95.9
-    30 x 1                98.1 - 98.1    97.2 - 97.7    92.5 - 93.3    94.8 - 96.4    97.0 - 97.8    97.2 - 98.2
-    30 x 4                96.6 - 97.5    94.3 - 97.0    95.0 - 95.7    94.9 - 95.4    94.5 - 97.0    96.4 - 98.2
-    30 x 16               96.9 - 98.7    93.1 - 97.5    95.2 - 96.5    95.2 - 95.6    93.2 - 97.9    96.5 - 98.9
-    30 x 4, t interval        58 - 89        91 - 93                       94 - 95        91 - 92        57 - 89
+    problems x samples    mean 0.02      0.1            0.3            0.5            0.9
+    0.98
+    500 x 1               96.2 - 97.0    95.4 - 96.4    95.0 - 96.7    94.3 - 95.4    95.0 - 96.0
+    96.0 - 96.8
+    500 x 4               94.8 - 95.5    93.8 - 95.0    95.0 - 95.9    94.7 - 95.2    95.2 - 95.9
+    94.8 - 95.9
+    30 x 1                98.1 - 98.1    97.2 - 97.7    92.5 - 93.3    94.8 - 96.4    97.0 - 97.8
+    97.2 - 98.2
+    30 x 4                96.6 - 97.5    94.3 - 97.0    95.0 - 95.7    94.9 - 95.4    94.5 - 97.0
+    96.4 - 98.2
+    30 x 16               96.9 - 98.7    93.1 - 97.5    95.2 - 96.5    95.2 - 95.6    93.2 - 97.9
+    96.5 - 98.9
+    30 x 4, t interval        58 - 89        91 - 93                       94 - 95        91 - 92
+    57 - 89
 """
 
 import itertools
@@ -38,7 +47,7 @@ from rlfr_vlm.evaluation.statistics import (
 MEANS = (0.02, 0.1, 0.3, 0.5, 0.9, 0.98)
 
 
-# --- point estimates ----------------------------------------------------------------------------------------------------
+# --- point estimates ------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("n", range(1, 8))
@@ -59,7 +68,12 @@ def test_pass_at_k_of_many_samples_is_exact_and_needs_k_of_them():
 
 
 def test_accuracy_is_the_mean_over_problems_and_pass_curve_runs_over_those_with_enough_samples():
-    correct = [[True, False, False, True], [True, True], [], [False, False, False, False]]  # one problem has no verdict, one lacks two
+    correct = [
+        [True, False, False, True],
+        [True, True],
+        [],
+        [False, False, False, False],
+    ]  # one problem has no verdict, one lacks two
     assert shares(correct) == [0.5, 1.0, 0.0]
     assert estimate(shares(correct)).value == 0.5
     curve = pass_curve(correct)
@@ -77,7 +91,10 @@ def test_accuracy_is_the_mean_over_problems_and_pass_curve_runs_over_those_with_
         ([("4", True), ("4", True), ("5", False)], 1.0),
         ([("4", True), ("5", False), ("5", False)], 0.0),
         ([("4", True), ("5", False)], 0.5),
-        ([("4", True), ("5", False), ("6", False), ("", False), ("", False)], 1 / 3),  # no vote for "no answer", however many
+        (
+            [("4", True), ("5", False), ("6", False), ("", False), ("", False)],
+            1 / 3,
+        ),  # no vote for "no answer", however many
         ([("", False), ("", False), ("7", True)], 1.0),
         ([("", False)], 0.0),
         ([("4", True), ("4", False), ("4", True), ("5", False)], 2 / 3),  # judged both ways
@@ -100,14 +117,21 @@ def test_summary_counts_what_has_no_verdict_in_no_accuracy():
     assert (summary.extracted, summary.truncated, summary.mean_length) == (0.6, 0.4, 20)
     assert (summary.num_problems, summary.num_samples, summary.num_counted) == (3, 5, 3)
     empty = summarize([])
-    assert (empty.accuracy, empty.majority, empty.pass_at, empty.mean_length) == (None, None, {}, 0.0)
+    assert (empty.accuracy, empty.majority, empty.pass_at, empty.mean_length) == (
+        None,
+        None,
+        {},
+        0.0,
+    )
 
 
-# --- intervals of an accuracy ---------------------------------------------------------------------------------------------
+# --- intervals of an accuracy ---------------------------------------------------------------------
 
 
 def test_interval_is_where_the_score_test_accepts():
-    """Wilson's limits are the proportions p0 with |p - p0| = z sqrt(p0 (1 - p0) / n): found here by bisection."""
+    """Wilson's limits are the proportions p0 with |p - p0| = z sqrt(p0 (1 - p0) / n): found here by
+    bisection.
+    """
     z = 1.959963984540054
 
     def limit(inside, outside):
@@ -120,7 +144,10 @@ def test_interval_is_where_the_score_test_accepts():
     for n, c in ((1, 0), (1, 1), (30, 7), (500, 499), (500, 0)):
         p = c / n
         low, high = wilson_interval(p, n)
-        assert (low, high) == (pytest.approx(limit(p, 0.0), abs=1e-9), pytest.approx(limit(p, 1.0), abs=1e-9))
+        assert (low, high) == (
+            pytest.approx(limit(p, 0.0), abs=1e-9),
+            pytest.approx(limit(p, 1.0), abs=1e-9),
+        )
 
 
 def test_interval_equals_statsmodels():
@@ -135,7 +162,9 @@ def test_one_sample_per_problem_is_wilson_and_copies_of_it_change_nothing():
     for n, c in ((1, 0), (1, 1), (2, 1), (30, 0), (30, 29), (500, 250)):
         correct = [[True]] * c + [[False]] * (n - c)
         assert mean_interval(shares(correct)) == pytest.approx(wilson_interval(c / n, n), abs=1e-12)
-        assert mean_interval(shares([samples * 8 for samples in correct])) == mean_interval(shares(correct))
+        assert mean_interval(shares([samples * 8 for samples in correct])) == mean_interval(
+            shares(correct)
+        )
     assert mean_interval([]) == (0.0, 1.0)
 
 
@@ -152,16 +181,28 @@ def test_interval_has_no_favourite_side_and_narrows_with_agreement():
 
 def coverage(num_problems, num_samples, mean, concentration, runs=2000):
     """Share of runs whose interval holds the mean of the difficulties."""
-    random = np.random.default_rng((num_problems, num_samples, int(mean * 1000), int(concentration * 10)))
-    difficulties = random.beta(mean * concentration, (1 - mean) * concentration, (runs, num_problems))
-    intervals = np.array([mean_interval(row) for row in random.binomial(num_samples, difficulties) / num_samples])
+    random = np.random.default_rng(
+        (num_problems, num_samples, int(mean * 1000), int(concentration * 10))
+    )
+    difficulties = random.beta(
+        mean * concentration, (1 - mean) * concentration, (runs, num_problems)
+    )
+    intervals = np.array(
+        [mean_interval(row) for row in random.binomial(num_samples, difficulties) / num_samples]
+    )
     return float(np.mean((intervals[:, 0] <= mean) & (mean <= intervals[:, 1])))
 
 
 def coverages(num_problems, num_samples):
     """(least, largest) coverage over the concentrations, by mean; printed."""
-    found = {mean: [coverage(num_problems, num_samples, mean, c) for c in (0.3, 2.0, 20.0)] for mean in MEANS}
-    print(f"{num_problems} x {num_samples}: " + "  ".join(f"{mean}: {min(c):.1%} to {max(c):.1%}" for mean, c in found.items()))
+    found = {
+        mean: [coverage(num_problems, num_samples, mean, c) for c in (0.3, 2.0, 20.0)]
+        for mean in MEANS
+    }
+    print(
+        f"{num_problems} x {num_samples}: "
+        + "  ".join(f"{mean}: {min(c):.1%} to {max(c):.1%}" for mean, c in found.items())
+    )
     return [(min(c), max(c)) for c in found.values()]
 
 
@@ -172,16 +213,20 @@ def test_coverage_at_500_problems(num_samples):
 
 @pytest.mark.parametrize("num_samples", [1, 4, 16])
 def test_coverage_at_30_problems_is_hardly_below_95_percent(num_samples):
-    """Reported rather than demanded: few problems make few values possible, and no interval of one sample each is exact at every mean."""
+    """Reported rather than demanded: few problems make few values possible, and no interval of one
+    sample each is exact at every mean.
+    """
     assert all(low >= 0.92 for low, _ in coverages(30, num_samples))
 
 
-# --- two evaluations ------------------------------------------------------------------------------------------------------
+# --- two evaluations ------------------------------------------------------------------------------
 
 
 def test_difference_interval_of_one_sample_is_bonett_and_prices():
     """Their published example, also in R's statpsych::ci.prop.ps: 12 and 6 agree, 4 and 26 do not."""
-    assert difference_interval([1] * 26 + [-1] * 4 + [0] * 18) == pytest.approx((0.2548067, 0.6251933), abs=1e-6)
+    assert difference_interval([1] * 26 + [-1] * 4 + [0] * 18) == pytest.approx(
+        (0.2548067, 0.6251933), abs=1e-6
+    )
 
 
 def test_difference_interval_without_a_change_is_no_point_and_shrinks_with_problems():
@@ -195,27 +240,44 @@ def test_difference_interval_without_a_change_is_no_point_and_shrinks_with_probl
 @pytest.mark.parametrize("num_samples", [1, 4])
 @pytest.mark.parametrize("num_problems", [30, 500])
 def test_coverage_of_a_difference(num_problems, num_samples):
-    """Difficulties Beta(0.6, 1.4); the second model has new ones at half of the problems (none), or at a tenth and 5 points easier."""
+    """Difficulties Beta(0.6, 1.4); the second model has new ones at half of the problems (none), or
+    at a tenth and 5 points easier.
+    """
     random = np.random.default_rng((num_problems, num_samples))
     for renewed, gain in ((0.0, 0.0), (0.5, 0.0), (0.1, 0.05)):
         before = random.beta(0.6, 1.4, (1000, num_problems))
-        after = np.where(random.random(before.shape) < renewed, random.beta(0.6 + 2 * gain, 1.4 - 2 * gain, before.shape), before)
-        differences = (random.binomial(num_samples, after) - random.binomial(num_samples, before)) / num_samples
+        after = np.where(
+            random.random(before.shape) < renewed,
+            random.beta(0.6 + 2 * gain, 1.4 - 2 * gain, before.shape),
+            before,
+        )
+        differences = (
+            random.binomial(num_samples, after) - random.binomial(num_samples, before)
+        ) / num_samples
         intervals = np.array([difference_interval(row) for row in differences])
-        found = float(np.mean((intervals[:, 0] <= renewed * gain) & (renewed * gain <= intervals[:, 1])))
+        found = float(
+            np.mean((intervals[:, 0] <= renewed * gain) & (renewed * gain <= intervals[:, 1]))
+        )
         print(f"{num_problems} x {num_samples}, {renewed:.0%} renewed, gain {gain}: {found:.1%}")
         assert 0.93 <= found <= (0.97 if num_problems == 500 else 1.0)
 
 
-@pytest.mark.parametrize(("lost", "gained"), [(0, 0), (0, 6), (3, 9), (10, 10), (1, 0), (40, 75), (900, 1100)])
+@pytest.mark.parametrize(
+    ("lost", "gained"), [(0, 0), (0, 6), (3, 9), (10, 10), (1, 0), (40, 75), (900, 1100)]
+)
 def test_mcnemar_is_the_two_sided_binomial_test(lost, gained):
     n = lost + gained
     if n <= 12:  # every way that the changes can fall
-        far = sum(abs(2 * sum(way) - n) >= abs(gained - lost) for way in itertools.product((0, 1), repeat=n))
+        far = sum(
+            abs(2 * sum(way) - n) >= abs(gained - lost)
+            for way in itertools.product((0, 1), repeat=n)
+        )
         assert mcnemar(lost, gained) == pytest.approx(far / 2**n)
     scipy_stats = pytest.importorskip("scipy.stats")
     if n:
-        assert mcnemar(lost, gained) == pytest.approx(scipy_stats.binomtest(gained, n).pvalue, rel=1e-9)
+        assert mcnemar(lost, gained) == pytest.approx(
+            scipy_stats.binomtest(gained, n).pvalue, rel=1e-9
+        )
     assert mcnemar(lost, gained) == mcnemar(gained, lost)
 
 
@@ -233,7 +295,10 @@ def test_permutation_is_exact_for_few_and_seeded_for_many():
 def test_permutation_rejects_true_nulls_at_its_level():
     random = np.random.default_rng(0)
     difficulty = random.beta(1, 1, (400, 12))
-    values = [permutation(row) for row in (random.binomial(64, difficulty) - random.binomial(64, difficulty)) / 64]
+    values = [
+        permutation(row)
+        for row in (random.binomial(64, difficulty) - random.binomial(64, difficulty)) / 64
+    ]
     assert np.mean(np.array(values) <= 0.05) == pytest.approx(0.05, abs=0.025)
 
 
@@ -242,7 +307,11 @@ def test_paired_picks_the_test_and_needs_samples_in_both():
     one = paired(before, after)
     assert (one.difference.value, one.p_value, one.test) == (0.25, 1.0, "McNemar, exact")
     several = paired([[True, False], [False]], [[True, True], [False]])
-    assert (several.difference.value, several.difference.num_problems, several.test) == (0.25, 2, "paired permutation")
+    assert (several.difference.value, several.difference.num_problems, several.test) == (
+        0.25,
+        2,
+        "paired permutation",
+    )
     for bad in ([[True], []], [[True]], []):
         with pytest.raises(ValueError):
             paired(bad, [[True], [True]] if bad else [])

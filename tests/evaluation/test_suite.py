@@ -1,4 +1,6 @@
-"""How an evaluation asks: definitions, other pictures, and what it takes over from the run that made the model."""
+"""How an evaluation asks: definitions, other pictures, and what it takes over from the run that
+made the model.
+"""
 
 import json
 
@@ -25,7 +27,14 @@ def pictures(folder, counts):
         names = [f"{i}_{j}.png" for j in range(count)]
         for j, name in enumerate(names):
             Image.new("RGB", (56, 56), (i, j, 0)).save(folder / name)
-        rows.append({"id": str(i), "prompt": "<image>" * count + "How many?", "images": names, "answer": "1"})
+        rows.append(
+            {
+                "id": str(i),
+                "prompt": "<image>" * count + "How many?",
+                "images": names,
+                "answer": "1",
+            }
+        )
     (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     path = folder / "bench.yaml"
     path.write_text(yaml.safe_dump({"name": "bench", "file": "rows.jsonl"}))
@@ -34,7 +43,13 @@ def pictures(folder, counts):
 
 def planned_pictures(tmp_path, counts):
     benchmark = pictures(tmp_path, counts)
-    cfg = parse_config({"output_dir": "o", "model": {"path": "m"}, "eval": {"benchmarks": [benchmark], "pictures": "swapped"}})
+    cfg = parse_config(
+        {
+            "output_dir": "o",
+            "model": {"path": "m"},
+            "eval": {"benchmarks": [benchmark], "pictures": "swapped"},
+        }
+    )
     return [problem.prompt.images for problem in plan(cfg)[0].problems]
 
 
@@ -63,7 +78,18 @@ def evaluated(tmp_path, *options):
     model = tmp_path / "run/hf/global_step_3"
     model.mkdir(parents=True)
     (tmp_path / "run/config.resolved.yaml").write_text(to_yaml(trained))
-    arguments = build_parser().parse_args(["eval", "--model", str(model), "--out", "o", "--benchmarks", pictures(tmp_path, [1]), *options])
+    arguments = build_parser().parse_args(
+        [
+            "eval",
+            "--model",
+            str(model),
+            "--out",
+            "o",
+            "--benchmarks",
+            pictures(tmp_path, [1]),
+            *options,
+        ]
+    )
     return load_config(None, eval_overrides(arguments))
 
 
@@ -79,12 +105,17 @@ def test_a_checkpoint_is_asked_as_it_was_trained(tmp_path):
 
 
 def test_what_is_given_wins_and_is_reported(tmp_path):
-    cfg = evaluated(tmp_path, "--", "data.max_pixels=25088", "eval.max_new_tokens=99", "eval.temperature=1.0")
+    cfg = evaluated(
+        tmp_path, "--", "data.max_pixels=25088", "eval.max_new_tokens=99", "eval.temperature=1.0"
+    )
     assert parity(cfg, plan(cfg)) == ["data.max_pixels: trained with 50176, evaluated with 25088"]
 
 
 def test_in_training_rules_grade_within_the_budget_of_the_rollouts():
     tree = {"output_dir": "o", "model": {"path": "m"}, "rollout": {"max_new_tokens": 64}}
-    assert in_training(parse_config({**tree, "eval": {"max_new_tokens": 512}})).eval.max_new_tokens == 64
+    assert (
+        in_training(parse_config({**tree, "eval": {"max_new_tokens": 512}})).eval.max_new_tokens
+        == 64
+    )
     with pytest.raises(UserError, match="during training benchmarks are graded by rules"):
         in_training(parse_config({**tree, "eval": {"grading": "both"}}))

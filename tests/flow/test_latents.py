@@ -11,12 +11,19 @@ from rlfr_vlm.types import EncodedPrompt, Prompt, Rollout
 def packed(*lengths, prompt_length=2):
     ids = tuple(range(prompt_length))
     prompt = EncodedPrompt(Prompt("p", (), (), "1"), ids, ids, torch.arange(prompt_length)[None])
-    return pack([Rollout(prompt, i, tuple(range(n)), (), "", "stop", 0) for i, n in enumerate(lengths)])
+    return pack(
+        [Rollout(prompt, i, tuple(range(n)), (), "", "stop", 0) for i, n in enumerate(lengths)]
+    )
 
 
 def contexts(batch, mode, shift=1):
-    rows, valid = context_rows(batch.response_rows, batch.lengths, batch.prompt_start, batch.prompt_end, mode, shift)
-    return [(int(t), int(c) if v else None) for t, c, v in zip(batch.response_rows, rows, valid, strict=True)]
+    rows, valid = context_rows(
+        batch.response_rows, batch.lengths, batch.prompt_start, batch.prompt_end, mode, shift
+    )
+    return [
+        (int(t), int(c) if v else None)
+        for t, c, v in zip(batch.response_rows, rows, valid, strict=True)
+    ]
 
 
 def test_contexts_never_cross_into_a_sibling():

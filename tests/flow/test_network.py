@@ -9,7 +9,9 @@ from rlfr_vlm.flow.objective import velocity_deviation
 def test_the_exact_velocity_has_no_deviation():
     target, context, noise = torch.randn(3, 2, 4, dtype=torch.float64)
     t, layer = torch.rand(2, 2, dtype=torch.float64)
-    found = velocity_deviation(lambda x, t, layer, context: target - noise, target, context, noise, t, layer)
+    found = velocity_deviation(
+        lambda x, t, layer, context: target - noise, target, context, noise, t, layer
+    )
     assert found.tolist() == [0, 0]
 
 

@@ -1,4 +1,6 @@
-"""Published flow checkpoints, built here from their key list: read exactly, written back exactly, and refused for whatever is wrong."""
+"""Published flow checkpoints, built here from their key list: read exactly, written back exactly,
+and refused for whatever is wrong.
+"""
 
 import json
 import math
@@ -19,28 +21,60 @@ from rlfr_vlm.flow.objective import velocity_deviation
 from rlfr_vlm.flow.official import export_field, import_field, network_shapes
 
 SIZE, DEPTH = 8, 2
-BACKBONE = {"model_type": "qwen2", "hidden_size": SIZE, "num_layers": 28, "rms_norm_eps": 1e-6, "fingerprint": ""}
+BACKBONE = {
+    "model_type": "qwen2",
+    "hidden_size": SIZE,
+    "num_layers": 28,
+    "rms_norm_eps": 1e-6,
+    "fingerprint": "",
+}
 POST = {"context": "token_post"}
 
 
 def official_shapes(h=SIZE, depth=DEPTH):
     """The published key list: 19 + 7 * depth tensors."""
-    shapes = {"input_proj.weight": (h, h), "input_proj.bias": (h,), "cond_embed.weight": (h, h), "cond_embed.bias": (h,)}
+    shapes = {
+        "input_proj.weight": (h, h),
+        "input_proj.bias": (h,),
+        "cond_embed.weight": (h, h),
+        "cond_embed.bias": (h,),
+    }
     for name in ("time_embed", "layer_embed"):
-        shapes |= {f"{name}.freqs": (1, 128), f"{name}.mlp.0.weight": (h, 256), f"{name}.mlp.0.bias": (h,)}
+        shapes |= {
+            f"{name}.freqs": (1, 128),
+            f"{name}.mlp.0.weight": (h, 256),
+            f"{name}.mlp.0.bias": (h,),
+        }
         shapes |= {f"{name}.mlp.2.weight": (h, h), f"{name}.mlp.2.bias": (h,)}
     for b in range(depth):
         block = f"res_blocks.{b}"
-        shapes |= {f"{block}.in_ln.weight": (h,), f"{block}.mlp.0.weight": (h, h), f"{block}.mlp.0.bias": (h,)}
+        shapes |= {
+            f"{block}.in_ln.weight": (h,),
+            f"{block}.mlp.0.weight": (h, h),
+            f"{block}.mlp.0.bias": (h,),
+        }
         shapes |= {f"{block}.mlp.2.weight": (h, h), f"{block}.mlp.2.bias": (h,)}
-        shapes |= {f"{block}.adaLN_modulation.1.weight": (3 * h, h), f"{block}.adaLN_modulation.1.bias": (3 * h,)}
-    shapes |= {"final_layer.norm_final.weight": (h,), "final_layer.linear.weight": (h, h), "final_layer.linear.bias": (h,)}
-    return shapes | {"final_layer.adaLN_modulation.1.weight": (2 * h, h), "final_layer.adaLN_modulation.1.bias": (2 * h,)}
+        shapes |= {
+            f"{block}.adaLN_modulation.1.weight": (3 * h, h),
+            f"{block}.adaLN_modulation.1.bias": (3 * h,),
+        }
+    shapes |= {
+        "final_layer.norm_final.weight": (h,),
+        "final_layer.linear.weight": (h, h),
+        "final_layer.linear.bias": (h,),
+    }
+    return shapes | {
+        "final_layer.adaLN_modulation.1.weight": (2 * h, h),
+        "final_layer.adaLN_modulation.1.bias": (2 * h,),
+    }
 
 
 def official_state(prefix="model.", dtype=torch.float32, h=SIZE, depth=DEPTH):
     generator = torch.Generator().manual_seed(0)
-    state = {name: torch.randn(shape, generator=generator) for name, shape in official_shapes(h, depth).items()}
+    state = {
+        name: torch.randn(shape, generator=generator)
+        for name, shape in official_shapes(h, depth).items()
+    }
     freqs = torch.exp(-math.log(10000) * torch.arange(128) / 128)[None]
     state |= {"time_embed.freqs": freqs.clone(), "layer_embed.freqs": freqs.clone()}
     return {prefix + name: tensor.to(dtype) for name, tensor in state.items()}
@@ -81,21 +115,32 @@ def test_every_prefix_and_dtype_is_read_exactly_and_written_back_exactly(tmp_pat
         assert torch.equal(tensor, state[prefix + name].float())
     for option in (None, dtype):
         (tmp_path / "back/flow_model.bin").unlink(missing_ok=True)
-        back = torch.load(export_field(tmp_path / "ours", tmp_path / "back", option), weights_only=True)
+        back = torch.load(
+            export_field(tmp_path / "ours", tmp_path / "back", option), weights_only=True
+        )
         assert list(back) == [f"model.{name}" for name in network_shapes(SIZE, DEPTH)]
         for name in official_shapes():
             assert back[f"model.{name}"].dtype == (option or torch.float32)
-            assert torch.equal(back[f"model.{name}"], state[prefix + name].to(option or torch.float32))
-    assert (tmp_path / "back/flow_model.bin").stat().st_size < 3 * sum(t.numel() * 4 for t in stored.values())
+            assert torch.equal(
+                back[f"model.{name}"], state[prefix + name].to(option or torch.float32)
+            )
+    assert (tmp_path / "back/flow_model.bin").stat().st_size < 3 * sum(
+        t.numel() * 4 for t in stored.values()
+    )
 
 
 @pytest.mark.parametrize("zipped", [True, False])
 def test_the_flow_part_of_an_offline_fit(tmp_path, zipped):
-    state = {"pretrained_model.model.embed_tokens.weight": torch.ones(4, 4), "pretrained_model.input_proj.weight": torch.ones(2)}
+    state = {
+        "pretrained_model.model.embed_tokens.weight": torch.ones(4, 4),
+        "pretrained_model.input_proj.weight": torch.ones(2),
+    }
     state |= official_state("flow.model.", torch.bfloat16)
     torch.save(state, tmp_path / "pytorch_model.bin", _use_new_zipfile_serialization=zipped)
     field = read(tmp_path)
-    assert torch.equal(field.network.cond_embed.weight, state["flow.model.cond_embed.weight"].float())
+    assert torch.equal(
+        field.network.cond_embed.weight, state["flow.model.cond_embed.weight"].float()
+    )
 
 
 def sharded(folder, **places):
@@ -104,8 +149,14 @@ def sharded(folder, **places):
     parts = {"a.bin": dict(list(state.items())[:half]), "b.bin": dict(list(state.items())[half:])}
     for name, part in parts.items():
         written(folder, part | {"pretrained_model.w": torch.ones(1)}, name)
-    weight_map = {key: name for name, part in parts.items() for key in part} | {"pretrained_model.x": "unread.bin"} | places
-    (folder / "pytorch_model.bin.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    weight_map = (
+        {key: name for name, part in parts.items() for key in part}
+        | {"pretrained_model.x": "unread.bin"}
+        | places
+    )
+    (folder / "pytorch_model.bin.index.json").write_text(
+        json.dumps({"metadata": {}, "weight_map": weight_map})
+    )
     return state
 
 
@@ -113,7 +164,10 @@ def test_only_shards_with_flow_keys_are_read(tmp_path):
     state = sharded(tmp_path)
     (tmp_path / "unread.bin").write_bytes(b"not a torch file")
     for source in (tmp_path, tmp_path / "pytorch_model.bin.index.json"):
-        assert torch.equal(read(source).network.final_layer.linear.bias, state["flow.model.final_layer.linear.bias"])
+        assert torch.equal(
+            read(source).network.final_layer.linear.bias,
+            state["flow.model.final_layer.linear.bias"],
+        )
 
 
 @pytest.mark.parametrize(
@@ -144,12 +198,19 @@ def test_the_imported_network_gives_the_golden_deviations(tmp_path):
     names = sorted(name for name in state if not name.endswith("freqs"))
     for j, name in enumerate(names):
         i = torch.arange(state[name].numel(), dtype=torch.float64)
-        value = 0.1 * torch.sin(i + 1 + 0.7 * j) + name.endswith(("in_ln.weight", "norm_final.weight"))
+        value = 0.1 * torch.sin(i + 1 + 0.7 * j) + name.endswith(
+            ("in_ln.weight", "norm_final.weight")
+        )
         state[name] = value.view(state[name].shape).float()
     network = read(written(tmp_path, state), backbone=BACKBONE | {"hidden_size": 4}).network
-    target, noise = torch.tensor([[1, 2, -1, 0.5], [0.2, -0.4, 0.6, -0.8]]), torch.tensor([[0.5, -1, 1, 0], [1, 0, -1, 0.5]])
+    target, noise = (
+        torch.tensor([[1, 2, -1, 0.5], [0.2, -0.4, 0.6, -0.8]]),
+        torch.tensor([[0.5, -1, 1, 0], [1, 0, -1, 0.5]]),
+    )
     context = torch.tensor([[0.3, -0.1, 0.7, 0.2], [1, 2, -1, 0.5]])
-    found = velocity_deviation(network, target, context, noise, torch.full((2,), 0.8), torch.full((2,), 0.25))
+    found = velocity_deviation(
+        network, target, context, noise, torch.full((2,), 0.8), torch.full((2,), 0.25)
+    )
     assert found.tolist() == pytest.approx([3.812174, 1.103808], abs=1e-5)
 
 
@@ -159,12 +220,17 @@ def test_an_imported_field_scores_as_the_network_it_was_written_from(tmp_path):
     with torch.no_grad():
         for parameter in network.parameters():
             parameter.normal_(std=0.3)
-    path = written(tmp_path / "theirs", {f"model.{name}": tensor for name, tensor in network.state_dict().items()})
+    path = written(
+        tmp_path / "theirs",
+        {f"model.{name}": tensor for name, tensor in network.state_dict().items()},
+    )
     read(path).save(tmp_path / "ours")
     spec = read(path).spec
     field = FlowField.load(tmp_path / "ours", spec)
     target, context = torch.arange(2, 12), torch.stack([torch.arange(1, 11)])
-    latents = Latents(torch.randn(3, 12, SIZE), target, context, torch.ones(1, 10, dtype=torch.bool))
+    latents = Latents(
+        torch.randn(3, 12, SIZE), target, context, torch.ones(1, 10, dtype=torch.bool)
+    )
     expected = FlowField(spec, network).score(latents, [6, 4], [1, 2])
     assert expected.std() > 0
     assert torch.equal(field.score(latents, [6, 4], [1, 2]), expected)
@@ -174,9 +240,18 @@ def test_an_imported_field_scores_as_the_network_it_was_written_from(tmp_path):
 def test_the_spec_says_what_was_given_and_the_defaults(tmp_path):
     path = written(tmp_path, official_state())
     spec = read(path, {"context": "token_pre+token_post", "shift": None}).spec
-    assert spec == FlowSpec((7, 14, 21), 28, ("token_pre", "token_post"), (1, 1), (0.8,), DEPTH, BACKBONE)
-    spec = read(path, {"context": "identity + token_pre", "shift": "1+2", "layers": "0.5+1", "times": "0.5+0.8"}).spec
-    assert (spec.sides, spec.layers, spec.times) == ((("identity", 0), ("token_pre", 2)), (14, 27), (0.5, 0.8))
+    assert spec == FlowSpec(
+        (7, 14, 21), 28, ("token_pre", "token_post"), (1, 1), (0.8,), DEPTH, BACKBONE
+    )
+    spec = read(
+        path,
+        {"context": "identity + token_pre", "shift": "1+2", "layers": "0.5+1", "times": "0.5+0.8"},
+    ).spec
+    assert (spec.sides, spec.layers, spec.times) == (
+        (("identity", 0), ("token_pre", 2)),
+        (14, 27),
+        (0.5, 0.8),
+    )
 
 
 def test_settings_are_found_in_configs_beside_the_file(tmp_path):
@@ -184,42 +259,76 @@ def test_settings_are_found_in_configs_beside_the_file(tmp_path):
     path = written(folder, official_state())
     (folder / "tokenizer.json").write_text("{}")
     (folder / "notes.json").write_text("[1")
-    (folder / "config.json").write_text(json.dumps({"flow_context_mode": "token_post", "flow_shift": "2", "hook_layers_percentile": "0.5"}))
+    (folder / "config.json").write_text(
+        json.dumps(
+            {"flow_context_mode": "token_post", "flow_shift": "2", "hook_layers_percentile": "0.5"}
+        )
+    )
     for source in (folder, path):
         field, origins = import_field(source, BACKBONE, {}, "m")
         assert (field.spec.sides, field.spec.layers) == ((("token_post", 2),), (14,))
-        assert origins == {"context": "config.json", "shift": "config.json", "layers": "config.json", "times": "default 0.8"}
-    (folder / "fit.yaml").write_text("hook_layers_percentile: 0.5\nflow_context_mode: token_pre\nrewarding_timesteps: 0.5+0.8\n")
-    differ = "context is ['token_post'] in config.json, but ['token_pre'] in fit.yaml; name the right one with --context"
+        assert origins == {
+            "context": "config.json",
+            "shift": "config.json",
+            "layers": "config.json",
+            "times": "default 0.8",
+        }
+    (folder / "fit.yaml").write_text(
+        "hook_layers_percentile: 0.5\nflow_context_mode: token_pre\nrewarding_timesteps: 0.5+0.8\n"
+    )
+    differ = (
+        "context is ['token_post'] in config.json, but ['token_pre'] in fit.yaml; name the "
+        "right one with --context"
+    )
     assert differ in refused(folder, {})
     field, origins = import_field(folder, BACKBONE, {"context": "token_pre"}, "m")
-    assert (field.spec.context, field.spec.times, origins["context"]) == (("token_pre",), (0.5, 0.8), "--context")
+    assert (field.spec.context, field.spec.times, origins["context"]) == (
+        ("token_pre",),
+        (0.5, 0.8),
+        "--context",
+    )
 
 
 def test_a_side_that_nothing_names_is_asked_for(tmp_path):
     message = refused(written(tmp_path, official_state()), {})
-    assert "offline fitting used token_pre" in message and "RL configs token_post" in message and "--context token_pre" in message
+    assert (
+        "offline fitting used token_pre" in message
+        and "RL configs token_post" in message
+        and "--context token_pre" in message
+    )
 
 
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({"context": "layer_post"}, "--context: Input should be 'token_pre', 'token_post' or 'identity' (given: layer_post)"),
+        (
+            {"context": "layer_post"},
+            "--context: Input should be 'token_pre', 'token_post' or 'identity' (given: "
+            "layer_post)",
+        ),
         ({"context": "token_pre", "shift": "x"}, "--shift: Input should be a valid integer"),
         ({"context": "token_pre", "shift": "1+2"}, "--shift: 2 values for 1 contexts"),
         ({"context": "token_pre", "layers": "0.5+0.25"}, "must rise"),
         ({"context": "token_pre", "layers": "0.5+0.51"}, "one of them twice"),
         ({"context": "token_pre", "times": "1"}, "--times: 1.0 is not between 0"),
         ({"context": "identity", "shift": "3"}, "leave --shift out"),
-        ({"context": "token_pre", "times": "+".join(["0.8"] * 65)}, "--times is a list of 65 values, neither a value nor a flat list"),
+        (
+            {"context": "token_pre", "times": "+".join(["0.8"] * 65)},
+            "--times is a list of 65 values, neither a value nor a flat list",
+        ),
     ],
 )
 def test_settings_that_cannot_be(tmp_path, given, message):
     assert message in refused(written(tmp_path, official_state()), given)
 
 
-BOMB = "a: &a [x, x]\n" + "".join(f"{b}: &{b} [*{a}, *{a}, *{a}, *{a}]\n" for a, b in zip("abcdefghij", "bcdefghijk", strict=True))
-MERGES = "a: &a {x: 1}\n" + "".join(f"{b}: &{b}\n  <<: [*{a}, *{a}, *{a}]\n" for a, b in zip("abcdefghij", "bcdefghijk", strict=True))
+BOMB = "a: &a [x, x]\n" + "".join(
+    f"{b}: &{b} [*{a}, *{a}, *{a}, *{a}]\n" for a, b in zip("abcdefghij", "bcdefghijk", strict=True)
+)
+MERGES = "a: &a {x: 1}\n" + "".join(
+    f"{b}: &{b}\n  <<: [*{a}, *{a}, *{a}]\n"
+    for a, b in zip("abcdefghij", "bcdefghijk", strict=True)
+)
 
 
 @pytest.mark.parametrize(
@@ -235,7 +344,8 @@ MERGES = "a: &a {x: 1}\n" + "".join(f"{b}: &{b}\n  <<: [*{a}, *{a}, *{a}]\n" for
         (
             "c.json",
             '{"flow_shift": "1+x"}',
-            "shift (c.json): Input should be a valid integer, unable to parse string as an integer (given: x)",
+            "shift (c.json): Input should be a valid integer, unable to parse string as an integer "
+            "(given: x)",
         ),
         ("c.json", '{"flow_shift": "' + "x" * 5000 + '"}', "(given: " + "x" * 80 + "...)"),
     ],
@@ -261,21 +371,60 @@ def spoiled(name, value):
 
 NAN = torch.full((SIZE,), float("nan"))
 BAD_STATES = {
-    "missing": (drop(official_state(), "model.res_blocks.1.mlp.2.bias"), "1 missing keys ['model.res_blocks.1.mlp.2.bias'], 0 unexpected"),
-    "missing entry": (drop(official_state(), "model.input_proj.weight"), "1 missing keys ['model.input_proj.weight']"),
-    "extra": (spoiled("res_blocks.0.gate", torch.ones(1)), "1 unexpected keys ['model.res_blocks.0.gate']"),
+    "missing": (
+        drop(official_state(), "model.res_blocks.1.mlp.2.bias"),
+        "1 missing keys ['model.res_blocks.1.mlp.2.bias'], 0 unexpected",
+    ),
+    "missing entry": (
+        drop(official_state(), "model.input_proj.weight"),
+        "1 missing keys ['model.input_proj.weight']",
+    ),
+    "extra": (
+        spoiled("res_blocks.0.gate", torch.ones(1)),
+        "1 unexpected keys ['model.res_blocks.0.gate']",
+    ),
     "extra outside": (official_state() | {"optimizer": 1}, "1 unexpected keys ['optimizer']"),
-    "extra in flow": (official_state("flow.model.") | {"flow.other": torch.ones(1)}, "1 unexpected keys ['flow.other']"),
-    "gap in blocks": (spoiled("res_blocks.999999999.in_ln.weight", torch.ones(SIZE)), "res_blocks.999999999.in_ln.weight"),
-    "no blocks": (official_state(depth=0), "7 missing keys ['model.res_blocks.0.adaLN_modulation.1.bias'"),
-    "mis-shaped": (spoiled("cond_embed.weight", torch.ones(SIZE, 9)), "`model.cond_embed.weight` is (8, 9), of size 8 it must be (8, 8)"),
-    "flat entry": (spoiled("input_proj.weight", torch.ones(SIZE)), "`model.input_proj.weight` is (8,), of size 8 it must be (8, 8)"),
+    "extra in flow": (
+        official_state("flow.model.") | {"flow.other": torch.ones(1)},
+        "1 unexpected keys ['flow.other']",
+    ),
+    "gap in blocks": (
+        spoiled("res_blocks.999999999.in_ln.weight", torch.ones(SIZE)),
+        "res_blocks.999999999.in_ln.weight",
+    ),
+    "no blocks": (
+        official_state(depth=0),
+        "7 missing keys ['model.res_blocks.0.adaLN_modulation.1.bias'",
+    ),
+    "mis-shaped": (
+        spoiled("cond_embed.weight", torch.ones(SIZE, 9)),
+        "`model.cond_embed.weight` is (8, 9), of size 8 it must be (8, 8)",
+    ),
+    "flat entry": (
+        spoiled("input_proj.weight", torch.ones(SIZE)),
+        "`model.input_proj.weight` is (8,), of size 8 it must be (8, 8)",
+    ),
     "scalar": (spoiled("cond_embed.bias", torch.tensor(1.0)), "`model.cond_embed.bias` is ()"),
-    "huge": (spoiled("cond_embed.bias", torch.ones(1).expand(10**15)), "`model.cond_embed.bias` is (1000000000000000,)"),
-    "width": (spoiled("input_proj.weight", torch.ones(12, SIZE)), "`model.input_proj.weight` is (12, 8): only a network as wide"),
-    "other size": (official_state(h=12), "`model.input_proj.weight` reads latents of size 12, but the-model has hidden_size 8"),
-    "integers": (spoiled("cond_embed.bias", torch.ones(SIZE, dtype=torch.int64)), "`model.cond_embed.bias` is torch.int64"),
-    "doubles": (spoiled("cond_embed.bias", torch.ones(SIZE).double()), "`model.cond_embed.bias` is torch.float64"),
+    "huge": (
+        spoiled("cond_embed.bias", torch.ones(1).expand(10**15)),
+        "`model.cond_embed.bias` is (1000000000000000,)",
+    ),
+    "width": (
+        spoiled("input_proj.weight", torch.ones(12, SIZE)),
+        "`model.input_proj.weight` is (12, 8): only a network as wide",
+    ),
+    "other size": (
+        official_state(h=12),
+        "`model.input_proj.weight` reads latents of size 12, but the-model has hidden_size 8",
+    ),
+    "integers": (
+        spoiled("cond_embed.bias", torch.ones(SIZE, dtype=torch.int64)),
+        "`model.cond_embed.bias` is torch.int64",
+    ),
+    "doubles": (
+        spoiled("cond_embed.bias", torch.ones(SIZE).double()),
+        "`model.cond_embed.bias` is torch.float64",
+    ),
     "sparse": (
         spoiled("cond_embed.bias", torch.ones(SIZE).to_sparse()),
         "`model.cond_embed.bias` is torch.float32 in the layout sparse_coo, not a plain tensor",
@@ -287,7 +436,10 @@ BAD_STATES = {
     "long key": (spoiled("x" * 10**6, torch.ones(1)), f"1 unexpected keys ['model.{'x' * 74}...']"),
     "not a tensor": (spoiled("cond_embed.bias", [1.0] * SIZE), "`model.cond_embed.bias` is list"),
     "NaN": (spoiled("cond_embed.bias", NAN), "`model.cond_embed.bias` holds NaN"),
-    "infinite": (spoiled("time_embed.freqs", torch.full((1, 128), math.inf)), "`model.time_embed.freqs` holds NaN or infinite"),
+    "infinite": (
+        spoiled("time_embed.freqs", torch.full((1, 128), math.inf)),
+        "`model.time_embed.freqs` holds NaN or infinite",
+    ),
     "a model": ({"model.layers.0.mlp.weight": torch.ones(1)}, "holds no flow network"),
     "a list": ([torch.ones(1)], "holds a list, not a dict of named tensors"),
     "a tensor": (torch.ones(1), "holds a Tensor, not a dict"),
@@ -321,13 +473,19 @@ def test_damaged_files_are_refused_by_name(tmp_path):
 
 def test_packed_archives_and_stand_ins_are_named(tmp_path):
     path = written(tmp_path, official_state())
-    with zipfile.ZipFile(path) as archive, zipfile.ZipFile(tmp_path / "packed.bin", "w", zipfile.ZIP_DEFLATED) as packed:
+    with (
+        zipfile.ZipFile(path) as archive,
+        zipfile.ZipFile(tmp_path / "packed.bin", "w", zipfile.ZIP_DEFLATED) as packed,
+    ):
         for name in archive.namelist():
             packed.writestr(name, archive.read(name))
     found = refused(tmp_path / "packed.bin")
     assert "is compressed, which no torch file is; nothing in it was read" in found
     for text, message in (
-        ("version https://git-lfs.github.com/spec/v1\noid sha256:1\nsize 5\n", "is a Git LFS pointer and not the file itself"),
+        (
+            "version https://git-lfs.github.com/spec/v1\noid sha256:1\nsize 5\n",
+            "is a Git LFS pointer and not the file itself",
+        ),
         ("\n<!DOCTYPE html><html>", "is a web page"),
         ("<html lang=en>", "is a web page"),
     ):
@@ -340,7 +498,9 @@ def test_flipped_bytes_never_crash(tmp_path):
     whole = bytearray(path.read_bytes())
     generator = torch.Generator().manual_seed(0)
     refusals = 0
-    for place in torch.randint(len(whole), (60,), generator=generator).tolist() + list(range(0, 4000, 100)):
+    for place in torch.randint(len(whole), (60,), generator=generator).tolist() + list(
+        range(0, 4000, 100)
+    ):
         damaged = bytearray(whole)
         damaged[place] ^= 0xFF
         path.write_bytes(damaged)
@@ -377,13 +537,18 @@ def test_code_in_a_checkpoint_is_not_run(tmp_path, form):
     assert not proof.exists()
     if form != "key":
         assert "posix.system" in message
-        torch.load(path, weights_only=False) if form != "pickle" else pickle.loads(path.read_bytes())
+        torch.load(path, weights_only=False) if form != "pickle" else pickle.loads(
+            path.read_bytes()
+        )
         assert proof.exists(), "the file would have run it"
 
 
 def test_sources_without_a_checkpoint(tmp_path):
     assert "nothing does not exist" in refused(tmp_path / "nothing")
-    assert "holds none of flow_model.bin, pytorch_model.bin, pytorch_model.bin.index.json" in refused(tmp_path)
+    assert (
+        "holds none of flow_model.bin, pytorch_model.bin, pytorch_model.bin.index.json"
+        in refused(tmp_path)
+    )
     save_file(official_state(), tmp_path / "model.safetensors")
     assert "holds none of flow_model.bin" in refused(tmp_path)
     assert "model.safetensors is not a torch file" in refused(tmp_path / "model.safetensors")
@@ -415,7 +580,9 @@ def test_a_fingerprint_is_compared_only_where_it_is_known(tmp_path):
         with pytest.raises(UserError, match=r"backbone\.fingerprint: checkpoint def, run (abc)?"):
             check_spec(found, expected, folder)
     with pytest.raises(UserError, match=r"backbone\.num_layers: checkpoint 28, run 36"):
-        check_spec(spec, FlowSpec(**{**vars(run), "backbone": run.backbone | {"num_layers": 36}}), folder)
+        check_spec(
+            spec, FlowSpec(**{**vars(run), "backbone": run.backbone | {"num_layers": 36}}), folder
+        )
 
 
 @pytest.mark.parametrize("length", [0, 5, 100, -10])
@@ -423,11 +590,17 @@ def test_our_own_truncated_weights_are_refused(tmp_path, length):
     folder, spec = own_field(tmp_path)
     path = folder / "flow.safetensors"
     path.write_bytes(path.read_bytes()[:length])
-    for call in (lambda: FlowField.load(folder, spec), lambda: export_field(folder, tmp_path / "out")):
+    for call in (
+        lambda: FlowField.load(folder, spec),
+        lambda: export_field(folder, tmp_path / "out"),
+    ):
         with pytest.raises(UserError, match=r"flow\.safetensors cannot be read"):
             call()
     path.unlink()
-    for call in (lambda: FlowField.load(folder, spec), lambda: export_field(folder, tmp_path / "out")):
+    for call in (
+        lambda: FlowField.load(folder, spec),
+        lambda: export_field(folder, tmp_path / "out"),
+    ):
         with pytest.raises(UserError, match=r"flow\.safetensors"):
             call()
     assert not (tmp_path / "out").exists()
@@ -443,19 +616,42 @@ def test_our_own_truncated_weights_are_refused(tmp_path, length):
 )
 def test_our_own_weights_that_do_not_fit_are_refused(tmp_path, name, value, message):
     folder, spec = own_field(tmp_path)
-    weights = drop(load_file(folder / "flow.safetensors"), name) | ({} if value is None else {name: value})
+    weights = drop(load_file(folder / "flow.safetensors"), name) | (
+        {} if value is None else {name: value}
+    )
     save_file(weights, folder / "flow.safetensors")
-    for call in (lambda: FlowField.load(folder, spec), lambda: export_field(folder, tmp_path / "out")):
+    for call in (
+        lambda: FlowField.load(folder, spec),
+        lambda: export_field(folder, tmp_path / "out"),
+    ):
         with pytest.raises(UserError, match=message):
             call()
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", "5", "null", '"x"', "{}", "\x80", '{"layers": [1]}', "BACKBONE", "EXTRA", "SHIFT"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "{",
+        "[]",
+        "5",
+        "null",
+        '"x"',
+        "{}",
+        "\x80",
+        '{"layers": [1]}',
+        "BACKBONE",
+        "EXTRA",
+        "SHIFT",
+    ],
+)
 def test_json_that_is_not_our_spec_is_refused(tmp_path, text):
     folder, spec = own_field(tmp_path)
     path = folder / "flow_config.json"
     tree = json.loads(path.read_text())
     changes = {"BACKBONE": {"backbone": 5}, "EXTRA": {"other": 1}, "SHIFT": {"shift": 1}}
-    path.write_bytes(json.dumps(tree | changes[text]).encode() if text in changes else text.encode("latin1"))
+    path.write_bytes(
+        json.dumps(tree | changes[text]).encode() if text in changes else text.encode("latin1")
+    )
     with pytest.raises(UserError, match=r"flow_config\.json is not a flow spec"):
         FlowField.load(folder, spec)

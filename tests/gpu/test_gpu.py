@@ -11,19 +11,32 @@ from rlfr_vlm.models.policy import Policy
 from tests.models.test_policy import VISION, rollouts_of
 from tests.training.test_update import config, setup, weights
 
-pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
 
 
 def test_varlen_attention_equals_the_plain_one():
-    segments = [Segment(0, 5), Segment(5, 12, 0, 5), Segment(12, 15, 0, 5), Segment(15, 40), Segment(40, 41, 15, 40)]
+    segments = [
+        Segment(0, 5),
+        Segment(5, 12, 0, 5),
+        Segment(12, 15, 0, 5),
+        Segment(15, 40),
+        Segment(40, 41, 15, 40),
+    ]
     torch.manual_seed(0)
-    query, key, value = (torch.randn(1, heads, 41, 64, device="cuda", dtype=torch.bfloat16) for heads in (8, 2, 2))
+    query, key, value = (
+        torch.randn(1, heads, 41, 64, device="cuda", dtype=torch.bfloat16) for heads in (8, 2, 2)
+    )
     layout = PackedLayout(segments, torch.device("cuda"))
     found = layout.attend(0, query, key, value, 0.125).float()
     expected = layout.attend(0, query.float(), key.float(), value.float(), 0.125)
     assert torch.allclose(found, expected, atol=2e-2)
     mask = torch.ones(5, 5, dtype=torch.bool, device="cuda").tril()
-    first = grouped_sdpa(query[:, :, :5].float(), key[:, :, :5].float(), value[:, :, :5].float(), mask, 0.125)
+    first = grouped_sdpa(
+        query[:, :, :5].float(), key[:, :, :5].float(), value[:, :, :5].float(), mask, 0.125
+    )
     assert torch.allclose(expected[0, :5], first[0].transpose(0, 1), atol=1e-5)
 
 
@@ -57,7 +70,9 @@ def test_attention_to_pictures_on_the_device_equals_that_on_the_cpu(model_folder
 def test_an_update_runs_on_the_device(model_folder):
     from rlfr_vlm.training.update import update
 
-    learner, samples = setup(config(model_folder("qwen2"), flow={}, model={"device": "cuda", "dtype": "bfloat16"}))
+    learner, samples = setup(
+        config(model_folder("qwen2"), flow={}, model={"device": "cuda", "dtype": "bfloat16"})
+    )
     before = weights(learner.field.network)
     metrics, _ = update(config(model_folder("qwen2"), flow={}), learner, samples)
     assert all(torch.isfinite(torch.tensor(v)) for v in metrics.values())

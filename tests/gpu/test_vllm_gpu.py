@@ -1,4 +1,6 @@
-"""vLLM on CUDA devices: memory that it gives back, and engines over several of them. Written by vLLM 0.32's code; not run so far."""
+"""vLLM on CUDA devices: memory that it gives back, and engines over several of them. Written by
+vLLM 0.32's code; not run so far.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +13,10 @@ from rlfr_vlm.rollout.probe import PROBE, logprob_gap, probe_prompts
 from tests.rollout.test_weights import disturb
 
 pytest.importorskip("vllm")
-pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
 
 
 def make_engine(path: str, weights: bool = True, tensor_parallel: int = 1, sleep: bool = True):
@@ -23,7 +28,11 @@ def make_engine(path: str, weights: bool = True, tensor_parallel: int = 1, sleep
             "output_dir": "unused",
             "model": {"path": path, "dtype": "bfloat16", "device": "cuda"},
             "data": {"max_prompt_tokens": 96},
-            "rollout": {"engine": "vllm", "max_new_tokens": 32, "vllm": {"tensor_parallel": tensor_parallel, "sleep": sleep}},
+            "rollout": {
+                "engine": "vllm",
+                "max_new_tokens": 32,
+                "vllm": {"tensor_parallel": tensor_parallel, "sleep": sleep},
+            },
             **more,
         }
     )
@@ -72,7 +81,11 @@ def test_an_engine_over_two_devices_follows_the_policy(model_folder, family):
             for bucket in trainer.weight_buckets(2**20):
                 engine.load_bucket(bucket)
             engine.finish_load(trainer.version)
-            rollouts = [r for group in engine.sample(probe_prompts(engine.cfg, trainer), PROBE) for r in group.rollouts]
+            rollouts = [
+                r
+                for group in engine.sample(probe_prompts(engine.cfg, trainer), PROBE)
+                for r in group.rollouts
+            ]
             assert logprob_gap(rollouts, trainer, PROBE.temperature) <= 0.1
     finally:
         engine.close()

@@ -1,7 +1,10 @@
-"""Run by one process or by each of several: train on recorded rollouts, and write down gradients and weights.
+"""Run by one process or by each of several: train on recorded rollouts, and write down gradients
+and weights.
 
-    python -m tests.launch.rank_worker record CONFIG ROLLOUTS             sample and grade train.steps batches
-    python -m tests.launch.rank_worker replay CONFIG ROLLOUTS OUT CASES   update on them, once for each case; under torchrun, as a rank
+    python -m tests.launch.rank_worker record CONFIG ROLLOUTS             sample and grade
+    train.steps batches
+    python -m tests.launch.rank_worker replay CONFIG ROLLOUTS OUT CASES   update on them, once for
+    each case; under torchrun, as a rank
 
 CASES: a JSON object, name -> overrides of the config. OUT: a folder for NAME.pt.
 """
@@ -31,14 +34,19 @@ from rlfr_vlm.training.update import update
 
 
 def record(cfg, out):
-    """Batches of the untrained policy. With several ranks in mind, prompts with pictures stand at even places where there are others too."""
+    """Batches of the untrained policy. With several ranks in mind, prompts with pictures stand at
+    even places where there are others too.
+    """
     prompts, _, bad = commands.rl_prompts(cfg)
     policy = Policy(cfg.model)
     batches = []
     with Grader(cfg.reward.grader, cfg.reward.answer) as grader:
         engine = make_engine(cfg, policy)
         source = PromptSource(
-            prompts, Renderer(policy, cfg.data, cfg.data.train), PromptStream(len(prompts), cfg.seed, cfg.data.shuffle), bad
+            prompts,
+            Renderer(policy, cfg.data, cfg.data.train),
+            PromptStream(len(prompts), cfg.seed, cfg.data.shuffle),
+            bad,
         )
         for step in range(1, cfg.train.steps + 1):
             batch = collect(cfg, engine, source, grader, step)
@@ -59,7 +67,9 @@ def replay(config, recorded, out, cases):
 
 
 def replayed(cfg, recorded, ranks):
-    """One update per recorded batch: gradients before clipping, as the optimiser gets them, and the weights at the end."""
+    """One update per recorded batch: gradients before clipping, as the optimiser gets them, and the
+    weights at the end.
+    """
     policy = Policy(cfg.model)
     learner = parts.make_learner(cfg, policy, ranks)
     gradients = []
@@ -74,7 +84,9 @@ def replayed(cfg, recorded, ranks):
             samples = score_samples(cfg, learner, samples)
         for part in split_evenly(samples, cfg.algorithm.updates_per_rollout, ranks):
             metrics.append(update(cfg, learner, part)[0])
-    weights = {name: t.clone() for bucket in policy.weight_buckets(2**30) for name, t in bucket.items()}
+    weights = {
+        name: t.clone() for bucket in policy.weight_buckets(2**30) for name, t in bucket.items()
+    }
     found = {"gradients": gradients, "weights": weights, "metrics": metrics}
     if learner.field is not None:
         found["field"] = {name: t.clone() for name, t in learner.field.tensors().items()}
@@ -107,13 +119,20 @@ def watch(optimizer, seen):
         step = optimizer.engine._take_model_step
 
         def noted(*arguments):
-            seen.append({name: safe_get_full_grad(p).clone() for name, p in optimizer.parameters.items()})
+            seen.append(
+                {name: safe_get_full_grad(p).clone() for name, p in optimizer.parameters.items()}
+            )
             return step(*arguments)
 
         optimizer.engine._take_model_step = noted
     else:
         optimizer.torch.register_step_pre_hook(
-            lambda *_: seen.append({name: optimizer.master.get(name, p).grad.clone() for name, p in optimizer.parameters.items()})
+            lambda *_: seen.append(
+                {
+                    name: optimizer.master.get(name, p).grad.clone()
+                    for name, p in optimizer.parameters.items()
+                }
+            )
         )
 
 

@@ -1,4 +1,6 @@
-"""Several ranks give the numbers of one process: real DeepSpeed over gloo, started as users start it."""
+"""Several ranks give the numbers of one process: real DeepSpeed over gloo, started as users start
+it.
+"""
 
 import json
 import statistics
@@ -18,7 +20,9 @@ def differences(one, other):
 
     def relative(a, b):
         assert a.keys() == b.keys()
-        error = sum((a[n].double() - b[n].double()).square().sum() for n in a) / sum(a[n].double().square().sum() for n in a)
+        error = sum((a[n].double() - b[n].double()).square().sum() for n in a) / sum(
+            a[n].double().square().sum() for n in a
+        )
         return float(error.sqrt())
 
     assert len(one["gradients"]) == len(other["gradients"])
@@ -77,19 +81,30 @@ CASES = {
     "stage 3, FlowRL": (False, 3, ["algorithm.method=flowrl", "flow=null"]),
 }
 WINDOW = [
-    "flow.contrast=own", "flow.fit.batch_tokens=16", "flow.online={window: 2, updates: 3, batch_tokens: 16, lr: 1e-3}",
-    "flow.reward={coef: 0.3, normalise: group_z, threshold: 0, top_k: 0, credit: token, centre: type}",
+    "flow.contrast=own", "flow.fit.batch_tokens=16", "flow.online={window: 2, updates: 3, "
+        "batch_tokens: 16, lr: 1e-3}",
+    "flow.reward={coef: 0.3, normalise: group_z, threshold: 0, top_k: 0, credit: token, centre: "
+        "type}",
 ]  # fmt: skip
 CASES["stage 2, a contrast in small steps"] = (False, 2, WINDOW)
 FAST = ("stage 2, a contrast in small steps", "stage 3, pictures on one rank")
 
 
 def replay(recorded, cases, ranks):
-    """What each case's updates gave, by name: {name: overrides} of one recording, in one start of the processes."""
+    """What each case's updates gave, by name: {name: overrides} of one recording, in one start of
+    the processes.
+    """
     folder, config = recorded
     out = folder / f"by_{ranks}"
     out.mkdir(exist_ok=True)
-    arguments = ("tests.launch.rank_worker", "replay", config, folder / "rollouts", out, json.dumps(cases))
+    arguments = (
+        "tests.launch.rank_worker",
+        "replay",
+        config,
+        folder / "rollouts",
+        out,
+        json.dumps(cases),
+    )
     python(*arguments) if ranks == 1 else torchrun(ranks, *arguments, timeout=900)
     return {name: torch.load(out / f"{name}.pt", weights_only=False) for name in cases}
 
@@ -100,12 +115,20 @@ def compared(recorded, names, ranks=2):
     for mixed in (False, True):
         chosen = {name: CASES[name] for name in names if CASES[name][0] == mixed}
         if chosen:
-            one = replay(recorded(mixed), {name: settings for name, (_, _, settings) in chosen.items()}, 1)
-            sharded = {name: [f"deepspeed.zero_stage={stage}", *settings] for name, (_, stage, settings) in chosen.items()}
+            one = replay(
+                recorded(mixed), {name: settings for name, (_, _, settings) in chosen.items()}, 1
+            )
+            sharded = {
+                name: [f"deepspeed.zero_stage={stage}", *settings]
+                for name, (_, stage, settings) in chosen.items()
+            }
             many = replay(recorded(mixed), sharded, ranks)
             found |= {name: differences(one[name], many[name]) for name in chosen}
     for name, values in found.items():
-        print(f"{name}, {ranks} ranks:", ", ".join(f"{part} {value:.1e}" for part, value in values.items()))
+        print(
+            f"{name}, {ranks} ranks:",
+            ", ".join(f"{part} {value:.1e}" for part, value in values.items()),
+        )
     return found
 
 
@@ -122,18 +145,25 @@ def test_two_ranks_give_the_numbers_of_one_process_in_every_case(recorded):
 
 @pytest.mark.slow
 def test_three_ranks_of_which_one_has_less_to_do(recorded):
-    for name, found in compared(recorded, ["stage 2", "stage 3, pictures on one rank"], ranks=3).items():
+    for name, found in compared(
+        recorded, ["stage 2", "stage 3, pictures on one rank"], ranks=3
+    ).items():
         assert max(found.values()) <= MOST, (name, found)
 
 
-# -- the demo, live ------------------------------------------------------------------------------------------------------
+# -- the demo, live --------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
 def digits(tmp_path_factory):
     """The demo's data, as it builds it, and the same with text-only rows at every second place."""
     folder = tmp_path_factory.mktemp("digits")
-    subprocess.run([sys.executable, "data/digits.py", "build", str(folder)], cwd=ROOT, check=True, capture_output=True)
+    subprocess.run(
+        [sys.executable, "data/digits.py", "build", str(folder)],
+        cwd=ROOT,
+        check=True,
+        capture_output=True,
+    )
     rows = [json.loads(line) for line in (folder / "train.jsonl").read_text().splitlines()]
     for row in rows[1::2]:
         row.update(prompt="What is 2 + 3? Put the answer into a box.", answer="5", images=[])
@@ -150,9 +180,13 @@ def live(folder, name, *overrides, ranks=1):
         "eval.every=0", "data.eval=null", "data.shuffle=false", *overrides,
     ]  # fmt: skip
     arguments = ("train", "--config", ROOT / "scripts/demo_vision.yaml", *settings)
-    python("rlfr_vlm.cli", *arguments, timeout=900) if ranks == 1 else torchrun(ranks, "rlfr_vlm.cli", *arguments, timeout=1200)
+    python("rlfr_vlm.cli", *arguments, timeout=900) if ranks == 1 else torchrun(
+        ranks, "rlfr_vlm.cli", *arguments, timeout=1200
+    )
     metrics = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    rollouts = [json.loads(line) for line in (run / "rollouts/step_000001.jsonl").read_text().splitlines()]
+    rollouts = [
+        json.loads(line) for line in (run / "rollouts/step_000001.jsonl").read_text().splitlines()
+    ]
     return metrics, rollouts
 
 
@@ -176,6 +210,11 @@ def test_the_demo_on_two_ranks_with_vllm(digits, case):
     assert len(alone) == 32 * 8
     spread = statistics.stdev(r["reward"] for r in alone) / (5 * 32 * 8) ** 0.5
     means = [statistics.mean(m["reward/mean"] for m in metrics) for metrics in (one, two)]
-    print(f"{case}: mean reward of 5 steps {means[0]:.4f} and {means[1]:.4f}, standard error {spread:.4f}")
+    print(
+        f"{case}: mean reward of 5 steps {means[0]:.4f} and {means[1]:.4f}, standard error "
+        f"{spread:.4f}"
+    )
     assert abs(means[0] - means[1]) <= spread
-    assert [m["actor/grad_norm"] for m in two[:1]] == pytest.approx([m["actor/grad_norm"] for m in one[:1]], rel=1e-4)
+    assert [m["actor/grad_norm"] for m in two[:1]] == pytest.approx(
+        [m["actor/grad_norm"] for m in one[:1]], rel=1e-4
+    )

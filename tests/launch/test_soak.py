@@ -38,35 +38,62 @@ class Held:
         for pid in pids:
             try:
                 lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
-                size = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("Pss:"))
-                files, threads = (len(os.listdir(f"/proc/{pid}/{folder}")) for folder in ("fd", "task"))
+                size = next(
+                    int(line.split()[1]) * 1024 for line in lines if line.startswith("Pss:")
+                )
+                files, threads = (
+                    len(os.listdir(f"/proc/{pid}/{folder}")) for folder in ("fd", "task")
+                )
             except (OSError, StopIteration):
                 continue
-            total = replace(total, resident=total.resident + size, files=total.files + files, threads=total.threads + threads)
+            total = replace(
+                total,
+                resident=total.resident + size,
+                files=total.files + files,
+                threads=total.threads + threads,
+            )
         return total
 
     @classmethod
     def typical(cls, moments):
         """The median of each, whatever happened at one moment."""
-        return cls(*(sorted(getattr(moment, field.name) for moment in moments)[len(moments) // 2] for field in fields(cls)))
+        return cls(
+            *(
+                sorted(getattr(moment, field.name) for moment in moments)[len(moments) // 2]
+                for field in fields(cls)
+            )
+        )
 
 
 def left_over(folder, members):
-    """What a run forgot: files in its temporary folder, and shared memory named after one of its processes.
+    """What a run forgot: files in its temporary folder, and shared memory named after one of its
+    processes.
 
     torchrun's folder of logs and torch's cache of compiled functions are meant to stay.
     """
     theirs = ("torchelastic_", "torchinductor_")
-    return [str(p) for p in (*folder.iterdir(), *in_shared_memory(members)) if not p.name.startswith(theirs)]
+    return [
+        str(p)
+        for p in (*folder.iterdir(), *in_shared_memory(members))
+        if not p.name.startswith(theirs)
+    ]
 
 
 def in_shared_memory(pids):
     """What is named after one of these processes."""
-    return [path for path in Path("/dev/shm").iterdir() if any(str(pid) in path.name for pid in pids)]
+    return [
+        path for path in Path("/dev/shm").iterdir() if any(str(pid) in path.name for pid in pids)
+    ]
 
 
 def steps_done(metrics):
-    return len([line for line in metrics.read_text().splitlines() if "reward/mean" in json.loads(line)]) if metrics.exists() else 0
+    return (
+        len(
+            [line for line in metrics.read_text().splitlines() if "reward/mean" in json.loads(line)]
+        )
+        if metrics.exists()
+        else 0
+    )
 
 
 @dataclass(frozen=True)
@@ -86,14 +113,22 @@ class Soaked:
     @property
     def more(self):
         """Of what is counted."""
-        return {name: getattr(self.late, name) - getattr(self.warm, name) for name in ("files", "threads", "shared")}
+        return {
+            name: getattr(self.late, name) - getattr(self.warm, name)
+            for name in ("files", "threads", "shared")
+        }
 
 
 def soaked(config, folder, steps, launcher=(), overrides=()):
     """Run it to its end, looking at what it holds."""
     command = [*launcher, "-m", "rlfr_vlm.cli", "train", "--config", str(config), *overrides]
     (folder / "tmp").mkdir()
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TMPDIR": str(folder / "tmp")}
+    environment = {
+        **os.environ,
+        "OMP_NUM_THREADS": "1",
+        "HF_HUB_OFFLINE": "1",
+        "TMPDIR": str(folder / "tmp"),
+    }
     name, value = (mark := f"RLFR_TEST_RUN={uuid.uuid4().hex}").split("=")
     environment[name] = value
     with (folder / "log").open("w") as log:
@@ -111,8 +146,12 @@ def soaked(config, folder, steps, launcher=(), overrides=()):
         for pid, _ in processes_with(mark) if process.poll() is None else ():
             os.kill(pid, signal.SIGKILL)
     assert process.returncode == 0, (folder / "log").read_text()[-3000:]
-    warm = Held.typical([held for step in samples if WARM - 10 <= step <= WARM + 10 for held in samples[step]])
-    late = Held.typical([held for step in samples if steps - 30 <= step < steps for held in samples[step]])
+    warm = Held.typical(
+        [held for step in samples if WARM - 10 <= step <= WARM + 10 for held in samples[step]]
+    )
+    late = Held.typical(
+        [held for step in samples if steps - 30 <= step < steps for held in samples[step]]
+    )
     return Soaked(warm, late, mark, seen)
 
 
@@ -121,7 +160,10 @@ def quantile(values, share):
 
 
 KINDS = ["one process", "two ranks, stage 3, vLLM"]
-LENGTHS = [pytest.param(300, marks=pytest.mark.slow), pytest.param(500, marks=pytest.mark.reliability)]
+LENGTHS = [
+    pytest.param(300, marks=pytest.mark.slow),
+    pytest.param(500, marks=pytest.mark.reliability),
+]
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -137,16 +179,28 @@ def test_memory_stays_and_nothing_is_left(model_folder, tmp_path, kind, steps, f
     if kind != "one process":
         with socket.create_server(("127.0.0.1", 0)) as free:
             port = str(free.getsockname()[1])
-        launcher = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-addr", "127.0.0.1", "--master-port", port]
+        launcher = [
+            "-m",
+            "torch.distributed.run",
+            "--nproc-per-node",
+            "2",
+            "--master-addr",
+            "127.0.0.1",
+            "--master-port",
+            port,
+        ]
         overrides = ["deepspeed.zero_stage=3"]
     found = soaked(config, tmp_path, steps, launcher, overrides)
     mib = (found.late.resident - found.warm.resident) / 2**20
     rows = map(json.loads, (tmp_path / "run" / "metrics.jsonl").read_text().splitlines())
     seconds = [row["timing_s/step"] for row in rows if "timing_s/step" in row]
-    slower = [quantile(seconds[-100:], share) / quantile(seconds[:100], share) for share in (0.5, 0.95)]
+    slower = [
+        quantile(seconds[-100:], share) / quantile(seconds[:100], share) for share in (0.5, 0.95)
+    ]
     told = (
-        f"{kind}: {found.warm.resident / 2**20:.0f} MiB at step {WARM}, {found.growth:+.2%} ({mib:+.1f} MiB) at step {steps}; {found.more} more; "
-        f"the last 100 steps take {slower[0]:.2f} (median) and {slower[1]:.2f} (p95) of the first 100"
+        f"{kind}: {found.warm.resident / 2**20:.0f} MiB at step {WARM}, {found.growth:+.2%} "
+        f"({mib:+.1f} MiB) at step {steps}; {found.more} more; the last 100 steps take "
+        f"{slower[0]:.2f} (median) and {slower[1]:.2f} (p95) of the first 100"
     )
     print(told)
     assert found.growth < MOST_GROWTH and max(found.more.values()) <= MOST_MORE, told

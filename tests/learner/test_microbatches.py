@@ -26,7 +26,9 @@ class Beside(Ranks):
 
 def rollouts(folder):
     policy = Policy(ModelConfig(path=folder, dtype="float32", freeze_vision=False))
-    prompt = Renderer(policy, DataConfig(), "rows.jsonl").encode(parse_row({"prompt": "1 + 1?", "answer": "2"}, "r", DataConfig()))
+    prompt = Renderer(policy, DataConfig(), "rows.jsonl").encode(
+        parse_row({"prompt": "1 + 1?", "answer": "2"}, "r", DataConfig())
+    )
     sampling = SamplingConfig(group_size=3, temperature=1.0, max_new_tokens=6, seed_key=(0,))
     return policy, list(HFEngine(RolloutConfig(), policy).sample([prompt], sampling)[0].rollouts)
 
@@ -36,7 +38,9 @@ def test_ranks_agree_on_number_and_pictures(model_folder):
     parts = list(synchronised(own, 10_000, policy, Beside([True, False, True])))
     assert [part.rows for part in parts] == [[0, 1, 2], [], []]
     assert [bool(part.batch.vision) for part in parts] == [True, False, True]
-    assert [bool(part.batch.vision) for part in synchronised(own, 10_000, policy, Beside([]))] == [False]
+    assert [bool(part.batch.vision) for part in synchronised(own, 10_000, policy, Beside([]))] == [
+        False
+    ]
     assert [part.rows for part in synchronised([], 10_000, policy, Beside([False]))] == [[]]
 
 
@@ -47,7 +51,10 @@ def test_a_blank_picture_beside_responses_changes_neither_log_probs_nor_gradient
         policy.model.zero_grad(set_to_none=True)
         output = policy.forward(pack(own, unanswered=extra), with_entropy=True)
         output.logprobs.sum().backward()
-        gradients = {n: torch.zeros_like(p) if p.grad is None else p.grad.clone() for n, p in policy.model.named_parameters()}
+        gradients = {
+            n: torch.zeros_like(p) if p.grad is None else p.grad.clone()
+            for n, p in policy.model.named_parameters()
+        }
         found.append((output.logprobs.detach(), gradients))
     assert torch.allclose(found[0][0], found[1][0], atol=1e-6)
     for name, gradient in found[0][1].items():

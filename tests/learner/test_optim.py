@@ -8,7 +8,11 @@ from rlfr_vlm.learner.optim import Optimizer, OptimizerSettings, cosine_schedule
 
 
 def optimizer(parameter, lr=1e-6, master=False, max_norm=1e9):
-    return Optimizer({"w": parameter}, OptimizerSettings(lr, (0.9, 0.95), 0.0, max_norm, 1000, 0.0, 1.0), master_weights=master)
+    return Optimizer(
+        {"w": parameter},
+        OptimizerSettings(lr, (0.9, 0.95), 0.0, max_norm, 1000, 0.0, 1.0),
+        master_weights=master,
+    )
 
 
 def test_schedule_warms_up_then_falls_to_its_floor():
@@ -37,7 +41,9 @@ def test_low_precision_gradients_add_up_in_float32():
     for _ in range(1000):
         parameter.grad = torch.full((1,), 0.001, dtype=torch.bfloat16)
         optim.accumulate()
-    assert optim.step() == pytest.approx(1000 * float(torch.tensor(0.001, dtype=torch.bfloat16)), rel=1e-4)
+    assert optim.step() == pytest.approx(
+        1000 * float(torch.tensor(0.001, dtype=torch.bfloat16)), rel=1e-4
+    )
     assert parameter.grad is None
 
 
@@ -54,7 +60,9 @@ def test_gradients_are_clipped_to_the_norm():
 @pytest.mark.parametrize("master", [True, False])
 def test_state_round_trip_continues_to_the_bit(master):
     dtype = torch.bfloat16 if master else torch.float32
-    gradients = [torch.randn(8, generator=torch.Generator().manual_seed(i)).to(dtype) for i in range(6)]
+    gradients = [
+        torch.randn(8, generator=torch.Generator().manual_seed(i)).to(dtype) for i in range(6)
+    ]
 
     def run(optim, parameter, steps):
         for gradient in steps:

@@ -4,9 +4,21 @@ import pytest
 import torch
 
 from rlfr_vlm.errors import UserError
-from rlfr_vlm.models.attention import PackedLayout, Segment, _short_attention, grouped_sdpa, packed_attention
+from rlfr_vlm.models.attention import (
+    PackedLayout,
+    Segment,
+    _short_attention,
+    grouped_sdpa,
+    packed_attention,
+)
 
-SEGMENTS = [Segment(0, 5), Segment(5, 12, 0, 5), Segment(12, 15, 0, 5), Segment(15, 20), Segment(20, 21, 15, 20)]
+SEGMENTS = [
+    Segment(0, 5),
+    Segment(5, 12, 0, 5),
+    Segment(12, 15, 0, 5),
+    Segment(15, 20),
+    Segment(20, 21, 15, 20),
+]
 
 
 def states(heads, dtype=torch.float32):
@@ -45,7 +57,9 @@ def test_short_attention_equals_the_fused_kernel_with_gradients():
     plain = _short_attention(*inputs, mask, 0.3).view(3, 2, 4, 8)
     assert torch.allclose(fused, plain, atol=1e-5)
     factor = torch.randn(3, 2, 4, 8)
-    for a, b in zip(*(torch.autograd.grad((out * factor).sum(), inputs) for out in (fused, plain)), strict=True):
+    for a, b in zip(
+        *(torch.autograd.grad((out * factor).sum(), inputs) for out in (fused, plain)), strict=True
+    ):
         assert torch.allclose(a, b, atol=1e-5)
 
 

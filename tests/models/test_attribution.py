@@ -1,4 +1,6 @@
-"""Where tokens look: against transformers' own attention weights, in every vision family, packed with a shared prompt."""
+"""Where tokens look: against transformers' own attention weights, in every vision family, packed
+with a shared prompt.
+"""
 
 import base64
 import math
@@ -22,8 +24,12 @@ LAYERS = (1, 2, 3)
 
 
 def eager(policy, rollout, layers):
-    """[T, K]: transformers' own weights of the positions that predict a response, mean over heads and layers, its sequence by itself."""
-    model = AutoModelForImageTextToText.from_pretrained(policy.path, dtype=torch.float32, attn_implementation="eager").eval()
+    """[T, K]: transformers' own weights of the positions that predict a response, mean over heads
+    and layers, its sequence by itself.
+    """
+    model = AutoModelForImageTextToText.from_pretrained(
+        policy.path, dtype=torch.float32, attn_implementation="eager"
+    ).eval()
     ids = torch.tensor([[*rollout.prompt.token_ids, *rollout.token_ids]])
     extra = dict(rollout.prompt.vision)
     if extra:
@@ -36,8 +42,14 @@ def eager(policy, rollout, layers):
 
 @pytest.mark.parametrize("family", VISION)
 @pytest.mark.parametrize("checkpointing", ["off", "nonreentrant"])
-def test_attention_equals_that_of_transformers_with_a_shared_prompt(model_folder, family, checkpointing):
-    policy = Policy(ModelConfig(path=model_folder(family), dtype="float32", gradient_checkpointing=checkpointing))
+def test_attention_equals_that_of_transformers_with_a_shared_prompt(
+    model_folder, family, checkpointing
+):
+    policy = Policy(
+        ModelConfig(
+            path=model_folder(family), dtype="float32", gradient_checkpointing=checkpointing
+        )
+    )
     rollouts = rollouts_of(policy, (1, 0, 3), group_size=2)
     found = attribute(policy, pack(rollouts, unanswered=blank_prompt(policy)), rollouts, LAYERS)
     assert [one is None for one in found] == [False, False, True, True, False, False]
@@ -45,7 +57,10 @@ def test_attention_equals_that_of_transformers_with_a_shared_prompt(model_folder
         if ours is not None:
             seen = torch.tensor(rollout.prompt.token_ids) == policy.image_token_id
             expected = eager(policy, rollout, LAYERS)[:, : len(seen)][:, seen]
-            assert ours.cells.shape == (len(rollout.token_ids), sum(rows * columns for rows, columns in ours.grids))
+            assert ours.cells.shape == (
+                len(rollout.token_ids),
+                sum(rows * columns for rows, columns in ours.grids),
+            )
             assert torch.allclose(ours.cells, expected, atol=1e-5)
             assert torch.allclose(ours.share, expected.sum(1), atol=1e-5)
             assert 0.01 < float(ours.share.min()) < float(ours.share.max()) < 1
@@ -74,17 +89,29 @@ def test_a_watched_forward_computes_what_an_unwatched_one_does_to_the_bit(model_
 
 def test_weights_are_a_softmax_over_everything_visible_and_nothing_else(monkeypatch):
     generator = torch.Generator().manual_seed(0)
-    query, key = torch.randn(4, 5, 8, generator=generator), torch.randn(2, 9, 8, generator=generator)
+    query, key = (
+        torch.randn(4, 5, 8, generator=generator),
+        torch.randn(2, 9, 8, generator=generator),
+    )
     whole = weights_on(query, key, torch.arange(9), 0.3)
     assert torch.allclose(whole.sum(1), torch.ones(5))
-    assert torch.equal(whole.triu(5), torch.zeros(5, 9))  # query r is token 4 + r, and sees no later one
+    assert torch.equal(
+        whole.triu(5), torch.zeros(5, 9)
+    )  # query r is token 4 + r, and sees no later one
     monkeypatch.setattr(attention, "WATCHED_WEIGHTS", 80)  # two queries at a time
-    assert torch.allclose(weights_on(query, key, torch.tensor([7, 2]), 0.3), whole[:, [7, 2]], atol=1e-6)
+    assert torch.allclose(
+        weights_on(query, key, torch.tensor([7, 2]), 0.3), whole[:, [7, 2]], atol=1e-6
+    )
 
 
 def test_weights_of_two_keys_by_hand_and_of_a_key_that_is_masked():
-    query, key = torch.tensor([[[1.0]]]), torch.tensor([[[0.0], [2.0]]])  # scores 0 and 0.5 * 2: softmax of (0, 1)
-    assert weights_on(query, key, torch.arange(2), 0.5)[0].tolist() == pytest.approx([1 / (1 + math.e), math.e / (1 + math.e)])
+    query, key = (
+        torch.tensor([[[1.0]]]),
+        torch.tensor([[[0.0], [2.0]]]),
+    )  # scores 0 and 0.5 * 2: softmax of (0, 1)
+    assert weights_on(query, key, torch.arange(2), 0.5)[0].tolist() == pytest.approx(
+        [1 / (1 + math.e), math.e / (1 + math.e)]
+    )
     masked = torch.tensor([[[float("-inf")], [2.0]]])
     assert weights_on(query, masked, torch.arange(2), 0.5).tolist() == [[0.0, 1.0]]
 
@@ -96,7 +123,9 @@ def test_other_sequences_of_the_batch_are_not_looked_at():
     found = []
     for noise in (0.0, 1.0):
         key[:, :, 7:] += noise
-        watched = WatchedLayout(layout, (3, 5), [Watch(torch.tensor([0, 1, 2, 3, 4, 5]), 3, torch.arange(6))])
+        watched = WatchedLayout(
+            layout, (3, 5), [Watch(torch.tensor([0, 1, 2, 3, 4, 5]), 3, torch.arange(6))]
+        )
         for layer in range(6):
             watched.attend(layer, query, key, value, 0.3)
         found.append(watched.weights[0])
@@ -118,7 +147,9 @@ def test_grids_follow_the_rotary_positions_of_the_image_tokens(model_folder, fam
     first = 0
     for num_rows, num_columns in grids:
         part = slice(first, first := first + num_rows * num_columns)
-        assert (height[part] - height[part][0]).tolist() == [r for r in range(num_rows) for _ in range(num_columns)]
+        assert (height[part] - height[part][0]).tolist() == [
+            r for r in range(num_rows) for _ in range(num_columns)
+        ]
         assert (width[part] - width[part][0]).tolist() == [*range(num_columns)] * num_rows
     assert first == len(rows)
 
@@ -128,7 +159,9 @@ def test_large_grids_are_averaged_down_and_small_ones_stay():
     cells, grids = pooled(weights, [(4, 6), (2, 3)], most=3)
     assert grids == ((3, 3), (2, 3))
     assert torch.equal(cells[:, 9:], weights[:, 24:])
-    assert cells[0, 0] == weights[0, [0, 1, 6, 7]].mean()  # adaptive bins of 4 rows in 3: 0-1, 1-2, 2-3
+    assert (
+        cells[0, 0] == weights[0, [0, 1, 6, 7]].mean()
+    )  # adaptive bins of 4 rows in 3: 0-1, 1-2, 2-3
     even, grids = pooled(torch.ones(1, 32 * 64), [(32, 64)])
     assert grids == ((16, 16),)
     assert torch.equal(even, torch.ones(1, 256))

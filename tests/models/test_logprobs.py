@@ -22,7 +22,9 @@ def case(dtype=torch.float32):
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 def test_values_and_gradients_equal_the_full_softmax(tiles, temperature):
     hidden, weight, tokens, banned = case()
-    found, entropy = module.token_logprobs(hidden, weight, tokens, banned, temperature, with_entropy=True)
+    found, entropy = module.token_logprobs(
+        hidden, weight, tokens, banned, temperature, with_entropy=True
+    )
     logits = hidden @ weight.t() / temperature
     logits[:, banned] = float("-inf")
     full = logits.log_softmax(-1)
@@ -38,7 +40,9 @@ def test_values_and_gradients_equal_the_full_softmax(tiles, temperature):
 def test_entropy_carries_no_gradient_and_is_optional():
     hidden, weight, tokens, banned = case()
     assert module.token_logprobs(hidden, weight, tokens, banned)[1] is None
-    assert not module.token_logprobs(hidden, weight, tokens, banned, with_entropy=True)[1].requires_grad
+    assert not module.token_logprobs(hidden, weight, tokens, banned, with_entropy=True)[
+        1
+    ].requires_grad
 
 
 def test_a_frozen_head_gets_no_gradient():

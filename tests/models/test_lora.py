@@ -40,7 +40,11 @@ def move_factors(policy: Policy, seed: int) -> None:
 
 
 def whole_weights(policy: Policy, max_bytes: int = 1) -> dict[str, torch.Tensor]:
-    return {name: tensor.detach().clone() for bucket in policy.weight_buckets(max_bytes) for name, tensor in bucket.items()}
+    return {
+        name: tensor.detach().clone()
+        for bucket in policy.weight_buckets(max_bytes)
+        for name, tensor in bucket.items()
+    }
 
 
 def plain(folder: str, family: str):
@@ -55,7 +59,9 @@ def test_only_adapters_of_the_decoder_learn(model_folder, family):
     trained = policy.trained()
     assert len(trained) == 7 * 2 * layers and all(".lora_" in name for name in trained)
     assert all(name.startswith(f"{policy.family.language}.layers.") for name in trained)
-    policy.forward(pack(rollouts_of(policy, (0, 1) if family in VISION else (0, 0)), policy.device)).logprobs.sum().backward()
+    policy.forward(
+        pack(rollouts_of(policy, (0, 1) if family in VISION else (0, 0)), policy.device)
+    ).logprobs.sum().backward()
     assert all(p.grad is not None and p.grad.abs().max() > 0 for p in trained.values())
     assert all(p.grad is None for name, p in policy.model.named_parameters() if name not in trained)
 
@@ -63,7 +69,11 @@ def test_only_adapters_of_the_decoder_learn(model_folder, family):
 @pytest.mark.parametrize("family", ["llama", "qwen2_5_vl"])
 def test_new_adapters_change_nothing_and_are_the_same_every_time(model_folder, family):
     folder = model_folder(family)
-    base, one, two = Policy(ModelConfig(path=folder, dtype="float32")), policy_of(folder, seed=None), policy_of(folder, seed=None)
+    base, one, two = (
+        Policy(ModelConfig(path=folder, dtype="float32")),
+        policy_of(folder, seed=None),
+        policy_of(folder, seed=None),
+    )
     rollouts = rollouts_of(base, (0, 1) if family in VISION else (0, 0))
     for expected, found in zip(base.score(rollouts), one.score(rollouts), strict=True):
         assert torch.equal(expected, found)
@@ -98,7 +108,11 @@ def test_a_saved_folder_computes_what_the_adapted_model_does(model_folder, tmp_p
     policy = policy_of(model_folder(family))
     policy.save(tmp_path)
     rollouts = rollouts_of(policy, (0, 1, 3) if family in VISION else (0, 0, 0))
-    for ours, theirs in zip(policy.score(rollouts), reference_logprobs(plain(str(tmp_path), family), rollouts, 0), strict=True):
+    for ours, theirs in zip(
+        policy.score(rollouts),
+        reference_logprobs(plain(str(tmp_path), family), rollouts, 0),
+        strict=True,
+    ):
         assert torch.allclose(ours, theirs, atol=1e-4)
     again = Policy(ModelConfig(path=str(tmp_path), dtype="float32"))
     merged = whole_weights(policy)
@@ -109,9 +123,14 @@ def test_a_saved_folder_computes_what_the_adapted_model_does(model_folder, tmp_p
 
 @pytest.mark.parametrize("family", ["qwen2", "qwen2_5_vl"])
 @pytest.mark.parametrize("checkpointing", ["reentrant", "nonreentrant"])
-def test_gradient_checkpointing_changes_no_gradient_of_an_adapter(model_folder, family, checkpointing):
+def test_gradient_checkpointing_changes_no_gradient_of_an_adapter(
+    model_folder, family, checkpointing
+):
     request = LatentRequest((1, 2), (("token_pre", 1),))
-    plain, other = policy_of(model_folder(family)), policy_of(model_folder(family), gradient_checkpointing=checkpointing)
+    plain, other = (
+        policy_of(model_folder(family)),
+        policy_of(model_folder(family), gradient_checkpointing=checkpointing),
+    )
     images = (1, 0) if family in VISION else (0, 0)
     expected, expected_gradients = gradients(plain, rollouts_of(plain, images), request)
     output, found = gradients(other, rollouts_of(other, images), request)
@@ -125,12 +144,18 @@ def test_the_hf_engine_samples_through_the_adapters(model_folder):
     folder = model_folder("qwen2_5_vl")
     policy = policy_of(folder)
     prompts = [r.prompt for r in rollouts_of(policy, (0, 1), group_size=1)]
-    in_place = HFEngine(parse_config({"output_dir": "unused", "model": {"path": folder}}).rollout, policy)
+    in_place = HFEngine(
+        parse_config({"output_dir": "unused", "model": {"path": folder}}).rollout, policy
+    )
     rollouts = [r for group in in_place.sample(prompts, SAMPLING) for r in group.rollouts]
     for rollout, scored in zip(rollouts, policy.score(rollouts), strict=True):
         assert torch.allclose(torch.tensor(rollout.logprobs), scored, atol=1e-4)
-    settings = ModelConfig(path=folder, dtype="float32", lora=LORA, gradient_checkpointing="reentrant")
-    copy = HFEngine(parse_config({"output_dir": "unused", "model": {"path": folder}}).rollout, policy, settings)
+    settings = ModelConfig(
+        path=folder, dtype="float32", lora=LORA, gradient_checkpointing="reentrant"
+    )
+    copy = HFEngine(
+        parse_config({"output_dir": "unused", "model": {"path": folder}}).rollout, policy, settings
+    )
     assert copy.sampler.weights_as_stored and not copy.sampler.model.training
     copy.load_weights(policy)
     found = [r for group in copy.sample(prompts, SAMPLING) for r in group.rollouts]
@@ -144,9 +169,19 @@ def test_vllm_samples_from_the_merged_weights(model_folder, family, dtype):
     from rlfr_vlm.rollout.probe import PROBE, logprob_gap, probe_prompts
     from rlfr_vlm.rollout.vllm_engine import VllmEngine
 
-    model = {"path": model_folder(family, dtype=dtype), "dtype": dtype, "device": "cpu", "lora": LORA.model_dump()}
+    model = {
+        "path": model_folder(family, dtype=dtype),
+        "dtype": dtype,
+        "device": "cpu",
+        "lora": LORA.model_dump(),
+    }
     cfg = parse_config(
-        {"output_dir": "unused", "model": model, "data": {"max_prompt_tokens": 96}, "rollout": {"engine": "vllm", "max_new_tokens": 32}}
+        {
+            "output_dir": "unused",
+            "model": model,
+            "data": {"max_prompt_tokens": 96},
+            "rollout": {"engine": "vllm", "max_new_tokens": 32},
+        }
     )
     policy = policy_of(model["path"], seed=None, dtype=dtype)
     engine = VllmEngine(cfg, policy)
@@ -164,4 +199,8 @@ def test_vllm_samples_from_the_merged_weights(model_folder, family, dtype):
 
 def test_targets_that_the_model_does_not_have_are_named(model_folder):
     with pytest.raises(UserError, match=r"model\.lora\.targets: \['query'\]"):
-        Policy(ModelConfig(path=model_folder("llama"), dtype="float32", lora=LoraConfig(targets=("query",))))
+        Policy(
+            ModelConfig(
+                path=model_folder("llama"), dtype="float32", lora=LoraConfig(targets=("query",))
+            )
+        )

@@ -20,7 +20,13 @@ PIXELS = {"min_pixels": 28 * 28, "max_pixels": 200 * 28 * 28}
 
 
 def picture(seed, size=(84, 56)):
-    pixels = torch.randint(0, 256, (size[1], size[0], 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(seed))
+    pixels = torch.randint(
+        0,
+        256,
+        (size[1], size[0], 3),
+        dtype=torch.uint8,
+        generator=torch.Generator().manual_seed(seed),
+    )
     return Image.fromarray(pixels.numpy())
 
 
@@ -30,10 +36,17 @@ def rollouts_of(policy, num_images=(0,), group_size=3, seed=0):
     rollouts = []
     for number, count in enumerate(num_images):
         images = [picture(10 * number + i, (84 + 28 * i, 56)) for i in range(count)]
-        row = {"id": str(number), "prompt": "<image>" * count + f"What is {number} + 4?" * (number + 1), "images": images, "answer": "4"}
+        row = {
+            "id": str(number),
+            "prompt": "<image>" * count + f"What is {number} + 4?" * (number + 1),
+            "images": images,
+            "answer": "4",
+        }
         prompt = renderer.encode(parse_row(row, f"rows:{number}", DataConfig()))
         for sample in range(group_size):
-            ids = tuple(torch.randint(5, 90, (3 + 4 * sample + number,), generator=generator).tolist())
+            ids = tuple(
+                torch.randint(5, 90, (3 + 4 * sample + number,), generator=generator).tolist()
+            )
             rollouts.append(Rollout(prompt, sample, ids, (0.0,) * len(ids), "", "stop", 0))
     return rollouts
 
@@ -50,7 +63,10 @@ def reference_logprobs(model, rollouts, padding):
             extra["mm_token_type_ids"] = (ids == model.config.image_token_id).int()
         with torch.no_grad():
             logits = model(input_ids=ids, attention_mask=mask, **extra).logits[0].float()
-        for token in [getattr(model.config, f"{n}_token_id", None) for n in ("image", "video", "vision_start", "vision_end")]:
+        for token in [
+            getattr(model.config, f"{n}_token_id", None)
+            for n in ("image", "video", "vision_start", "vision_end")
+        ]:
             if token is not None:
                 logits[:, token] = float("-inf")
         start = padding + len(rollout.prompt.token_ids)
@@ -69,7 +85,9 @@ def test_packed_equals_padded_equals_one_by_one(model_folder, family):
     loader = AutoModelForImageTextToText if family in VISION else AutoModelForCausalLM
     model = loader.from_pretrained(folder, dtype=torch.float32).eval()
     for padding in (0, 5):
-        for ours, ours_split, ours_alone, theirs in zip(packed, split, alone, reference_logprobs(model, rollouts, padding), strict=True):
+        for ours, ours_split, ours_alone, theirs in zip(
+            packed, split, alone, reference_logprobs(model, rollouts, padding), strict=True
+        ):
             assert torch.allclose(ours, theirs, atol=1e-4)
             assert torch.allclose(ours, ours_split, atol=1e-4)
             assert torch.allclose(ours, ours_alone, atol=1e-4)
@@ -89,12 +107,18 @@ def gradients(policy, rollouts, request):
     output = policy.forward(batch, request=request)
     policy.model.zero_grad()
     (output.logprobs * torch.linspace(-1, 1, len(output.logprobs))).sum().backward()
-    return output, {n: p.grad.clone() for n, p in policy.model.named_parameters() if p.grad is not None}
+    return output, {
+        n: p.grad.clone() for n, p in policy.model.named_parameters() if p.grad is not None
+    }
 
 
 @pytest.mark.parametrize("checkpointing", ["off", "reentrant", "nonreentrant"])
 def test_a_frozen_vision_tower_stays_out_of_the_backward(model_folder, checkpointing):
-    policy = Policy(ModelConfig(path=model_folder("qwen2_5_vl"), dtype="float32", gradient_checkpointing=checkpointing))
+    policy = Policy(
+        ModelConfig(
+            path=model_folder("qwen2_5_vl"), dtype="float32", gradient_checkpointing=checkpointing
+        )
+    )
     seen = []
     tower = policy.model.get_submodule(policy.family.vision)
     tower.register_forward_hook(lambda _m, _a, output: seen.append(output))
@@ -107,10 +131,16 @@ def test_a_frozen_vision_tower_stays_out_of_the_backward(model_folder, checkpoin
 
 @pytest.mark.parametrize("family", ["qwen2", "qwen2_5_vl"])
 @pytest.mark.parametrize("checkpointing", ["reentrant", "nonreentrant"])
-def test_gradient_checkpointing_changes_neither_gradients_nor_latents(model_folder, family, checkpointing):
+def test_gradient_checkpointing_changes_neither_gradients_nor_latents(
+    model_folder, family, checkpointing
+):
     request = LatentRequest((1, 2), (("token_pre", 1),))
     plain = Policy(ModelConfig(path=model_folder(family), dtype="float32"))
-    other = Policy(ModelConfig(path=model_folder(family), dtype="float32", gradient_checkpointing=checkpointing))
+    other = Policy(
+        ModelConfig(
+            path=model_folder(family), dtype="float32", gradient_checkpointing=checkpointing
+        )
+    )
     images = (1, 0) if family in VISION else (0, 0)
     expected, expected_gradients = gradients(plain, rollouts_of(plain, images), request)
     output, found = gradients(other, rollouts_of(other, images), request)
@@ -135,14 +165,21 @@ def test_latents_are_the_hooked_layers_outputs(model_folder, family):
         extra["mm_token_type_ids"] = (ids == model.config.image_token_id).int()
     states = []
     layers = model.get_submodule(policy.family.language).layers
-    handles = [layer.register_forward_hook(lambda m, a, out: states.append(out[0] if isinstance(out, tuple) else out)) for layer in layers]
+    handles = [
+        layer.register_forward_hook(
+            lambda m, a, out: states.append(out[0] if isinstance(out, tuple) else out)
+        )
+        for layer in layers
+    ]
     with torch.no_grad():
         model(input_ids=ids, **extra)
     [handle.remove() for handle in handles]
     start = len(rollout.prompt.token_ids)
     for k in range(2):
         assert torch.allclose(latents.states[k, latents.target], states[k][0, start:], atol=1e-4)
-        assert torch.allclose(latents.states[k, latents.context[0]], states[k][0, start - 1 : -1], atol=1e-4)
+        assert torch.allclose(
+            latents.states[k, latents.context[0]], states[k][0, start - 1 : -1], atol=1e-4
+        )
     assert not latents.states.requires_grad
 
 
@@ -169,7 +206,9 @@ def test_entropy_of_the_response_distribution(model_folder):
 
 
 def test_unknown_family_and_missing_folder_are_named(tmp_path):
-    (tmp_path / "config.json").write_text('{"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"]}')
+    (tmp_path / "config.json").write_text(
+        '{"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"]}'
+    )
     with pytest.raises(UserError, match=r"gpt2.*known: .*qwen2_5_vl"):
         Policy(ModelConfig(path=str(tmp_path)))
     with pytest.raises(UserError, match=r"model\.path"):
@@ -198,7 +237,15 @@ def test_a_policy_without_weights_reads_writes_and_ends_as_the_whole_one(model_f
     whole, empty = Policy(settings), Policy(settings, weights=False)
     assert empty.weight_specs() == whole.weight_specs()
     assert len(whole.eos_token_ids) == 2
-    for name in ("eos_token_ids", "banned_token_ids", "max_length", "image_token_id", "hidden_size", "dtype", "device"):
+    for name in (
+        "eos_token_ids",
+        "banned_token_ids",
+        "max_length",
+        "image_token_id",
+        "hidden_size",
+        "dtype",
+        "device",
+    ):
         assert getattr(empty, name) == getattr(whole, name)
     images = (0, 1) if family in VISION else (0, 0)
     for one, other in zip(rollouts_of(empty, images), rollouts_of(whole, images), strict=True):

@@ -1,4 +1,6 @@
-"""The planner: its formulas against autograd and against each other, the settings it names, and its predictions against measured runs."""
+"""The planner: its formulas against autograd and against each other, the settings it names, and its
+predictions against measured runs.
+"""
 
 import json
 import random
@@ -28,7 +30,9 @@ from rlfr_vlm.types import EncodedPrompt, Prompt, Rollout
 from tests import tiny_models
 from tests.runs import ROOT
 
-RECIPES = sorted((ROOT / "scripts").glob("*/rl*.yaml")) + sorted((ROOT / "scripts").glob("*/flowrl.yaml"))
+RECIPES = sorted((ROOT / "scripts").glob("*/rl*.yaml")) + sorted(
+    (ROOT / "scripts").glob("*/flowrl.yaml")
+)
 GPU = Machine("cuda", 80.0 * GIB, 0.6 * GIB, 0.9 * GIB, True)
 CPU = Machine("cpu", 24.0 * GIB, 0.6 * GIB, 0.9 * GIB, True)
 SEVEN = ROOT / "scripts/qwen2.5-math-7b/rlfr.yaml"
@@ -49,7 +53,7 @@ def trainer(cfg, machine=GPU, shape=None):
     return predict(cfg, shape or read_shape(cfg.model.path), machine)[0]
 
 
-# -- sizes ------------------------------------------------------------------------------------------------------------
+# -- sizes -----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -67,26 +71,34 @@ def test_published_sizes(name, billions):
     assert read_shape(name).parameters / 1e9 == pytest.approx(billions, abs=0.006)
 
 
-@pytest.mark.parametrize("family", ["qwen2", "qwen3", "llama", "mistral", "qwen2_vl", "qwen2_5_vl", "qwen3_vl"])
+@pytest.mark.parametrize(
+    "family", ["qwen2", "qwen3", "llama", "mistral", "qwen2_vl", "qwen2_5_vl", "qwen3_vl"]
+)
 def test_sizes_are_those_of_the_weights(family, model_folder):
     weights = {}
     for file in (tiny_models.Path(model_folder(family))).glob("*.safetensors"):
         weights |= load_file(file)
-    assert read_shape(model_folder(family)).parameters == pytest.approx(sum(w.numel() for w in weights.values()), rel=0.02)
+    assert read_shape(model_folder(family)).parameters == pytest.approx(
+        sum(w.numel() for w in weights.values()), rel=0.02
+    )
 
 
 def test_adapters_are_counted_as_peft_makes_them(model_folder):
     pytest.importorskip("peft")
     cfg = LoraConfig(rank=4)
-    policy = Policy(ModelConfig(path=model_folder("qwen2"), dtype="float32", device="cpu", lora=cfg))
-    assert read_shape(model_folder("qwen2")).adapters(4, cfg.targets) == sum(p.numel() for p in policy.trained().values())
+    policy = Policy(
+        ModelConfig(path=model_folder("qwen2"), dtype="float32", device="cpu", lora=cfg)
+    )
+    assert read_shape(model_folder("qwen2")).adapters(4, cfg.targets) == sum(
+        p.numel() for p in policy.trained().values()
+    )
 
 
 def test_every_recipe_names_a_model_of_the_table():
     assert {config(path).model.path for path in RECIPES} <= set(PUBLISHED)
 
 
-# -- activations against autograd -------------------------------------------------------------------------------------
+# -- activations against autograd ------------------------------------------------------------------
 
 
 def saved_bytes(policy: Policy, batch: MicroBatch) -> int:
@@ -94,17 +106,28 @@ def saved_bytes(policy: Policy, batch: MicroBatch) -> int:
     prompts = []
     for i in range(int(batch.prompts)):
         ids = tuple(10 + n % 300 for n in range(batch.prompt))
-        prompts.append(EncodedPrompt(Prompt(str(i), (), (), ""), ids, ids, torch.arange(batch.prompt)[None], (), {}))
+        prompts.append(
+            EncodedPrompt(
+                Prompt(str(i), (), (), ""), ids, ids, torch.arange(batch.prompt)[None], (), {}
+            )
+        )
     group = int(batch.samples / batch.prompts)
     ids = tuple(20 + n % 300 for n in range(batch.response))
-    rollouts = [Rollout(p, i, ids, (0.0,) * len(ids), "", "length", 0) for p in prompts for i in range(group)]
+    rollouts = [
+        Rollout(p, i, ids, (0.0,) * len(ids), "", "length", 0)
+        for p in prompts
+        for i in range(group)
+    ]
     weights = {p.untyped_storage().data_ptr() for p in policy.model.parameters()}
     kept: dict[int, tuple[int, torch.Tensor]] = {}
 
     def keep(tensor: torch.Tensor) -> torch.Tensor:
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in weights:
-            kept[storage.data_ptr()] = (storage.nbytes(), tensor)  # held, so that no other storage gets its address
+            kept[storage.data_ptr()] = (
+                storage.nbytes(),
+                tensor,
+            )  # held, so that no other storage gets its address
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
@@ -114,11 +137,15 @@ def saved_bytes(policy: Policy, batch: MicroBatch) -> int:
 
 @pytest.mark.parametrize("lora", [False, True])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize(("family", "prompt", "response"), [("llama", 60, 100), ("qwen3", 60, 100), ("qwen2", 300, 400)])
+@pytest.mark.parametrize(
+    ("family", "prompt", "response"), [("llama", 60, 100), ("qwen3", 60, 100), ("qwen2", 300, 400)]
+)
 def test_activations_are_what_autograd_keeps(family, prompt, response, dtype, lora, model_folder):
     if lora:
         pytest.importorskip("peft")
-    model = {"path": model_folder(family, hidden=128), "dtype": dtype, "device": "cpu"} | ({"lora": {"rank": 8}} if lora else {})
+    model = {"path": model_folder(family, hidden=128), "dtype": dtype, "device": "cpu"} | (
+        {"lora": {"rank": 8}} if lora else {}
+    )
     cfg = parse_config({"output_dir": "x", "model": model})
     batch = MicroBatch(prompt, response, 2, 6, 1)
     found = memory.activations(cfg, read_shape(cfg.model.path), batch, "cpu")
@@ -128,13 +155,19 @@ def test_activations_are_what_autograd_keeps(family, prompt, response, dtype, lo
 def test_checkpointing_keeps_little():
     cfg, shape = config(), read_shape("Qwen/Qwen2.5-Math-7B")
     batch = memory.micro_batch(cfg, 16384)
-    whole = memory.activations(config(SEVEN, 'model.gradient_checkpointing="off"'), shape, batch, "cuda")
+    whole = memory.activations(
+        config(SEVEN, 'model.gradient_checkpointing="off"'), shape, batch, "cuda"
+    )
     assert memory.activations(cfg, shape, batch, "cuda") < whole / 8
 
 
 def test_a_micro_batch_is_as_full_as_the_budget():
     cfg = config(
-        SEVEN, "data.max_prompt_tokens=100", "rollout.max_new_tokens=50", "rollout.num_prompts=8", "algorithm.updates_per_rollout=1"
+        SEVEN,
+        "data.max_prompt_tokens=100",
+        "rollout.max_new_tokens=50",
+        "rollout.num_prompts=8",
+        "algorithm.updates_per_rollout=1",
     )
     assert memory.micro_batch(cfg, 1000) == MicroBatch(100, 50, 2, 16, 16)
     assert memory.micro_batch(cfg, 200) == MicroBatch(100, 50, 1, 2, 2)
@@ -142,11 +175,16 @@ def test_a_micro_batch_is_as_full_as_the_budget():
     assert memory.micro_batch(cfg, 10**6).tokens == memory.update_tokens(cfg) == 8 * (100 + 8 * 50)
 
 
-# -- sharding, adapters, engines --------------------------------------------------------------------------------------
+# -- sharding, adapters, engines -------------------------------------------------------------------
 
 
 def sharded(ranks, stage, offload="none"):
-    return config(SEVEN, f"deepspeed.ranks={ranks}", f"deepspeed.zero_stage={stage}", f"deepspeed.offload={offload}")
+    return config(
+        SEVEN,
+        f"deepspeed.ranks={ranks}",
+        f"deepspeed.zero_stage={stage}",
+        f"deepspeed.offload={offload}",
+    )
 
 
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
@@ -160,8 +198,15 @@ def test_one_rank_holds_what_one_process_does(stage):
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
 def test_ranks_share_what_the_stage_says(stage):
     shape = read_shape("Qwen/Qwen2.5-Math-7B")
-    (one, _), (four, _) = memory.held(sharded(1, stage), shape), memory.held(sharded(4, stage), shape)
-    for part, shared in (("optimiser", stage >= 1), ("gradients", stage >= 2), ("weights", stage >= 3)):
+    (one, _), (four, _) = (
+        memory.held(sharded(1, stage), shape),
+        memory.held(sharded(4, stage), shape),
+    )
+    for part, shared in (
+        ("optimiser", stage >= 1),
+        ("gradients", stage >= 2),
+        ("weights", stage >= 3),
+    ):
         assert four[part] * (4 if shared else 1) == one[part], part
 
 
@@ -181,7 +226,9 @@ def test_offloading_moves_and_loses_nothing(stage, offload):
     assert sum(device.values()) + sum(host.values()) == pytest.approx(sum(here.values()))
     assert trainer(sharded(4, stage, offload)).peak < trainer(sharded(4, stage)).peak
     by_host = predict(sharded(4, stage, offload), shape, GPU)[-1].phases["loading"]
-    assert sum(size for name, size in by_host.items() if name.startswith("offloaded")) == 4 * sum(host.values())
+    assert sum(size for name, size in by_host.items() if name.startswith("offloaded")) == 4 * sum(
+        host.values()
+    )
 
 
 def test_adapters_learn_alone():
@@ -192,25 +239,40 @@ def test_adapters_learn_alone():
 
 
 def test_an_engine_beside_the_trainer_sleeps_or_does_not():
-    asleep, awake = (trainer(config(SEVEN, f"rollout.vllm.sleep={value}")) for value in ("true", "false"))
+    asleep, awake = (
+        trainer(config(SEVEN, f"rollout.vllm.sleep={value}")) for value in ("true", "false")
+    )
     share = asleep.phases["rollout"]["engine weights"] + asleep.phases["rollout"]["KV cache"]
     assert share == pytest.approx(0.3 * GPU.memory)
-    assert sum(awake.phases["update"].values()) - sum(asleep.phases["update"].values()) == pytest.approx(share)
+    assert sum(awake.phases["update"].values()) - sum(
+        asleep.phases["update"].values()
+    ) == pytest.approx(share)
     assert asleep.peak == max(sum(parts.values()) for parts in asleep.phases.values())
 
 
 def test_engines_of_their_own_have_a_table():
-    cfg = config(SEVEN, "launcher=ray", "ray.engines=2", "rollout.vllm.tensor_parallel=2", "rollout.vllm.gpu_memory_utilization=0.9")
+    cfg = config(
+        SEVEN,
+        "launcher=ray",
+        "ray.engines=2",
+        "rollout.vllm.tensor_parallel=2",
+        "rollout.vllm.gpu_memory_utilization=0.9",
+    )
     first, engines, host = predict(cfg, read_shape(cfg.model.path), GPU)
     assert (engines.name, engines.count, host.name) == ("engine", 4, "host")
-    assert "KV cache" not in first.phases["rollout"] and engines.phases["rollout"]["engine weights"] == pytest.approx(7615283200)
+    assert "KV cache" not in first.phases["rollout"] and engines.phases["rollout"][
+        "engine weights"
+    ] == pytest.approx(7615283200)
 
 
 def test_the_reference_and_the_field_are_counted():
     parts = trainer(config(SEVEN, "algorithm.kl.coef=0.1")).phases["update"]
     assert parts["reference"] == parts["weights"]
     assert parts["flow field"] + parts["flow gradients"] == 477266944 * 16
-    assert trainer(config(SEVEN, "flow.online.enabled=false")).phases["update"]["flow field"] == 477266944 * 4
+    assert (
+        trainer(config(SEVEN, "flow.online.enabled=false")).phases["update"]["flow field"]
+        == 477266944 * 4
+    )
 
 
 def test_checkpoints_on_disk_by_hand():
@@ -219,14 +281,18 @@ def test_checkpoints_on_disk_by_hand():
     assert parts.pop("exported model") == 7615283200 * 2
     assert parts.pop("rollouts") == 330 * 4 * 8 * 1024 * 60
     ((name, size),) = parts.items()
-    assert name == f"checkpoints: 4 of {each / GIB:.2f} GiB" and size == 4 * each  # 3 are kept, one more is being written
+    assert (
+        name == f"checkpoints: 4 of {each / GIB:.2f} GiB" and size == 4 * each
+    )  # 3 are kept, one more is being written
 
 
-# -- fitting ----------------------------------------------------------------------------------------------------------
+# -- fitting ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: f"{path.parent.name}/{path.stem}")
-def test_every_recipe_is_planned_without_weights_and_what_is_named_makes_it_fit(path, tmp_path, monkeypatch, capsys):
+def test_every_recipe_is_planned_without_weights_and_what_is_named_makes_it_fit(
+    path, tmp_path, monkeypatch, capsys
+):
     monkeypatch.chdir(tmp_path)
     given = ("--config", path, "--no-calibrate", "--device-memory", 80, "--format", "json")
     code, out, err = run(capsys, *given, "model.device=cuda")
@@ -265,26 +331,57 @@ def test_the_knob_that_is_named(memory, overrides, expected):
 def test_ranks_do_not_help_on_one_cpu():
     """They share its memory; where nothing helps, that is said."""
     tiny = Machine("cpu", 1.0 * GIB, 0.6 * GIB, 0.9 * GIB, False)
-    assert find_overrides(lambda more: load_config(SEVEN, tuple(more)), read_shape("Qwen/Qwen2.5-Math-7B"), tiny) is None
+    assert (
+        find_overrides(
+            lambda more: load_config(SEVEN, tuple(more)), read_shape("Qwen/Qwen2.5-Math-7B"), tiny
+        )
+        is None
+    )
 
 
 def test_what_does_not_fit_ends_with_2_and_says_why(tmp_path, capsys):
-    code, out, _ = run(capsys, "--config", SEVEN, "--no-calibrate", "--device-memory", 80, "model.device=cuda", f"output_dir={tmp_path}")
+    code, out, _ = run(
+        capsys,
+        "--config",
+        SEVEN,
+        "--no-calibrate",
+        "--device-memory",
+        80,
+        "model.device=cuda",
+        f"output_dir={tmp_path}",
+    )
     assert code == 2
-    assert "does not fit: each trainer device needs" in out and "with this it fits: launcher=ray deepspeed.ranks=4" in out
+    assert (
+        "does not fit: each trainer device needs" in out
+        and "with this it fits: launcher=ray deepspeed.ranks=4" in out
+    )
     rows = [line.split() for line in out.splitlines() if line.startswith("  ") and "GiB" in line]
     update = [
-        float(row[-2].replace(",", "")) for row in rows[: next(i for i, row in enumerate(rows) if row[0] == "together")] if row[-1] == "GiB"
+        float(row[-2].replace(",", ""))
+        for row in rows[: next(i for i, row in enumerate(rows) if row[0] == "together")]
+        if row[-1] == "GiB"
     ]
     assert update[0] == max(update)  # the largest part first
 
 
 def test_unknown_models_need_a_config(tmp_path, capsys):
-    given, model = ("--config", SEVEN, "--no-calibrate", "--device-memory", 80), ("model.device=cuda", "model.path=some/model")
+    given, model = (
+        ("--config", SEVEN, "--no-calibrate", "--device-memory", 80),
+        ("model.device=cuda", "model.path=some/model"),
+    )
     code, _, err = run(capsys, *given, *model)
-    assert code == 2 and "model.path: the sizes of `some/model` are not known here" in err and "--model-config FILE" in err
+    assert (
+        code == 2
+        and "model.path: the sizes of `some/model` are not known here" in err
+        and "--model-config FILE" in err
+    )
     file = tmp_path / "config.json"
-    for text, message in ((None, "No such file"), ("{", "not JSON"), ("{}", "does not have the sizes"), ('{"num_experts": 8}', "does not")):
+    for text, message in (
+        (None, "No such file"),
+        ("{", "not JSON"),
+        ("{}", "does not have the sizes"),
+        ('{"num_experts": 8}', "does not"),
+    ):
         if text is not None:
             file.write_text(text)
         code, _, err = run(capsys, *given, "--model-config", file, *model)
@@ -307,20 +404,32 @@ def test_a_gpu_that_is_not_here_needs_its_memory(monkeypatch):
 def test_planning_without_calibration_is_light():
     code = (
         "import sys\nfrom rlfr_vlm.cli import main\n"
-        "try: main(['plan', '--config', 'scripts/qwen2.5-math-1.5b/rlfr.yaml', '--no-calibrate', '--device-memory', '80', 'model.device=cuda'])\n"
+        "try: main(['plan', '--config', 'scripts/qwen2.5-math-1.5b/rlfr.yaml', '--no-calibrate', "
+        "'--device-memory', '80', 'model.device=cuda'])\n"
         "except SystemExit as done: assert done.code == 0, done.code\n"
         "assert not {'torch', 'transformers', 'numpy', 'vllm'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT, stdout=subprocess.DEVNULL)
 
 
-# -- time ---------------------------------------------------------------------------------------------------------------
+# -- time ------------------------------------------------------------------------------------------
 
 
 def test_every_part_of_a_step_is_timed(model_folder):
     path = ROOT / "scripts/qwen2.5-math-1.5b/rlfr.yaml"
-    small = ["data.max_prompt_tokens=32", "rollout.max_new_tokens=32", "rollout.num_prompts=4", "algorithm.kl.coef=0.1"]
-    cfg = config(path, *small, f"model.path={model_folder('qwen2')}", "model.dtype=float32", "algorithm.updates_per_rollout=2")
+    small = [
+        "data.max_prompt_tokens=32",
+        "rollout.max_new_tokens=32",
+        "rollout.num_prompts=4",
+        "algorithm.kl.coef=0.1",
+    ]
+    cfg = config(
+        path,
+        *small,
+        f"model.path={model_folder('qwen2')}",
+        "model.dtype=float32",
+        "algorithm.updates_per_rollout=2",
+    )
     shape = read_shape(cfg.model.path)
     state = torch.get_rng_state()
     found = step_seconds(cfg, shape, CPU, vllm=False)
@@ -335,15 +444,22 @@ def test_operations_of_a_layer_by_hand():
     shape = read_shape("Qwen/Qwen2.5-Math-1.5B")
     weights = 2 * 1536 * (1536 + 256) + 3 * 1536 * 8960
     assert shape.layer == weights
-    assert layer_operations(shape, MicroBatch(10, 5, 1, 2, 2)) == 2 * weights * 20 + 4 * 1536 * (10 * 10 + 2 * 5 * 15)
+    assert layer_operations(shape, MicroBatch(10, 5, 1, 2, 2)) == 2 * weights * 20 + 4 * 1536 * (
+        10 * 10 + 2 * 5 * 15
+    )
 
 
 def test_typical_prompts_are_read_from_the_data(tmp_path):
-    cfg = config(SEVEN, f"data.train={tmp_path}/rows.jsonl", "data.system=''", "data.max_prompt_tokens=500")
+    cfg = config(
+        SEVEN, f"data.train={tmp_path}/rows.jsonl", "data.system=''", "data.max_prompt_tokens=500"
+    )
     shape, seeing = read_shape(cfg.model.path), read_shape("Qwen/Qwen2.5-VL-3B-Instruct")
     assert typical_prompt(cfg, shape) == 500  # nothing is there yet
     Image.new("RGB", (280, 280)).save(tmp_path / "a.png")
-    rows = [{"prompt": "x" * 35, "answer": "y" * 350}, {"messages": [{"role": "", "content": "x" * 105}], "images": ["a.png", "gone.png"]}]
+    rows = [
+        {"prompt": "x" * 35, "answer": "y" * 350},
+        {"messages": [{"role": "", "content": "x" * 105}], "images": ["a.png", "gone.png"]},
+    ]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     assert typical_prompt(cfg, shape) == 16 + 20
     largest = cfg.data.max_pixels / 28**2
@@ -353,9 +469,23 @@ def test_typical_prompts_are_read_from_the_data(tmp_path):
         assert typical_prompt(cfg, shape) == 500
 
 
-# -- measured runs ----------------------------------------------------------------------------------------------------
+# -- measured runs ---------------------------------------------------------------------------------
 
-WORDS = ("apples", "picture", "length", "area", "first", "second", "then", "because", "triangle", "square", "reason", "step", "answer")
+WORDS = (
+    "apples",
+    "picture",
+    "length",
+    "area",
+    "first",
+    "second",
+    "then",
+    "because",
+    "triangle",
+    "square",
+    "reason",
+    "step",
+    "answer",
+)
 # family: (hidden, layers, heads, key heads, MLP, vocabulary, tied)
 MODELS = {
     "llama": (768, 10, 12, 4, 2048, 32000, True),
@@ -363,7 +493,14 @@ MODELS = {
     "qwen3": (512, 8, 8, 4, 1536, 16000, True),
     "qwen2_5_vl": (768, 6, 12, 2, 2048, 32000, False),
 }
-TOWER = {"depth": 6, "hidden_size": 512, "num_heads": 8, "intermediate_size": 1408, "patch_size": 14, "window_size": 112}
+TOWER = {
+    "depth": 6,
+    "hidden_size": 512,
+    "num_heads": 8,
+    "intermediate_size": 1408,
+    "patch_size": 14,
+    "window_size": 112,
+}
 MEASURED = {  # model, overrides
     "float32 with flow": ("llama", ["train.tokens_per_microbatch=1024"]),
     "bfloat16 with master weights, checkpointed, one large micro-batch": (
@@ -398,24 +535,57 @@ def make_model(family: str, folder) -> str:
 
     hidden, layers, heads, key_heads, inner, vocab, tied = MODELS[family]
     tokenizer = tiny_models.tiny_tokenizer()
-    sizes = {"vocab_size": vocab, "hidden_size": hidden, "num_hidden_layers": layers, "num_attention_heads": heads}
-    sizes |= {"num_key_value_heads": key_heads, "intermediate_size": inner, "max_position_embeddings": 4096}
-    ids = {"bos_token_id": None, "eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
+    sizes = {
+        "vocab_size": vocab,
+        "hidden_size": hidden,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+    }
+    sizes |= {
+        "num_key_value_heads": key_heads,
+        "intermediate_size": inner,
+        "max_position_embeddings": 4096,
+    }
+    ids = {
+        "bos_token_id": None,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+    }
     if family == "qwen2_5_vl":
         text = tiny_models._text_config(tokenizer, tied, hidden, layers, [8, 12, 12]) | sizes
         tower = {**TOWER, "out_hidden_size": hidden, "fullatt_block_indexes": [2, 5]}
         cfg = transformers.Qwen2_5_VLConfig(
-            text_config=text, vision_config=tower, tie_word_embeddings=tied, **tiny_models._vision_ids(tokenizer)
+            text_config=text,
+            vision_config=tower,
+            tie_word_embeddings=tied,
+            **tiny_models._vision_ids(tokenizer),
         )
         reader = transformers.Qwen2_5_VLProcessor(
-            transformers.Qwen2VLImageProcessor(), tokenizer, transformers.Qwen2VLVideoProcessor(), chat_template=tiny_models.CHAT_TEMPLATE
+            transformers.Qwen2VLImageProcessor(),
+            tokenizer,
+            transformers.Qwen2VLVideoProcessor(),
+            chat_template=tiny_models.CHAT_TEMPLATE,
         )
-        return str(tiny_models._save(folder, transformers.Qwen2_5_VLForConditionalGeneration, cfg, tokenizer, 0, "float32", reader))
+        return str(
+            tiny_models._save(
+                folder,
+                transformers.Qwen2_5_VLForConditionalGeneration,
+                cfg,
+                tokenizer,
+                0,
+                "float32",
+                reader,
+            )
+        )
     name = {"llama": "Llama", "qwen2": "Qwen2", "qwen3": "Qwen3"}[family]
     more = {"head_dim": hidden // heads} if family == "qwen3" else {}
     cfg = getattr(transformers, f"{name}Config")(**sizes, **ids, tie_word_embeddings=tied, **more)
     dtype = "bfloat16" if family == "qwen2" else "float32"
-    return str(tiny_models._save(folder, getattr(transformers, f"{name}ForCausalLM"), cfg, tokenizer, 0, dtype))
+    return str(
+        tiny_models._save(
+            folder, getattr(transformers, f"{name}ForCausalLM"), cfg, tokenizer, 0, dtype
+        )
+    )
 
 
 def make_rows(folder, pictures: bool) -> None:
@@ -425,7 +595,8 @@ def make_rows(folder, pictures: bool) -> None:
     for i in range(32):
         row = {
             "id": f"r{i}",
-            "prompt": "<image>" * pictures + " ".join(draw.choice(WORDS) for _ in range(20 if pictures else 75)),
+            "prompt": "<image>" * pictures
+            + " ".join(draw.choice(WORDS) for _ in range(20 if pictures else 75)),
             "answer": str(i),
         }
         if pictures:
@@ -439,11 +610,16 @@ def peak_of_a_run(path, overrides) -> float:
     """Bytes of main memory that a real run held at most, in a process of its own."""
     code = (
         "import atexit, re, sys\nfrom rlfr_vlm.cli import main\n"
-        "atexit.register(lambda: print('PEAK', re.search(r'VmHWM:\\s+(\\d+)', open('/proc/self/status').read())[1]))\n"
+        "atexit.register(lambda: print('PEAK', re.search(r'VmHWM:\\s+(\\d+)', "
+        "open('/proc/self/status').read())[1]))\n"
         "main(sys.argv[1:])"
     )
     done = subprocess.run(
-        [sys.executable, "-c", code, "train", "--config", str(path), *overrides], capture_output=True, text=True, cwd=ROOT, timeout=1500
+        [sys.executable, "-c", code, "train", "--config", str(path), *overrides],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        timeout=1500,
     )
     assert done.returncode == 0, done.stderr[-2000:]
     return int(done.stdout.split("PEAK")[-1]) * 1024
@@ -462,9 +638,19 @@ def test_the_predicted_peak_is_near_the_measured_one(name, tmp_path, monkeypatch
     make_rows(tmp_path, family == "qwen2_5_vl")
     tree = {
         "output_dir": str(tmp_path / "run"),
-        "model": {"path": make_model(family, tmp_path / "model"), "dtype": "float32", "device": "cpu"},
+        "model": {
+            "path": make_model(family, tmp_path / "model"),
+            "dtype": "float32",
+            "device": "cpu",
+        },
         "data": {"train": str(tmp_path / "rows.jsonl"), "max_prompt_tokens": 188},
-        "rollout": {"engine": "hf", "num_prompts": 2, "group_size": 4, "max_new_tokens": 96, "ignore_eos": True},
+        "rollout": {
+            "engine": "hf",
+            "num_prompts": 2,
+            "group_size": 4,
+            "max_new_tokens": 96,
+            "ignore_eos": True,
+        },
         "reward": {"answer": "text", "max_error_frac": 1.0, "grader": {"workers": 1}},
         "flow": {"online": {"select": []}},
         "train": {"steps": 2, "save_steps": 2},
@@ -475,5 +661,8 @@ def test_the_predicted_peak_is_near_the_measured_one(name, tmp_path, monkeypatch
     cfg = load_config(path, tuple(overrides))
     predicted = predict(cfg, read_shape(cfg.model.path), find_machine(cfg, None, True))[0].peak
     measured = peak_of_a_run(path, overrides)
-    print(f"\n{name}: predicted {predicted / 2**20:,.0f} MiB, measured {measured / 2**20:,.0f} MiB, ratio {predicted / measured:.2f}")
+    print(
+        f"\n{name}: predicted {predicted / 2**20:,.0f} MiB, measured {measured / 2**20:,.0f} MiB, "
+        f"ratio {predicted / measured:.2f}"
+    )
     assert predicted == pytest.approx(measured, rel=0.15)

@@ -1,7 +1,9 @@
-"""Data files with known defects: clean rows of which some, at known lines, are spoilt in one way each.
+"""Data files with known defects: clean rows of which some, at known lines, are spoilt in one way
+each.
 
-Every spoiler takes a clean row and the folder and returns the row, or the raw line, that has the defect; which kinds validate must then
-find on it is written beside it. `write` spreads them over the files and says what must be found where.
+Every spoiler takes a clean row and the folder and returns the row, or the raw line, that has the
+defect; which kinds validate must then find on it is written beside it. `write` spreads them over
+the files and says what must be found where.
 """
 
 from __future__ import annotations
@@ -17,8 +19,17 @@ from PIL import Image
 Expected = set[tuple[str, int, str]]  # role, line, kind
 
 
-def picture(folder: Path, name: str, seed: int, size: tuple[int, int] = (84, 56), mode: str = "RGB", **options) -> str:
-    """A coloured pattern of its own for each seed, saved under `images`; returns the path that a row gives."""
+def picture(
+    folder: Path,
+    name: str,
+    seed: int,
+    size: tuple[int, int] = (84, 56),
+    mode: str = "RGB",
+    **options,
+) -> str:
+    """A coloured pattern of its own for each seed, saved under `images`; returns the path that a
+    row gives.
+    """
     rng = np.random.default_rng(seed)
     small = Image.fromarray(rng.integers(0, 256, (6, 8, 3), dtype=np.uint8))
     path = folder / "images" / name
@@ -27,14 +38,30 @@ def picture(folder: Path, name: str, seed: int, size: tuple[int, int] = (84, 56)
     return f"images/{name}"
 
 
-def clean(folder: Path, role: str, i: int, with_picture: bool, size: tuple[int, int] = (84, 56), suffix: str = "png") -> dict:
+def clean(
+    folder: Path,
+    role: str,
+    i: int,
+    with_picture: bool,
+    size: tuple[int, int] = (84, 56),
+    suffix: str = "png",
+) -> dict:
     """A row that nothing is wrong with; no two have the same question, picture or id."""
     i += {"train": 0, "eval": 1_000_000, "expert": 2_000_000}[role]
     if with_picture:
         path = picture(folder, f"{i}.{suffix}", i, size)
-        row = {"id": f"{role}-{i}", "prompt": f"<image>How many dots has the object numbered {i}?", "images": [path], "answer": str(i % 97)}
+        row = {
+            "id": f"{role}-{i}",
+            "prompt": f"<image>How many dots has the object numbered {i}?",
+            "images": [path],
+            "answer": str(i % 97),
+        }
     else:
-        row = {"id": f"{role}-{i}", "prompt": f"What is {i} plus {i % 7}?", "answer": str(i + i % 7)}
+        row = {
+            "id": f"{role}-{i}",
+            "prompt": f"What is {i} plus {i % 7}?",
+            "answer": str(i + i % 7),
+        }
     return {**row, "response": f"I count: \\boxed{{{row['answer']}}}."} if role == "expert" else row
 
 
@@ -91,7 +118,9 @@ def _turned(folder: Path, seed: int) -> str:
 
 
 def _moving(folder: Path, seed: int) -> str:
-    second = Image.fromarray(np.random.default_rng(seed).integers(0, 256, (56, 84, 3), dtype=np.uint8))
+    second = Image.fromarray(
+        np.random.default_rng(seed).integers(0, 256, (56, 84, 3), dtype=np.uint8)
+    )
     return picture(folder, f"moving{seed}.gif", seed, save_all=True, append_images=[second])
 
 
@@ -108,7 +137,10 @@ def _without(*names):
 
 
 def _user(*parts):
-    return lambda row, folder: {**{k: v for k, v in row.items() if k != "prompt"}, "messages": [{"role": "user", "content": [*parts]}]}
+    return lambda row, folder: {
+        **{k: v for k, v in row.items() if k != "prompt"},
+        "messages": [{"role": "user", "content": [*parts]}],
+    }
 
 
 def _text(form: str):
@@ -126,7 +158,11 @@ def _seen(make):
 
 def _named(make):
     """A row with the picture whose name `make(folder)` gives."""
-    return lambda row, folder: {**row, "prompt": f"<image>What is to be seen on {row['id']}?", "images": [make(folder)]}
+    return lambda row, folder: {
+        **row,
+        "prompt": f"<image>What is to be seen on {row['id']}?",
+        "images": [make(folder)],
+    }
 
 
 def _asked(*parts):
@@ -213,24 +249,40 @@ SPOILERS = [
     (["answer_placeholder"], _with(answer="None")),
     (["answer_placeholder"], _with(answer="nan")),
     (["answer_question"], lambda row, folder: {**row, "prompt": f"{row['answer']} or so", "answer": row["prompt"]}),
-    (["answer_prose"], _with(answer="because the two of them are parallel and never meet each other")),
-    (["answer_in_prompt"], lambda row, folder: {**row, "prompt": f"{row['prompt']} (Answer: {row['answer']})"}),
-    (["answer_in_prompt"], lambda row, folder: {**row, "prompt": f"{row['prompt']} \\boxed{{{row['answer']}}}"}),
-    (["choice_not_offered"], lambda row, folder: {**row, "prompt": f"{row['prompt']} (A) 1 (B) 2 (C) 3 (D) 4", "answer": "E"}),
+    (["answer_prose"], _with(answer="because the two of them are parallel and never meet each "
+        "other")),
+    (["answer_in_prompt"], lambda row, folder: {**row, "prompt": f"{row['prompt']} (Answer: "
+        f"{row['answer']})"}),
+    (["answer_in_prompt"], lambda row, folder: {**row, "prompt": f"{row['prompt']} "
+        f"\\boxed{{{row['answer']}}}"}),
+    (["choice_not_offered"], lambda row, folder: {**row, "prompt": f"{row['prompt']} (A) 1 (B) 2 "
+        "(C) 3 (D) 4", "answer": "E"}),
     (["choice_not_offered"], _with(answer="(C)")),
 ]  # fmt: skip
 EXPERT_SPOILERS = [
     (["response_missing"], _without("response")),
     (["response_missing"], _with(response=" ")),
     (["response_missing"], _with(response=["x"])),
-    (["response_vision_token"], lambda row, folder: {**row, "response": row["response"] + "<|image_pad|>"}),
+    (
+        ["response_vision_token"],
+        lambda row, folder: {**row, "response": row["response"] + "<|image_pad|>"},
+    ),
     (["expert_too_long"], lambda row, folder: {**row, "response": "so " * 900 + row["response"]}),
     (["response_wrong"], _with(response="I count: \\boxed{-5}.")),
     (["response_no_answer", "response_format"], _with(response="I count, and that is it.")),
-    (["response_format"], lambda row, folder: {**row, "response": "\\boxed{0} " * 4 + row["response"]}),
-    (["response_special_tokens"], lambda row, folder: {**row, "response": row["response"] + "<|im_end|>"}),
+    (
+        ["response_format"],
+        lambda row, folder: {**row, "response": "\\boxed{0} " * 4 + row["response"]},
+    ),
+    (
+        ["response_special_tokens"],
+        lambda row, folder: {**row, "response": row["response"] + "<|im_end|>"},
+    ),
     (["image_missing"], _source("images/gone.png")),
-    (["column_typo", "response_missing"], lambda row, folder: {**_without("response")(row, folder), "respones": "x"}),
+    (
+        ["column_typo", "response_missing"],
+        lambda row, folder: {**_without("response")(row, folder), "respones": "x"},
+    ),
 ]
 
 
@@ -241,23 +293,43 @@ def _flat(folder: Path, seed: int) -> str:
 
 
 def _relations(rows: dict[str, list], free: list[int], folder: Path, expected: Expected) -> None:
-    """Defects between rows: the free lines of the training rows copy earlier ones, or held-out ones."""
+    """Defects between rows: the free lines of the training rows copy earlier ones, or held-out
+    ones.
+    """
     train, heldout = rows["train"], rows["eval"]
     seen = next(row for row in heldout if "images" in row)
-    first, second, third = (row for row in train if isinstance(row, dict) and str(row.get("id")).startswith("clean"))
+    first, second, third = (
+        row for row in train if isinstance(row, dict) and str(row.get("id")).startswith("clean")
+    )
     again = "images/again.bmp"  # the same pixels in another file
     Image.open(folder / seen["images"][0]).save(folder / again)
     rival = picture(folder, "rival.png", 31_337)
     words = "<image>A farmer has a field of this form; what is its area in square metres?"
-    heldout[-1] = {**seen, "id": "words", "prompt": words, "images": [picture(folder, "words-there.png", 31_338)]}
+    heldout[-1] = {
+        **seen,
+        "id": "words",
+        "prompt": words,
+        "images": [picture(folder, "words-there.png", 31_338)],
+    }
     for kind, row in [
         ("duplicate_id", {**train[free[0]], "id": first["id"]}),
         ("duplicate_row", {**first, "id": "again"}),
         ("duplicate_row", {**second, "id": "loud", "prompt": "  " + second["prompt"].upper()}),
         ("answer_conflict", {**third, "id": "other", "answer": "-1"}),
-        ("overlap_problem", {**next(row for row in heldout if "images" not in row), "id": "from-eval"}),
+        (
+            "overlap_problem",
+            {**next(row for row in heldout if "images" not in row), "id": "from-eval"},
+        ),
         ("overlap_problem", {**seen, "id": "from-eval-2", "images": [again]}),
-        ("overlap_image", {**seen, "id": "from-eval-3", "prompt": "<image>What colour has the object?", "images": [again]}),
+        (
+            "overlap_image",
+            {
+                **seen,
+                "id": "from-eval-3",
+                "prompt": "<image>What colour has the object?",
+                "images": [again],
+            },
+        ),
         ("overlap_text", {**seen, "id": "from-eval-4", "prompt": words, "images": [rival]}),
     ]:
         line = free.pop(0)
@@ -266,16 +338,25 @@ def _relations(rows: dict[str, list], free: list[int], folder: Path, expected: E
 
 
 def write(
-    folder: Path, rows: int = 260, pictures: int = 60, copies: int = 1, size: tuple[int, int] = (84, 56), suffix: str = "png"
+    folder: Path,
+    rows: int = 260,
+    pictures: int = 60,
+    copies: int = 1,
+    size: tuple[int, int] = (84, 56),
+    suffix: str = "png",
 ) -> Expected:
-    """train.jsonl of so many rows and pictures, test.jsonl and expert.jsonl, each spoiler `copies` times; returns what must be found."""
+    """train.jsonl of so many rows and pictures, test.jsonl and expert.jsonl, each spoiler `copies`
+    times; returns what must be found.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     counts = {"train": rows, "eval": max(8, rows // 20), "expert": max(40, rows // 20)}
     found: dict[str, list] = {}
     expected: Expected = set()
     for role, count in counts.items():
         seen = pictures if role == "train" else 4
-        found[role] = [clean(folder, role, i, i % (count // seen) == 0, size, suffix) for i in range(count)]
+        found[role] = [
+            clean(folder, role, i, i % (count // seen) == 0, size, suffix) for i in range(count)
+        ]
     for role, spoilers in (("train", SPOILERS), ("expert", EXPERT_SPOILERS)):
         lines = [i for i, row in enumerate(found[role]) if "images" not in row and i > 9]
         spread = np.random.default_rng(0).permutation(lines).tolist()

@@ -1,4 +1,6 @@
-"""Figures of the reliability tests: what each line of the contract (docs/reliability.md) was measured at."""
+"""Figures of the reliability tests: what each line of the contract (docs/reliability.md) was
+measured at.
+"""
 
 import json
 import os
@@ -9,16 +11,24 @@ import pytest
 
 from tests.reliability.forks import Forks
 
-RESULTS = "RLFR_RELIABILITY_RESULTS"  # file that figures are appended to, as JSON lines; unset: they are only printed
+# file that figures are appended to, as JSON lines; unset: they are only printed
+RESULTS = "RLFR_RELIABILITY_RESULTS"
 
 
 @pytest.fixture
 def figure(request):
-    """`figure("R5", "310 of 310 corruptions detected and named")`, after the assertions that hold it: the line of the results' table."""
+    """`figure("R5", "310 of 310 corruptions detected and named")`, after the assertions that hold
+    it: the line of the results' table.
+    """
     start = time.perf_counter()
 
     def record(number: str, text: str) -> None:
-        line = {"id": number, "figure": text, "test": request.node.nodeid, "seconds": round(time.perf_counter() - start, 1)}
+        line = {
+            "id": number,
+            "figure": text,
+            "test": request.node.nodeid,
+            "seconds": round(time.perf_counter() - start, 1),
+        }
         print(json.dumps(line))
         if path := os.environ.get(RESULTS):
             with Path(path).open("a") as file:

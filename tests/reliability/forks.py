@@ -1,7 +1,9 @@
-"""The command line in forks of a process that has imported everything: a start costs a second instead of ten, and many can be tested.
+"""The command line in forks of a process that has imported everything: a start costs a second
+instead of ten, and many can be tested.
 
-Apart from its imports such a process is what `python -m rlfr_vlm.cli` would be: a session, an environment and open files of its own, and its
-exit code. `python -m tests.reliability.forks` is the process that forks; it is told what to do by lines of JSON.
+Apart from its imports such a process is what `python -m rlfr_vlm.cli` would be: a session, an
+environment and open files of its own, and its exit code. `python -m tests.reliability.forks` is the
+process that forks; it is told what to do by lines of JSON.
 """
 
 import json
@@ -21,7 +23,15 @@ class Forks:
     def __init__(self):
         env = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
         command = [sys.executable, "-m", "tests.reliability.forks"]
-        self._server = subprocess.Popen(command, cwd=ROOT, env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1)
+        self._server = subprocess.Popen(
+            command,
+            cwd=ROOT,
+            env=env,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            bufsize=1,
+        )
 
     def __enter__(self):
         return self
@@ -73,7 +83,11 @@ def become(arguments, environment, log):
     os.setsid()
     os.environ.update(environment)
     tempfile.tempdir = None
-    for number, path, flags in ((0, os.devnull, os.O_RDONLY), (1, os.devnull, os.O_WRONLY), (2, log, os.O_WRONLY | os.O_CREAT)):
+    for number, path, flags in (
+        (0, os.devnull, os.O_RDONLY),
+        (1, os.devnull, os.O_WRONLY),
+        (2, log, os.O_WRONLY | os.O_CREAT),
+    ):
         handle = os.open(path, flags)
         os.dup2(handle, number)
         os.close(handle)

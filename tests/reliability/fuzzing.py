@@ -1,4 +1,6 @@
-"""What the fuzzing tests share: examples that are the same every time, and texts and trees of JSON to make them from."""
+"""What the fuzzing tests share: examples that are the same every time, and texts and trees of JSON
+to make them from.
+"""
 
 import time
 from pathlib import Path
@@ -10,7 +12,9 @@ CORPUS = Path(__file__).parent / "corpus"  # what once broke a parser; tried fir
 
 
 def run(check, *strategies, examples):
-    """`check` on so many examples, the same ones every time; returns how many, and the CPU time of the slowest."""
+    """`check` on so many examples, the same ones every time; returns how many, and the CPU time of
+    the slowest.
+    """
     seen = [0, 0.0]
 
     def timed(values):
@@ -19,7 +23,13 @@ def run(check, *strategies, examples):
         seen[0] += 1
         seen[1] = max(seen[1], time.process_time() - start)
 
-    calm = settings(max_examples=examples, derandomize=True, database=None, deadline=None, suppress_health_check=list(HealthCheck))
+    calm = settings(
+        max_examples=examples,
+        derandomize=True,
+        database=None,
+        deadline=None,
+        suppress_health_check=list(HealthCheck),
+    )
     calm(given(st.tuples(*strategies))(timed))()
     return seen
 
@@ -27,7 +37,22 @@ def run(check, *strategies, examples):
 TEXTS = st.one_of(
     st.text(max_size=30),
     st.lists(
-        st.sampled_from(["<image>", "<|im_end|>", "<|im_", "end|>", "<|image_pad|>", "x", "\x02", "0", "\x03", "\ud800", "\n"]), max_size=6
+        st.sampled_from(
+            [
+                "<image>",
+                "<|im_end|>",
+                "<|im_",
+                "end|>",
+                "<|image_pad|>",
+                "x",
+                "\x02",
+                "0",
+                "\x03",
+                "\ud800",
+                "\n",
+            ]
+        ),
+        max_size=6,
     ).map("".join),
     st.sampled_from(
         [
@@ -44,4 +69,8 @@ TEXTS = st.one_of(
     ),
 )
 SCALARS = st.one_of(st.none(), st.booleans(), st.integers(), st.floats(), TEXTS)
-TREES = st.recursive(SCALARS, lambda inner: st.one_of(st.lists(inner, max_size=3), st.dictionaries(TEXTS, inner, max_size=3)), max_leaves=8)
+TREES = st.recursive(
+    SCALARS,
+    lambda inner: st.one_of(st.lists(inner, max_size=3), st.dictionaries(TEXTS, inner, max_size=3)),
+    max_leaves=8,
+)

@@ -28,7 +28,8 @@ def page(lines: list[dict], machine: str) -> str:
     """The page of these figures."""
     newest = {(line["id"], line["test"]): line for line in lines}
     rows = [
-        f"| {line['id']} | {line['figure']} | `{line['test']}` | {line['seconds']:g} |\n" for line in sorted(newest.values(), key=order)
+        f"| {line['id']} | {line['figure']} | `{line['test']}` | {line['seconds']:g} |\n"
+        for line in sorted(newest.values(), key=order)
     ]
     return HEAD + "".join(rows) + f"\n{machine}\n"
 

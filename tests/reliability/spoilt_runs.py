@@ -1,6 +1,8 @@
-"""Runs in which a value is made NaN or infinite at one place of the third step, and what became of them.
+"""Runs in which a value is made NaN or infinite at one place of the third step, and what became of
+them.
 
-python -m tests.reliability.spoilt_runs CONFIG FOLDER CASES     under torchrun, as a rank; CASES: JSON, [[place, value, action], ...]
+python -m tests.reliability.spoilt_runs CONFIG FOLDER CASES     under torchrun, as a rank; CASES:
+JSON, [[place, value, action], ...]
 """
 
 import json
@@ -21,16 +23,40 @@ from rlfr_vlm.rollout.hf_engine import HFEngine
 from rlfr_vlm.run.watch import read_lines
 from rlfr_vlm.storage.shards import ShardReader
 
-PLACES = ("logits", "old_logprob", "outcome", "advantage", "flow_score", "flow_loss", "gradient", "parameter")
-ONE_RESPONSE = ("logits", "old_logprob", "outcome", "advantage", "flow_score")  # the places where one response is to blame
+PLACES = (
+    "logits",
+    "old_logprob",
+    "outcome",
+    "advantage",
+    "flow_score",
+    "flow_loss",
+    "gradient",
+    "parameter",
+)
+ONE_RESPONSE = (
+    "logits",
+    "old_logprob",
+    "outcome",
+    "advantage",
+    "flow_score",
+)  # the places where one response is to blame
 VALUES = ("nan", "inf", "-inf")
 ACTIONS = ("stop", "roll_back")
-SETTINGS = ("train.steps=4", "train.save_steps=1", "train.keep_checkpoints=4", "train.log_rollouts=0", "eval.every=0")
+SETTINGS = (
+    "train.steps=4",
+    "train.save_steps=1",
+    "train.keep_checkpoints=4",
+    "train.log_rollouts=0",
+    "eval.every=0",
+)
 
 
 def spoil(config, folder, ranks, place, value, action, culprit=0):
-    """Train; once, in the third step, a value at this place is spoilt on the rank `culprit`. Returns the policy as it was left, and the
-    events. Raises nothing but AssertionError: the run has to stop, or to go back and end well, as `action` says."""
+    """Train; once, in the third step, a value at this place is spoilt on the rank `culprit`.
+    Returns the policy as it was left, and the
+    events. Raises nothing but AssertionError: the run has to stop, or to go back and end well, as
+        `action` says.
+    """
     cfg = load_config(config, (*SETTINGS, f"output_dir={folder}", f"monitors.non_finite={action}"))
     policies = []
 
@@ -68,17 +94,29 @@ def check(folder, policy, events, place, value, action, culprit=0):
     if place in ONE_RESPONSE:
         assert event["what"].partition(" of response ")[2].count("#") == 1, what
     root = Path(folder) / "checkpoints"
-    good = 3 if place == "parameter" and culprit else 2  # the first rank wrote that weight, of which its own copy was good
+    good = (
+        3 if place == "parameter" and culprit else 2
+    )  # the first rank wrote that weight, of which its own copy was good
     steps = sorted(int(path.name.rpartition("_")[2]) for path in root.glob("global_step_*"))
     assert steps == ([*range(1, good + 1)] if action == "stop" else [1, 2, 3, 4]), what
     assert event["to"] == (None if action == "stop" else good), what
     for path in Path(folder).rglob("*.safetensors"):
-        assert all(bool(tensor.isfinite().all()) for tensor in load_file(path).values()), (path, *what)
+        assert all(bool(tensor.isfinite().all()) for tensor in load_file(path).values()), (
+            path,
+            *what,
+        )
     if place != "parameter":  # else memory itself was spoilt
         saved = ShardReader(root / f"global_step_{steps[-1]}", "policy")
-        assert all(torch.equal(p.detach(), saved.read(name)) for name, p in policy.trained().items()), what
+        assert all(
+            torch.equal(p.detach(), saved.read(name)) for name, p in policy.trained().items()
+        ), what
     if action == "roll_back":
-        assert [row["step"] for row in read_lines(Path(folder) / "metrics.jsonl")] == [1, 2, 3, 4], what
+        assert [row["step"] for row in read_lines(Path(folder) / "metrics.jsonl")] == [
+            1,
+            2,
+            3,
+            4,
+        ], what
 
 
 def main():

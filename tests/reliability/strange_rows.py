@@ -1,4 +1,6 @@
-"""Rows as strangers write them: 22 classes of bad ones, each in as many spellings as asked for, among good ones; what each is, is known."""
+"""Rows as strangers write them: 22 classes of bad ones, each in as many spellings as asked for,
+among good ones; what each is, is known.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +21,9 @@ LIMIT = 700  # data.max_prompt_tokens of the runs that read them
 
 
 def write(folder: Path, copies: int, good: int, seed: int = 0) -> tuple[dict[int, str], list[str]]:
-    """rows.jsonl of `copies` rows of each class and so many good ones, in one seeded order; (class by line, ids of the good ones in order)."""
+    """rows.jsonl of `copies` rows of each class and so many good ones, in one seeded order; (class
+    by line, ids of the good ones in order).
+    """
     folder.mkdir(parents=True, exist_ok=True)
     rng = random.Random(seed)
     order = [kind for kind in CLASSES for _ in range(copies)] + [""] * good
@@ -38,7 +42,7 @@ def write(folder: Path, copies: int, good: int, seed: int = 0) -> tuple[dict[int
     return bad, kept
 
 
-# -- good ones ---------------------------------------------------------------------------------------------------------
+# -- good ones -------------------------------------------------------------------------------------
 
 
 def varied(rng, row, folder):
@@ -58,26 +62,36 @@ def varied(rng, row, folder):
     )
     row = {**row, "prompt": f"{row['prompt']} {words}"}
     if "images" in row and rng.random() < 0.3:
-        row["images"] = ["data:image/png;base64," + base64.b64encode((folder / row["images"][0]).read_bytes()).decode()]
+        row["images"] = [
+            "data:image/png;base64,"
+            + base64.b64encode((folder / row["images"][0]).read_bytes()).decode()
+        ]
     return rng.choice(
         [
             row,
             {**row, "max_pixels": 10**9, "min_pixels": -1},
             {**row, "more": [[["deep"] * 3] * 3], "system": "rm -rf /"},
-            {k: v for k, v in row.items() if k != "prompt"} | {"messages": [{"role": "user", "content": row["prompt"]}]},
+            {k: v for k, v in row.items() if k != "prompt"}
+            | {"messages": [{"role": "user", "content": row["prompt"]}]},
             {k: v for k, v in row.items() if k != "answer"}
             | {"solution": rng.choice(["\\frac{1}{2}", "12 cm", "B", "no solution", 3.5, [7]])},
         ]
     )
 
 
-# -- bad ones: functions of (random numbers, a good row, folder) ---------------------------------------------------------
+# -- bad ones: functions of (random numbers, a good row, folder) -----------------------------------
 
 
 def torn(rng, row, folder):
     line = json.dumps(row)
     return rng.choice(
-        [line[: rng.randrange(1, len(line))], line + "}", line.replace('"', "'"), '{"a": ' * 2000, line.replace(":", "", 1)]
+        [
+            line[: rng.randrange(1, len(line))],
+            line + "}",
+            line.replace('"', "'"),
+            '{"a": ' * 2000,
+            line.replace(":", "", 1),
+        ]
     ).encode()
 
 
@@ -95,7 +109,17 @@ def no_prompt(rng, row, folder):
     rest = {k: v for k, v in row.items() if k != "prompt"}
     return {
         **rest,
-        **rng.choice([{}, {"prompt": None}, {"prompt": 7}, {"prompt": []}, {"prompt": {}}, {"prompt": ["x"]}, {"prompt": False}]),
+        **rng.choice(
+            [
+                {},
+                {"prompt": None},
+                {"prompt": 7},
+                {"prompt": []},
+                {"prompt": {}},
+                {"prompt": ["x"]},
+                {"prompt": False},
+            ]
+        ),
     }
 
 
@@ -103,12 +127,24 @@ def empty_prompt(rng, row, folder):
     return {
         "id": row["id"],
         "answer": "1",
-        **rng.choice([{"prompt": ""}, {"prompt": " \n\t"}, {"messages": [{"role": "user", "content": []}]}]),
+        **rng.choice(
+            [{"prompt": ""}, {"prompt": " \n\t"}, {"messages": [{"role": "user", "content": []}]}]
+        ),
     }
 
 
 def malformed(rng, row, folder):
-    content = rng.choice([{"x": 1}, 7, [7], [{"type": "table"}], [{"type": "text"}], [{"type": "text", "text": 3}], None])
+    content = rng.choice(
+        [
+            {"x": 1},
+            7,
+            [7],
+            [{"type": "table"}],
+            [{"type": "text"}],
+            [{"type": "text", "text": 3}],
+            None,
+        ]
+    )
     turns = rng.choice(
         [
             [{"role": "user", "content": content}],
@@ -117,27 +153,47 @@ def malformed(rng, row, folder):
             [{"content": "x"}],
         ]
     )
-    return {"id": row["id"], "answer": "1", "prompt": rng.choice([turns, "[{'role': 'user', 'content': 'x'}]"])}
+    return {
+        "id": row["id"],
+        "answer": "1",
+        "prompt": rng.choice([turns, "[{'role': 'user', 'content': 'x'}]"]),
+    }
 
 
 def half_a_character(rng, row, folder):
-    return {**row, rng.choice(["prompt", "id"]): "".join([row["prompt"], chr(rng.randrange(0xD800, 0xE000)), "x"])}
+    return {
+        **row,
+        rng.choice(["prompt", "id"]): "".join(
+            [row["prompt"], chr(rng.randrange(0xD800, 0xE000)), "x"]
+        ),
+    }
 
 
 def film(rng, row, folder):
-    return {**row, rng.choice(["video", "videos", "audio", "audios"]): rng.choice(["a.mp4", ["a.mp4"], {"path": "/dev/zero"}, [1]])}
+    return {
+        **row,
+        rng.choice(["video", "videos", "audio", "audios"]): rng.choice(
+            ["a.mp4", ["a.mp4"], {"path": "/dev/zero"}, [1]]
+        ),
+    }
 
 
 def too_long(rng, row, folder):
     return {
         **row,
-        "prompt": row["prompt"] + rng.choice([" one two", "9 ", "\U0001f600", "<|im_end|>", " \u0301"]) * rng.randrange(LIMIT, 2 * LIMIT),
+        "prompt": row["prompt"]
+        + rng.choice([" one two", "9 ", "\U0001f600", "<|im_end|>", " \u0301"])
+        * rng.randrange(LIMIT, 2 * LIMIT),
     }
 
 
 def count_differs(rng, row, folder):
     given, marks = rng.choice([(0, 1), (0, 3), (1, 2), (2, 1), (3, 2), (1, 5)])
-    return {**row, "prompt": "<image>" * marks + "x", "images": [picture(folder, f"c{i}.png", i) for i in range(given)]}
+    return {
+        **row,
+        "prompt": "<image>" * marks + "x",
+        "images": [picture(folder, f"c{i}.png", i) for i in range(given)],
+    }
 
 
 def seen(row, source):
@@ -147,14 +203,18 @@ def seen(row, source):
 def gone(rng, row, folder):
     return seen(
         row,
-        rng.choice(["images/{}.png", "{}", "./images/../images/{}.jpg", "{}/", "images", "a/b/c/{}.png"]).format(
-            rng.randrange(10**6, 10**7)
-        ),
+        rng.choice(
+            ["images/{}.png", "{}", "./images/../images/{}.jpg", "{}/", "images", "a/b/c/{}.png"]
+        ).format(rng.randrange(10**6, 10**7)),
     )
 
 
 def broken(rng, row, folder):
-    path = picture(folder, f"{row['id']}.{rng.choice(['png', 'jpg', 'bmp', 'gif', 'tiff'])}", rng.randrange(10**6))
+    path = picture(
+        folder,
+        f"{row['id']}.{rng.choice(['png', 'jpg', 'bmp', 'gif', 'tiff'])}",
+        rng.randrange(10**6),
+    )
     data = bytearray((folder / path).read_bytes())
     how = rng.randrange(4)
     if how == 0:
@@ -163,16 +223,24 @@ def broken(rng, row, folder):
         data[:12] = rng.randbytes(12)
     else:
         data = bytearray(
-            [b"", b"<svg/>", b"\x89PNG\r\n\x1a\n", b"GIF89a", b"\xff\xd8\xff", b"II*\x00\x08\x00\x00\x00", rng.randbytes(300)][
-                rng.randrange(7)
-            ]
+            [
+                b"",
+                b"<svg/>",
+                b"\x89PNG\r\n\x1a\n",
+                b"GIF89a",
+                b"\xff\xd8\xff",
+                b"II*\x00\x08\x00\x00\x00",
+                rng.randbytes(300),
+            ][rng.randrange(7)]
         )
     (folder / path).write_bytes(data)
     return seen(row, path)
 
 
 def bomb(rng, row, folder):
-    """A header that promises more pixels than anyone wants; one of eight files is as large as it says."""
+    """A header that promises more pixels than anyone wants; one of eight files is as large as it
+    says.
+    """
     (folder / "images").mkdir(exist_ok=True)
     name, side = f"images/{row['id']}", rng.randrange(7_100, 60_000)
     if rng.randrange(8) == 0:
@@ -183,7 +251,12 @@ def bomb(rng, row, folder):
         buffer = io.BytesIO()
         Image.new("RGB", (8, 8)).save(buffer, "PNG")
         head = b"IHDR" + struct.pack(">II", side, side) + buffer.getvalue()[24:29]
-        data = buffer.getvalue()[:12] + head + struct.pack(">I", zlib.crc32(head)) + buffer.getvalue()[33:]
+        data = (
+            buffer.getvalue()[:12]
+            + head
+            + struct.pack(">I", zlib.crc32(head))
+            + buffer.getvalue()[33:]
+        )
     else:
         buffer = io.BytesIO()
         Image.new("RGB", (8, 8)).save(buffer, "BMP")
@@ -222,7 +295,11 @@ def url(rng, row, folder):
     if rng.randrange(2):
         return seen(row, source)
     part = {"type": "image_url", "image_url": {"url": source}}
-    return {"id": row["id"], "answer": "1", "messages": [{"role": "user", "content": [part, {"type": "text", "text": "x"}]}]}
+    return {
+        "id": row["id"],
+        "answer": "1",
+        "messages": [{"role": "user", "content": [part, {"type": "text", "text": "x"}]}],
+    }
 
 
 def no_source(rng, row, folder):
@@ -253,21 +330,58 @@ def no_source(rng, row, folder):
 
 def out_of_shape(rng, row, folder):
     long, short = rng.randrange(2_000, 6_000), rng.randrange(1, 9)
-    return seen(row, picture(folder, f"{row['id']}.png", 1, rng.choice([(long, short), (short, long)])))
+    return seen(
+        row, picture(folder, f"{row['id']}.png", 1, rng.choice([(long, short), (short, long)]))
+    )
 
 
 def no_answer(rng, row, folder):
     rest = {k: v for k, v in row.items() if k != "answer"}
-    return {**rest, **rng.choice([{}, {"answer": None}, {"answer": ""}, {"answer": " \n"}, {"solution": []}, {"label": {}}])}
+    return {
+        **rest,
+        **rng.choice(
+            [
+                {},
+                {"answer": None},
+                {"answer": ""},
+                {"answer": " \n"},
+                {"solution": []},
+                {"label": {}},
+            ]
+        ),
+    }
 
 
 def odd_answer(rng, row, folder):
-    odd = [{"a": 1}, [1, 2], True, False, float("nan"), [[1]], {"ground_truth": None}, {"ground_truth": [1, 2]}, [None], [{}]]
+    odd = [
+        {"a": 1},
+        [1, 2],
+        True,
+        False,
+        float("nan"),
+        [[1]],
+        {"ground_truth": None},
+        {"ground_truth": [1, 2]},
+        [None],
+        [{}],
+    ]
     return {**row, "answer": rng.choice(odd)}
 
 
 def unreadable(rng, row, folder):
-    odd = ["\\frac{", "3 4", "4\u200b2", "\u202e42", "42\0", "\ud80042", "x" * 1_200, "$$", "\\frac{1}{0}", "\\boxed{}", "1 2 3"]
+    odd = [
+        "\\frac{",
+        "3 4",
+        "4\u200b2",
+        "\u202e42",
+        "42\0",
+        "\ud80042",
+        "x" * 1_200,
+        "$$",
+        "\\frac{1}{0}",
+        "\\boxed{}",
+        "1 2 3",
+    ]
     return {**row, "answer": rng.choice(odd)}
 
 

@@ -1,4 +1,6 @@
-"""R5: whatever happens to a checkpoint's files is detected, the file is named, and the run goes on from the one before."""
+"""R5: whatever happens to a checkpoint's files is detected, the file is named, and the run goes on
+from the one before.
+"""
 
 import json
 import os
@@ -15,8 +17,20 @@ from rlfr_vlm.storage.checkpoint import MANIFEST, commit_checkpoint, newest_good
 from tests.runs import cli, digest, make_config, make_data, torchrun
 
 OLD, NEW = "global_step_2", "global_step_4"
-FULL = {"bit flip": 200, "truncation": 50, "deletion": 20, "swap between ranks": 20, "edited manifest": 20}
-FEW = {"bit flip": 40, "truncation": 10, "deletion": 4, "swap between ranks": 4, "edited manifest": 12}
+FULL = {
+    "bit flip": 200,
+    "truncation": 50,
+    "deletion": 20,
+    "swap between ranks": 20,
+    "edited manifest": 20,
+}
+FEW = {
+    "bit flip": 40,
+    "truncation": 10,
+    "deletion": 4,
+    "swap between ranks": 4,
+    "edited manifest": 12,
+}
 
 
 # What can happen to a folder: each changes it and returns the files of which one has to be named.
@@ -56,12 +70,16 @@ def deletion(folder, rng, files, _):
 
 
 def swap(folder, rng, files, _):
-    """Two ranks' files of one name change places, or one is copied over the other, or into a name of its own."""
+    """Two ranks' files of one name change places, or one is copied over the other, or into a name
+    of its own.
+    """
     pairs = [
         (a, b)
         for a in files
         for b in files
-        if a < b and Path(a).name == Path(b).name and (folder / a).read_bytes() != (folder / b).read_bytes()
+        if a < b
+        and Path(a).name == Path(b).name
+        and (folder / a).read_bytes() != (folder / b).read_bytes()
     ]
     one, other = rng.choice(pairs)
     first, second = (folder / one).read_bytes(), (folder / other).read_bytes()
@@ -106,7 +124,13 @@ def edit(folder, rng, _, number):
     return [MANIFEST]
 
 
-KINDS = {"bit flip": bit_flip, "truncation": truncation, "deletion": deletion, "swap between ranks": swap, "edited manifest": edit}
+KINDS = {
+    "bit flip": bit_flip,
+    "truncation": truncation,
+    "deletion": deletion,
+    "swap between ranks": swap,
+    "edited manifest": edit,
+}
 
 
 def copied(root: Path, place: Path) -> Path:
@@ -127,8 +151,13 @@ def missed(root: Path, scratch: Path, counts: dict[str, int]) -> list[str]:
             warnings: list[str] = []
             try:
                 good = newest_good(place, warnings.append)
-            except Exception as error:  # a damage that is met too late may lead to anything: it was missed
-                good, warnings = None, [repr(error) if isinstance(error, CheckpointError) else "met too late"]
+            except (
+                Exception
+            ) as error:  # a damage that is met too late may lead to anything: it was missed
+                good, warnings = (
+                    None,
+                    [repr(error) if isinstance(error, CheckpointError) else "met too late"],
+                )
             if good != place / OLD or not any(name in warnings[0] for name in names):
                 found.append(f"{kind} {number} of {names}: {warnings}")
             shutil.rmtree(place)
@@ -157,7 +186,10 @@ def test_every_damage_to_small_files_is_detected_and_named(tmp_path):
     assert missed(synthetic(tmp_path / "root"), tmp_path, FEW) == []
 
 
-@pytest.mark.parametrize(("protection", "kinds"), [("sha256", {"bit flip", "swap between ranks"}), ("_digest", {"edited manifest"})])
+@pytest.mark.parametrize(
+    ("protection", "kinds"),
+    [("sha256", {"bit flip", "swap between ranks"}), ("_digest", {"edited manifest"})],
+)
 def test_negative_control_without_sums_damage_is_missed(tmp_path, monkeypatch, protection, kinds):
     monkeypatch.setattr(checkpoint, protection, lambda content: "the same for everything")
     found = missed(synthetic(tmp_path / "root"), tmp_path, FEW)
@@ -176,7 +208,11 @@ def test_310_damages_of_a_checkpoint_of_two_ranks(model_folder, tmp_path, figure
     files = [str(p.relative_to(root / NEW)) for p in (root / NEW).rglob("*") if p.is_file()]
     assert Counter(Path(name).name for name in files)["policy-0000.safetensors"] == 2
     assert missed(root, tmp_path, FULL) == []
-    figure("R5", f"{sum(FULL.values())} of {sum(FULL.values())} damages detected, the file named, the checkpoint before taken")
+    figure(
+        "R5",
+        f"{sum(FULL.values())} of {sum(FULL.values())} damages detected, the file named, the "
+        "checkpoint before taken",
+    )
 
 
 @pytest.mark.reliability
@@ -188,7 +224,10 @@ def test_the_command_falls_back_and_with_nothing_left_exits_with_4(model_folder,
     bit_flip(root / NEW, random.Random(0), ["rank_0000/policy-0000.safetensors"], 0)
     again = cli("train", "--config", str(config))
     assert again.returncode == 0, again.stderr[-2000:]
-    assert "policy-0000.safetensors has sha256" in again.stderr and f"resumed from {OLD}" in again.stderr
+    assert (
+        "policy-0000.safetensors has sha256" in again.stderr
+        and f"resumed from {OLD}" in again.stderr
+    )
     assert digest(tmp_path / "run", 4) == expected
     for name in (OLD, NEW):
         (root / name / "state.json").write_text("{}")
@@ -201,4 +240,8 @@ def test_the_command_falls_back_and_with_nothing_left_exits_with_4(model_folder,
         and "Traceback" not in nothing.stderr
     )
     assert sorted(str(p) for p in root.rglob("*")) == before
-    figure("R5", "the command: from the one before with equal weights to the bit; both damaged: exit 4, nothing touched")
+    figure(
+        "R5",
+        "the command: from the one before with equal weights to the bit; both damaged: exit 4, "
+        "nothing touched",
+    )

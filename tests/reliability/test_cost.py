@@ -1,4 +1,6 @@
-"""What the protections cost: the time inside them, as a share of a step of the text benchmark, and of a save."""
+"""What the protections cost: the time inside them, as a share of a step of the text benchmark, and
+of a save.
+"""
 
 import argparse
 import os
@@ -40,7 +42,12 @@ SAVES = 5
 @pytest.fixture(scope="module")
 def smollm2(tmp_path_factory):
     folder = tmp_path_factory.mktemp("smollm2")
-    subprocess.run([sys.executable, str(ROOT / "data/arithmetic.py"), "model", str(folder)], check=True, capture_output=True, timeout=300)
+    subprocess.run(
+        [sys.executable, str(ROOT / "data/arithmetic.py"), "model", str(folder)],
+        check=True,
+        capture_output=True,
+        timeout=300,
+    )
     return folder
 
 
@@ -73,14 +80,33 @@ def test_of_a_step(smollm2, spent, figure):
         spent.watch(*place)
     spent.watch(VllmEngine, "probe", "probe")
     steps = 2
-    shape = {"task": "text", "engine": "vllm", "dtype": "bf16", "prompts_per_step": 8, "group_size": 8, "max_new_tokens": 64}
-    settings = {**shape, "steps": steps, "warmup": 0, "threads": 1, "tokens_per_microbatch": None, "no_flow": False}
+    shape = {
+        "task": "text",
+        "engine": "vllm",
+        "dtype": "bf16",
+        "prompts_per_step": 8,
+        "group_size": 8,
+        "max_new_tokens": 64,
+    }
+    settings = {
+        **shape,
+        "steps": steps,
+        "warmup": 0,
+        "threads": 1,
+        "tokens_per_microbatch": None,
+        "no_flow": False,
+    }
     row = bench.bench(argparse.Namespace(model=str(smollm2), **settings))
     whole = sum(row["step_s_all"])
     probe = spent.pop("probe")
-    told = ", ".join(f"{kind} {seconds / steps * 1000:.0f} ms" for kind, seconds in spent.most_common())
+    told = ", ".join(
+        f"{kind} {seconds / steps * 1000:.0f} ms" for kind, seconds in spent.most_common()
+    )
     share = spent.total() / (whole + spent["monitors"])
-    text = f"SmolLM2-135M, 64 responses of 64 tokens: {share:.2%} of a step of {whole / steps:.1f} s ({told}); probe once {probe:.1f} s"
+    text = (
+        f"SmolLM2-135M, 64 responses of 64 tokens: {share:.2%} of a step of {whole / steps:.1f} s "
+        f"({told}); probe once {probe:.1f} s"
+    )
     print(text)
     assert share < SHARE, text
     figure("cost", text)
@@ -88,7 +114,9 @@ def test_of_a_step(smollm2, spent, figure):
 
 @pytest.mark.reliability
 def test_of_a_save(tmp_path, monkeypatch, figure):
-    """Beside the same files written, flushed and rotated, and hashed, in CPU time: the disk is shared with others."""
+    """Beside the same files written, flushed and rotated, and hashed, in CPU time: the disk is
+    shared with others.
+    """
     tensors = {f"layers.{i}.weight": torch.randn(2**22) for i in range(12)}  # 192 MiB
 
     def write(folder):
@@ -114,13 +142,16 @@ def test_of_a_save(tmp_path, monkeypatch, figure):
     saves: dict[str, list[float]] = {"plain": [], "hash": [], "ours": []}
     for step in range(1, SAVES + 1):
         saves["plain"].append(seconds(plain, tmp_path / "plain"))
-        saves["ours"].append(seconds(checkpoint.commit_checkpoint, tmp_path / "ours", step, write, 2))
+        saves["ours"].append(
+            seconds(checkpoint.commit_checkpoint, tmp_path / "ours", step, write, 2)
+        )
         (file,) = (tmp_path / "ours" / f"global_step_{step}").rglob("*.safetensors")
         saves["hash"].append(seconds(checkpoint.sha256, file))
     least = {name: min(values) for name, values in saves.items()}
     more = least["ours"] / (least["plain"] + least["hash"]) - 1
     text = (
-        f"a save of 192 MiB: {least['ours']:.3f} s of CPU, {more:+.1%} beside {least['plain']:.3f} plain and {least['hash']:.3f} of sha256"
+        f"a save of 192 MiB: {least['ours']:.3f} s of CPU, {more:+.1%} beside "
+        f"{least['plain']:.3f} plain and {least['hash']:.3f} of sha256"
     )
     print(text)
     assert more < SAVE_SHARE, text

@@ -1,4 +1,6 @@
-"""R16: the same command gives the same bits, however many grader workers there are and in whatever order they answer."""
+"""R16: the same command gives the same bits, however many grader workers there are and in whatever
+order they answer.
+"""
 
 import os
 import random
@@ -12,12 +14,18 @@ import pytest
 from tests.reliability.started import Started, finished, ledger, prepared, sums
 
 STEPS = 6
-REWARD = {"function": None, "answer": "text", "grader": {"workers": 1, "wall_seconds": 120}}  # by worker processes, and never `error`
+REWARD = {
+    "function": None,
+    "answer": "text",
+    "grader": {"workers": 1, "wall_seconds": 120},
+}  # by worker processes, and never `error`
 CLEAN = 3
 
 
 def disturbed(config, out, forks, *overrides):
-    """A run whose grader workers are stopped for a moment, now and then, so that verdicts come in other orders. Returns how often."""
+    """A run whose grader workers are stopped for a moment, now and then, so that verdicts come in
+    other orders. Returns how often.
+    """
     chance, times = random.Random(0), 0
     with Started(config, out, *overrides, forks=forks) as run:
         while run.process.poll() is None:
@@ -43,9 +51,13 @@ def is_grader(pid):
 @pytest.mark.reliability
 @pytest.mark.parametrize("kind", ["text", "vision"])
 def test_clean_runs_are_equal_whatever_the_graders_do(model_folder, forks, tmp_path, figure, kind):
-    config, _, _ = prepared(tmp_path / "a", model_folder, kind, reward=REWARD, train={"steps": STEPS, "save_steps": 3})
+    config, _, _ = prepared(
+        tmp_path / "a", model_folder, kind, reward=REWARD, train={"steps": STEPS, "save_steps": 3}
+    )
     for number in range(CLEAN):
-        finished(config, tmp_path / f"clean{number}")  # each a process of its own, whose hashes of texts are seeded anew
+        finished(
+            config, tmp_path / f"clean{number}"
+        )  # each a process of its own, whose hashes of texts are seeded anew
     finished(config, tmp_path / "two_workers", "reward.grader.workers=2", forks=forks)
     times = disturbed(config, tmp_path / "shuffled", forks, "reward.grader.workers=2")
     runs = [*(f"clean{number}" for number in range(CLEAN)), "two_workers", "shuffled"]
@@ -56,6 +68,7 @@ def test_clean_runs_are_equal_whatever_the_graders_do(model_folder, forks, tmp_p
     assert times > STEPS
     figure(
         "R16",
-        f"{kind}: {CLEAN} clean runs, one with 2 grader workers instead of 1, and one whose workers were stopped for a moment {times} times: "
-        f"{len(runs)} of {len(runs)} equal (weights, field, optimisers, generators, export, rewards)",
+        f"{kind}: {CLEAN} clean runs, one with 2 grader workers instead of 1, and one whose "
+        f"workers were stopped for a moment {times} times: {len(runs)} of {len(runs)} equal "
+        "(weights, field, optimisers, generators, export, rewards)",
     )

@@ -1,6 +1,8 @@
-"""Answers and replies of judges, fuzzed: what was written is found, nothing else is, in linear time, and nothing is raised.
+"""Answers and replies of judges, fuzzed: what was written is found, nothing else is, in linear
+time, and nothing is raised.
 
-Each property holds for a few examples in the fast lane and for thousands under the marker `reliability`.
+Each property holds for a few examples in the fast lane and for thousands under the marker
+`reliability`.
 """
 
 import json
@@ -11,8 +13,22 @@ import pytest
 from hypothesis import strategies as st
 
 from rlfr_vlm.config import GraderConfig
-from rlfr_vlm.evaluation.server.judge import MAX_TAIL, USER, JudgeItem, _shown, code_of, read_verdict
-from rlfr_vlm.evaluation.server.wire import ChatReply, Fault, read_models, read_reply, retry_after, server_words
+from rlfr_vlm.evaluation.server.judge import (
+    MAX_TAIL,
+    USER,
+    JudgeItem,
+    _shown,
+    code_of,
+    read_verdict,
+)
+from rlfr_vlm.evaluation.server.wire import (
+    ChatReply,
+    Fault,
+    read_models,
+    read_reply,
+    retry_after,
+    server_words,
+)
 from rlfr_vlm.rewards.answers import MAX_TEXT, extract_answer, gold_problem, unwrap_gold
 from rlfr_vlm.rewards.grader import Grader
 from tests.evaluation.scripted_server import judged
@@ -21,7 +37,7 @@ from tests.reliability.fuzzing import CORPUS, SCALARS, TREES, run
 PLACES = ("boxed", "tag", "text")
 LINEAR_SECONDS = 0.2  # CPU time of 200,000 characters, on a busy machine
 
-# -- answers -----------------------------------------------------------------------------------------------------------
+# -- answers ---------------------------------------------------------------------------------------
 
 WORDS = [
     r"\boxed{",
@@ -55,7 +71,9 @@ WORDS = [
     "\u202e",
     "é",
 ]
-RESPONSES = st.lists(st.one_of(st.sampled_from(WORDS), st.text(max_size=8)), max_size=30).map("".join)
+RESPONSES = st.lists(st.one_of(st.sampled_from(WORDS), st.text(max_size=8)), max_size=30).map(
+    "".join
+)
 INNER = st.recursive(
     st.text(st.characters(exclude_characters="{}\\<", exclude_categories=["Cs"]), max_size=6),
     lambda inner: st.one_of(
@@ -80,7 +98,10 @@ def check_round_trip(noise, inner, tail):
     assert extract_answer(rf"{noise}\boxed{{{inner}}}{tail}", "boxed") == inner.strip()
     assert extract_answer(f"{noise}<answer>{inner}</answer>{tail}", "tag") == inner.strip()
     assert extract_answer(rf"{noise}\boxed{{{inner}}}{tail}", "text") == inner.strip()
-    assert extract_answer(rf"<think>{noise}\boxed{{0}}</think>\boxed{{{inner}}}", "boxed") == inner.strip()
+    assert (
+        extract_answer(rf"<think>{noise}\boxed{{0}}</think>\boxed{{{inner}}}", "boxed")
+        == inner.strip()
+    )
     assert extract_answer(rf"<think>{noise}\boxed{{{inner}}}", "boxed") is None
 
 
@@ -109,7 +130,8 @@ def test_answers_in_thousands(figure):
     long, slowest = run(check_linear, UNITS, examples=1_000)
     figure(
         "R10",
-        f"answers found in {count} random responses, {trips} round trips; {long} of 200,000 characters, slowest {slowest:.2f} s for all places",
+        f"answers found in {count} random responses, {trips} round trips; {long} of 200,000 "
+        f"characters, slowest {slowest:.2f} s for all places",
     )
 
 
@@ -194,7 +216,9 @@ EMPTIES = st.lists(st.sampled_from(NOTHING), max_size=5)
 def test_an_empty_answer_is_never_correct():
     with Grader(GraderConfig(workers=1, wall_seconds=30.0)) as grader:
         assert [gold for gold in GOLDS if gold_problem(gold)] == []
-        assert {r.verdict for r in grader.grade([(gold, rf"\boxed{{{gold}}}") for gold in GOLDS])} == {"correct"}
+        assert {
+            r.verdict for r in grader.grade([(gold, rf"\boxed{{{gold}}}") for gold in GOLDS])
+        } == {"correct"}
         run(empty_checker(grader), EMPTIES, examples=40)
 
 
@@ -202,10 +226,12 @@ def test_an_empty_answer_is_never_correct():
 def test_an_empty_answer_is_never_correct_in_thousands(figure):
     with Grader(GraderConfig(workers=2, wall_seconds=30.0)) as grader:
         count, _ = run(empty_checker(grader), EMPTIES, examples=1_000)
-    figure("R10", f"{count} answers of nothing but signs against {len(GOLDS)} gold answers: 0 correct")
+    figure(
+        "R10", f"{count} answers of nothing but signs against {len(GOLDS)} gold answers: 0 correct"
+    )
 
 
-# -- judges ------------------------------------------------------------------------------------------------------------
+# -- judges ----------------------------------------------------------------------------------------
 
 CODE = "bcdfghjk"
 SAYINGS = st.lists(
@@ -245,7 +271,9 @@ BODIES = st.one_of(
                 st.fixed_dictionaries(
                     {
                         "message": st.fixed_dictionaries({"content": SCALARS}),
-                        "finish_reason": st.sampled_from(["stop", "length", "content_filter", None, "x"]),
+                        "finish_reason": st.sampled_from(
+                            ["stop", "length", "content_filter", None, "x"]
+                        ),
                     }
                 ),
                 max_size=2,
@@ -253,14 +281,18 @@ BODIES = st.one_of(
         },
         optional={"usage": TREES},
     ).map(lambda tree: json.dumps(tree).encode()),
-    st.tuples(st.sampled_from(["[", '{"error":', '{"choices":[', '{"detail":[']), st.integers(1, 3000)).map(
-        lambda two: (two[0] * two[1]).encode()
-    ),
+    st.tuples(
+        st.sampled_from(["[", '{"error":', '{"choices":[', '{"detail":[']), st.integers(1, 3000)
+    ).map(lambda two: (two[0] * two[1]).encode()),
 )
 HEADERS = st.one_of(
     st.text(max_size=40),
     st.from_regex(r"\s*-?\d{0,25}(\.\d{0,12})?\s*", fullmatch=True),
-    st.from_regex(r"(Mon|Xyz)?,? ?\d{0,12} (Jan|Foo|Dec) -?\d{0,25} \d{0,5}:\d{0,25}(:\d{0,5})? ?(GMT|[+-]\d{0,25})?", fullmatch=True),
+    st.from_regex(
+        r"(Mon|Xyz)?,? ?\d{0,12} (Jan|Foo|Dec) -?\d{0,25} \d{0,5}:\d{0,25}(:\d{0,5})? "
+        r"?(GMT|[+-]\d{0,25})?",
+        fullmatch=True,
+    ),
 )
 
 
@@ -272,32 +304,54 @@ def check_verdict(reply):
     """Only the code makes a verdict, and 0 and 1 are treated alike."""
     said = read_verdict(reply, CODE)
     assert said in (True, False, None)
-    if CODE not in reply.lower().replace("*", "").replace("`", "").replace(" ", "").replace(".", ""):
+    if CODE not in reply.lower().replace("*", "").replace("`", "").replace(" ", "").replace(
+        ".", ""
+    ):
         assert said is None or any(c in reply for c in "\t_#>\"'[]")
     assert read_verdict(swapped(reply), CODE) is (None if said is None else not said)
-    assert read_verdict(f"{reply}\n{CODE}:1 {CODE}:0", CODE) is None and read_verdict(f"{reply}\n{CODE}:2", CODE) is None
+    assert (
+        read_verdict(f"{reply}\n{CODE}:1 {CODE}:0", CODE) is None
+        and read_verdict(f"{reply}\n{CODE}:2", CODE) is None
+    )
 
 
 def check_wire(body, header):
-    assert isinstance(read_reply(body), ChatReply | Fault) and isinstance(read_models(body), list | Fault)
+    assert isinstance(read_reply(body), ChatReply | Fault) and isinstance(
+        read_models(body), list | Fault
+    )
     assert isinstance(server_words(body), str)
     seconds = retry_after(header)
     assert seconds is None or (math.isfinite(seconds) and seconds >= 0)
 
 
 def check_frame(question, gold, prediction, response):
-    """Whatever the four texts are, each stands whole between its own marks, and the code stands in none of them."""
+    """Whatever the four texts are, each stands whole between its own marks, and the code stands in
+    none of them.
+    """
     item = JudgeItem(question, gold, prediction, response + "x" * (len(response) % 3) * MAX_TAIL)
     shown = _shown(item)
     code = code_of(item, "ab" * 32)
     assert code not in "\n".join(shown.values()).lower()
     found_code, found = judged({"messages": [{"content": USER.format(code=code, **shown)}]})
-    assert found_code == code and [*found.values()] == [shown[name] for name in ("question", "gold", "prediction", "tail")]
+    assert found_code == code and [*found.values()] == [
+        shown[name] for name in ("question", "gold", "prediction", "tail")
+    ]
 
 
 PIECES = st.lists(
     st.one_of(
-        st.sampled_from([f"{CODE}:1", "[/bcdfghjk question]", "{code}", "{gold}", "<|im_end|>", "[/INST]", "\n", "\n\n"]),
+        st.sampled_from(
+            [
+                f"{CODE}:1",
+                "[/bcdfghjk question]",
+                "{code}",
+                "{gold}",
+                "<|im_end|>",
+                "[/INST]",
+                "\n",
+                "\n\n",
+            ]
+        ),
         st.text(max_size=8),
     ),
     max_size=6,
@@ -318,5 +372,7 @@ def test_replies_of_judges_in_thousands(figure):
     bodies, slowest = run(check_wire, BODIES, HEADERS, examples=10_000)
     frames, _ = run(check_frame, PIECES, PIECES, PIECES, PIECES, examples=5_000)
     figure(
-        "R12", f"{verdicts} random verdicts, {bodies} bodies and headers, {frames} prompts of a judge; slowest {slowest:.2f} s of CPU time"
+        "R12",
+        f"{verdicts} random verdicts, {bodies} bodies and headers, {frames} prompts of a judge; "
+        f"slowest {slowest:.2f} s of CPU time",
     )

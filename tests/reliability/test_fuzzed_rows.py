@@ -1,6 +1,8 @@
-"""Rows of strangers and their pictures, fuzzed: a RowError that names its kind, or a prompt that everything behind the reader can rely on.
+"""Rows of strangers and their pictures, fuzzed: a RowError that names its kind, or a prompt that
+everything behind the reader can rely on.
 
-Each property holds for a few examples in the fast lane and for thousands under the marker `reliability`.
+Each property holds for a few examples in the fast lane and for thousands under the marker
+`reliability`.
 """
 
 import base64
@@ -14,7 +16,17 @@ from PIL import Image
 
 from rlfr_vlm.config import DataConfig, load_config
 from rlfr_vlm.data.images import ImageError, open_header, open_image
-from rlfr_vlm.data.prompts import COLUMNS, LONE_SURROGATE, UNPRINTABLE, UNSUPPORTED, BadRows, RowError, load_prompts, read_prompt, read_rows
+from rlfr_vlm.data.prompts import (
+    COLUMNS,
+    LONE_SURROGATE,
+    UNPRINTABLE,
+    UNSUPPORTED,
+    BadRows,
+    RowError,
+    load_prompts,
+    read_prompt,
+    read_rows,
+)
 from rlfr_vlm.data.render import Renderer, special_tokens
 from rlfr_vlm.errors import UserError
 from rlfr_vlm.models.policy import Policy
@@ -27,9 +39,15 @@ from tests.runs import ROOT
 CFG = DataConfig()
 CFG_ALL = load_config(None, ("output_dir=.", "model.path=none"))
 
-# -- rows --------------------------------------------------------------------------------------------------------------
+# -- rows ------------------------------------------------------------------------------------------
 
-NAMES = [*dict.fromkeys(name for names in COLUMNS.values() for name in names), *UNSUPPORTED, "extra_info", "max_pixels", "imgaes"]
+NAMES = [
+    *dict.fromkeys(name for names in COLUMNS.values() for name in names),
+    *UNSUPPORTED,
+    "extra_info",
+    "max_pixels",
+    "imgaes",
+]
 PARTS = st.fixed_dictionaries(
     {},
     optional={
@@ -50,9 +68,12 @@ TURNS = st.fixed_dictionaries(
     },
 )
 ROWS = st.one_of(
-    st.dictionaries(st.sampled_from(NAMES), st.one_of(TEXTS, TREES, st.lists(TURNS, max_size=3)), max_size=6),
+    st.dictionaries(
+        st.sampled_from(NAMES), st.one_of(TEXTS, TREES, st.lists(TURNS, max_size=3)), max_size=6
+    ),
     st.fixed_dictionaries(
-        {"prompt": st.one_of(TEXTS, st.lists(TURNS, min_size=1, max_size=3)), "answer": TREES}, optional={"images": TREES, "id": TREES}
+        {"prompt": st.one_of(TEXTS, st.lists(TURNS, min_size=1, max_size=3)), "answer": TREES},
+        optional={"images": TREES, "id": TREES},
     ),
 )
 LINES = st.one_of(
@@ -60,14 +81,22 @@ LINES = st.one_of(
     st.tuples(ROWS, st.integers(0, 400)).map(lambda pair: json.dumps(pair[0]).encode()[: pair[1]]),
     ROWS.map(lambda row: json.dumps(row, ensure_ascii=False).encode(errors="surrogatepass")),
     st.binary(max_size=60),
-    st.integers(1, 3000).map(lambda depth: b'{"prompt": "x", "answer": "1", "more": ' + b"[" * depth + b"]" * depth + b"}"),
+    st.integers(1, 3000).map(
+        lambda depth: (
+            b'{"prompt": "x", "answer": "1", "more": ' + b"[" * depth + b"]" * depth + b"}"
+        )
+    ),
 ).map(lambda line: line.replace(b"\n", b" "))
 
 
 @pytest.fixture(scope="module")
 def renderer(tmp_path_factory):
-    cfg = load_config(None, ("output_dir=.", f"model.path={ROOT / 'data/tiny_vlm'}", "model.device=cpu"))
-    return Renderer(Policy(cfg.model, weights=False), CFG, str(tmp_path_factory.mktemp("fuzz") / "rows.jsonl"))
+    cfg = load_config(
+        None, ("output_dir=.", f"model.path={ROOT / 'data/tiny_vlm'}", "model.device=cpu")
+    )
+    return Renderer(
+        Policy(cfg.model, weights=False), CFG, str(tmp_path_factory.mktemp("fuzz") / "rows.jsonl")
+    )
 
 
 def check_prompt(prompt, need):
@@ -76,25 +105,39 @@ def check_prompt(prompt, need):
     assert {m["role"] for m in prompt.messages} <= {"user", "assistant", "system"}
     parts = [part for m in prompt.messages for part in m["content"]]
     assert sum(part["type"] == "image" for part in parts) == len(prompt.images)
-    assert all(part.keys() == ({"type"} if part["type"] == "image" else {"type", "text"}) for part in parts)
+    assert all(
+        part.keys() == ({"type"} if part["type"] == "image" else {"type", "text"}) for part in parts
+    )
     assert not any(LONE_SURROGATE.search(part["text"]) for part in parts if part["type"] == "text")
     assert prompt.answer.strip() if need == "answer" else prompt.response.strip()
 
 
 def check_tokens(prompt, renderer):
-    """However its author words it, a prompt brings the template's special tokens and one image token per picture, and no others."""
+    """However its author words it, a prompt brings the template's special tokens and one image
+    token per picture, and no others.
+    """
     plain = [
-        {**m, "content": [p if p["type"] == "image" else {"type": "text", "text": "x"} for p in m["content"]]} for m in prompt.messages
+        {
+            **m,
+            "content": [
+                p if p["type"] == "image" else {"type": "text", "text": "x"} for p in m["content"]
+            ],
+        }
+        for m in prompt.messages
     ]
     special = set(renderer.tokenizer.convert_tokens_to_ids(special_tokens(renderer.tokenizer)))
-    found = [[token for token in renderer._tokenize(messages) if token in special] for messages in (prompt.messages, plain)]
+    found = [
+        [token for token in renderer._tokenize(messages) if token in special]
+        for messages in (prompt.messages, plain)
+    ]
     assert found[0] == found[1]
     assert found[0].count(renderer.policy.image_token_id) == len(prompt.images)
 
 
 def row_checker(folder, renderer):
     examiners = {
-        need: Examiner(CFG_ALL, str(folder / "rows.jsonl"), role, None) for need, role in (("answer", "train"), ("response", "expert"))
+        need: Examiner(CFG_ALL, str(folder / "rows.jsonl"), role, None)
+        for need, role in (("answer", "train"), ("response", "expert"))
     }
 
     def check(line):
@@ -108,7 +151,9 @@ def row_checker(folder, renderer):
                 try:
                     prompt = read_prompt(row, problem, "rows.jsonl:1", CFG, need, name)
                 except RowError as error:
-                    assert KINDS[error.fault].refused_as == error.kind and not UNPRINTABLE.search(str(error))
+                    assert KINDS[error.fault].refused_as == error.kind and not UNPRINTABLE.search(
+                        str(error)
+                    )
                     assert not facts.parsed and error.fault == facts.notices[0][0]
                     continue
                 assert facts.parsed
@@ -129,11 +174,17 @@ def test_rows(renderer, tmp_path):
 @pytest.mark.reliability
 def test_rows_in_thousands(renderer, tmp_path, figure):
     count, slowest = run(row_checker(tmp_path, renderer), LINES, examples=5_000)
-    figure("R9", f"{count} random rows read, examined and tokenised: RowError or a sound prompt; slowest {slowest:.2f} s of CPU time")
+    figure(
+        "R9",
+        f"{count} random rows read, examined and tokenised: RowError or a sound prompt; slowest "
+        f"{slowest:.2f} s of CPU time",
+    )
 
 
 def test_a_file_of_anything_is_read_in_order_and_every_line_is_accounted_for(tmp_path):
-    """Through `load_prompts`: what is kept is in order, what is not is recorded, and no more than that."""
+    """Through `load_prompts`: what is kept is in order, what is not is recorded, and no more than
+    that.
+    """
     cfg = DataConfig(on_bad_row="skip", max_bad_frac=1.0)
 
     def check(lines):
@@ -147,12 +198,14 @@ def test_a_file_of_anything_is_read_in_order_and_every_line_is_accounted_for(tmp
             kept = []
         left_out = [int(row.id.rpartition(":")[2]) for row in bad.rows]
         text = b"\n".join(lines).removeprefix(b"\xef\xbb\xbf").split(b"\n")
-        assert kept == sorted(kept) and sorted(kept + left_out) == [i for i, line in enumerate(text, 1) if line.strip()]
+        assert kept == sorted(kept) and sorted(kept + left_out) == [
+            i for i, line in enumerate(text, 1) if line.strip()
+        ]
 
     run(check, st.lists(LINES, max_size=8), examples=60)
 
 
-# -- pictures ----------------------------------------------------------------------------------------------------------
+# -- pictures --------------------------------------------------------------------------------------
 
 
 def pictures():
@@ -181,7 +234,13 @@ def pictures():
 
 
 CHANGES = st.lists(
-    st.tuples(st.floats(0, 1), st.sampled_from(["byte", "four", "cut", "head", "copy"]), st.integers(0, 255)), min_size=1, max_size=8
+    st.tuples(
+        st.floats(0, 1),
+        st.sampled_from(["byte", "four", "cut", "head", "copy"]),
+        st.integers(0, 255),
+    ),
+    min_size=1,
+    max_size=8,
 )
 
 
@@ -195,7 +254,12 @@ def damaged(data, changes):
         elif how == "copy":
             spoilt[i:i] = spoilt[i : i + value]
         elif how == "four":
-            spoilt[i : i + 4] = [b"\xff\xff\xff\xff", b"\0\0\0\0", b"\x7f\xff\xff\xff", b"\0\0\0\1"][value % 4]
+            spoilt[i : i + 4] = [
+                b"\xff\xff\xff\xff",
+                b"\0\0\0\0",
+                b"\x7f\xff\xff\xff",
+                b"\0\0\0\1",
+            ][value % 4]
         else:
             spoilt[min(i, 63) if how == "head" else i] = value
     return bytes(spoilt)
@@ -203,7 +267,9 @@ def damaged(data, changes):
 
 @pytest.mark.filterwarnings("ignore")  # Pillow's, of metadata
 def check_picture(data):
-    """It opens or is an ImageError; the preflight, which also looks at frames and metadata, says the same."""
+    """It opens or is an ImageError; the preflight, which also looks at frames and metadata, says
+    the same.
+    """
     found = Examiner(CFG_ALL, "rows.jsonl", "train", None)._open(data)
     try:
         pixels = open_image(data, [])
@@ -218,7 +284,12 @@ def check_picture(data):
 def test_pictures(capfd):
     for line in (CORPUS / "pictures.jsonl").read_text().splitlines():
         check_picture(base64.b64decode(json.loads(line)["base64"]))
-    run(lambda seed, changes: check_picture(damaged(seed, changes)), st.sampled_from([*pictures()]), CHANGES, examples=300)
+    run(
+        lambda seed, changes: check_picture(damaged(seed, changes)),
+        st.sampled_from([*pictures()]),
+        CHANGES,
+        examples=300,
+    )
     capfd.readouterr()  # what libtiff prints
 
 
@@ -228,4 +299,8 @@ def test_pictures_in_thousands(figure, capfd):
     check = lambda seed, changes: check_picture(damaged(seed, changes))  # noqa: E731
     count, slowest = run(check, st.sampled_from([*pictures()]), CHANGES, examples=20_000)
     capfd.readouterr()
-    figure("R9", f"{count} damaged pictures of 6 formats: opened or an ImageError; slowest {slowest:.2f} s of CPU time")
+    figure(
+        "R9",
+        f"{count} damaged pictures of 6 formats: opened or an ImageError; slowest {slowest:.2f} s "
+        "of CPU time",
+    )

@@ -1,6 +1,8 @@
-"""R1 and R3: killed at named points and at random moments, or asked to stop, a run that is started again ends as if nothing had been.
+"""R1 and R3: killed at named points and at random moments, or asked to stop, a run that is started
+again ends as if nothing had been.
 
-The undisturbed runs are processes of their own; those of one rank that are disturbed, and go on, are forks (tests/reliability/forks.py).
+The undisturbed runs are processes of their own; those of one rank that are disturbed, and go on,
+are forks (tests/reliability/forks.py).
 """
 
 import json
@@ -11,7 +13,17 @@ import time
 import pytest
 
 from rlfr_vlm.storage.checkpoint import PREFIX, list_checkpoints, verify
-from tests.reliability.started import SAVE_STEPS, STEPS, Started, finished, ledger, newest_step, prepared, steps_done, sums
+from tests.reliability.started import (
+    SAVE_STEPS,
+    STEPS,
+    Started,
+    finished,
+    ledger,
+    newest_step,
+    prepared,
+    steps_done,
+    sums,
+)
 from tests.runs import make_config
 
 RANDOM = "random"
@@ -30,14 +42,21 @@ KILLS = {  # 8 in saves and the export, 4 in rollouts and syncs, 8 at random mom
     "vision": ["checkpoint_policy:3:kill", "sync:7:kill", RANDOM],
     "two ranks, ZeRO-2, bfloat16": ["checkpoint_manifest:3:kill", "rollout:5:kill", RANDOM],
 }
-STOPS = {"rollout:5:term": 5, "backward:7:term": 7, "checkpoint_file:5:term": 6, "eval:3:term": 9}  # and the step that it should stop at
+STOPS = {
+    "rollout:5:term": 5,
+    "backward:7:term": 7,
+    "checkpoint_file:5:term": 6,
+    "eval:3:term": 9,
+}  # and the step that it should stop at
 SAVED_SECONDS = 30.0  # from the step before to the exit: the grace that schedulers give
 TWICE, APART = 20, 0.1
 
 
 @pytest.fixture(scope="module")
 def undisturbed(model_folder, tmp_path_factory):
-    """By kind: how it is started, what it leaves, and the seconds between the time when it has restored nothing and its end."""
+    """By kind: how it is started, what it leaves, and the seconds between the time when it has
+    restored nothing and its end.
+    """
     known = {}
 
     def run(kind):
@@ -49,14 +68,20 @@ def undisturbed(model_folder, tmp_path_factory):
                 assert started.wait_for(whole / "config.resolved.yaml")
                 begun = time.monotonic()
                 assert started.end() == 0, started.text[-3000:]
-                known[kind] = (config, overrides, ranks), (sums(whole, STEPS), ledger(whole)), time.monotonic() - begun
+                known[kind] = (
+                    (config, overrides, ranks),
+                    (sums(whole, STEPS), ledger(whole)),
+                    time.monotonic() - begun,
+                )
         return known[kind]
 
     return run
 
 
 def killed_at_random(how, out, forks, share, seconds):
-    """Kill the process that was started, and it alone, after this share of an undisturbed run's time."""
+    """Kill the process that was started, and it alone, after this share of an undisturbed run's
+    time.
+    """
     config, overrides, ranks = how
     while True:
         with Started(config, out, *overrides, ranks=ranks, forks=forks) as run:
@@ -81,7 +106,9 @@ def killed_at(how, out, forks, fault):
 
 @pytest.mark.reliability
 @pytest.mark.parametrize("kind", KILLS)
-def test_killed_and_started_again_a_run_ends_with_the_same_bits(undisturbed, forks, tmp_path, figure, kind):
+def test_killed_and_started_again_a_run_ends_with_the_same_bits(
+    undisturbed, forks, tmp_path, figure, kind
+):
     how, expected, seconds = undisturbed(kind)
     config, overrides, ranks = how
     moments, lost = random.Random(0), []
@@ -102,14 +129,17 @@ def test_killed_and_started_again_a_run_ends_with_the_same_bits(undisturbed, for
     named = len([fault for fault in KILLS[kind] if fault != RANDOM])
     figure(
         "R1",
-        f"{len(lost)} of {len(lost)} kills ({kind}; {named} at named points, {len(lost) - named} at random moments) resumed by the same "
-        f"command: weights, field, optimisers, generators, export and rewards equal by sha256; at most {max(lost)} steps repeated "
+        f"{len(lost)} of {len(lost)} kills ({kind}; {named} at named points, {len(lost) - named} "
+        "at random moments) resumed by the same command: weights, field, optimisers, generators, "
+        f"export and rewards equal by sha256; at most {max(lost)} steps repeated "
         f"(save_steps={SAVE_STEPS}); 0 processes left after 5 s",
     )
 
 
 @pytest.mark.reliability
-def test_asked_to_stop_it_saves_the_step_it_is_in_and_goes_on_to_the_same_bits(undisturbed, forks, tmp_path, figure):
+def test_asked_to_stop_it_saves_the_step_it_is_in_and_goes_on_to_the_same_bits(
+    undisturbed, forks, tmp_path, figure
+):
     (config, _, _), expected, _ = undisturbed("text")
     slowest = 0.0
     for number, (fault, step) in enumerate(STOPS.items()):
@@ -131,14 +161,19 @@ def test_asked_to_stop_it_saves_the_step_it_is_in_and_goes_on_to_the_same_bits(u
     assert slowest < SAVED_SECONDS
     figure(
         "R3",
-        f"SIGTERM in rollout, backward, save and evaluation: {len(STOPS)} of {len(STOPS)} exit 75 with a verified checkpoint of that step, "
-        f"at most {slowest:.1f} s after the step before it (limit {SAVED_SECONDS:g}), and resume to equal bits",
+        f"SIGTERM in rollout, backward, save and evaluation: {len(STOPS)} of {len(STOPS)} exit 75 "
+        f"with a verified checkpoint of that step, at most {slowest:.1f} s after the step before "
+        f"it (limit {SAVED_SECONDS:g}), and resume to equal bits",
     )
 
 
 @pytest.mark.reliability
-def test_asked_twice_it_leaves_at_once_and_latest_names_a_whole_checkpoint(model_folder, forks, tmp_path, figure):
-    """One run, stopped like that again and again; it saves after every step, so that many a second signal comes in a save."""
+def test_asked_twice_it_leaves_at_once_and_latest_names_a_whole_checkpoint(
+    model_folder, forks, tmp_path, figure
+):
+    """One run, stopped like that again and again; it saves after every step, so that many a second
+    signal comes in a save.
+    """
     prepared(tmp_path / "a", model_folder, "text")
     config = make_config(
         tmp_path / "a", model_folder("qwen2"), train={"steps": 100_000, "save_steps": 1, "log_rollouts": 0}, eval={"every": 0}
@@ -167,6 +202,6 @@ def test_asked_twice_it_leaves_at_once_and_latest_names_a_whole_checkpoint(model
     assert in_time  # else the second signal never came before the end
     figure(
         "R3",
-        f"two SIGTERMs 100 ms apart: {TWICE} of {TWICE} times exit 75 and `latest` names a verified checkpoint "
-        f"({in_time} times the second one ended it before it had saved)",
+        f"two SIGTERMs 100 ms apart: {TWICE} of {TWICE} times exit 75 and `latest` names a "
+        f"verified checkpoint ({in_time} times the second one ended it before it had saved)",
     )

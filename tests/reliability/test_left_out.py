@@ -1,4 +1,6 @@
-"""R2: what the checkpoint holds is needed. Left out of the restore, each part makes the run end with other weights."""
+"""R2: what the checkpoint holds is needed. Left out of the restore, each part makes the run end
+with other weights.
+"""
 
 import random
 import shutil
@@ -20,13 +22,21 @@ PARTS = ["rng", "data_position", "flow_optimizer", "request_seeds"]
 
 @pytest.fixture(scope="module")
 def interrupted(model_folder, tmp_path_factory):
-    """A run of four steps in this process, and where a run stands that was killed after two of them."""
+    """A run of four steps in this process, and where a run stands that was killed after two of
+    them.
+    """
     folder = tmp_path_factory.mktemp("interrupted")
     make_data(folder)
     (folder / "noisy.py").write_text(NOISY_REWARD)
-    config = make_config(folder, model_folder("qwen2_5_vl"), reward={"function": f"{folder / 'noisy.py'}:reward"})
+    config = make_config(
+        folder, model_folder("qwen2_5_vl"), reward={"function": f"{folder / 'noisy.py'}:reward"}
+    )
     train(load_config(config, (f"output_dir={folder / 'whole'}",)))
-    return config, list_checkpoints(folder / "whole" / "checkpoints")[0], digest(folder / "whole", 4)
+    return (
+        config,
+        list_checkpoints(folder / "whole" / "checkpoints")[0],
+        digest(folder / "whole", 4),
+    )
 
 
 def resumed(interrupted, folder):
@@ -45,7 +55,9 @@ def leave_out(part, monkeypatch):
         monkeypatch.setattr(state_module, "set_rng_state", lambda state: None)
     elif part == "request_seeds":
         original = hf_engine.request_seed
-        monkeypatch.setattr(hf_engine, "request_seed", lambda *parts: original("another process", *parts))
+        monkeypatch.setattr(
+            hf_engine, "request_seed", lambda *parts: original("another process", *parts)
+        )
     else:
         load = run_module.load_state
 
@@ -62,12 +74,16 @@ def leave_out(part, monkeypatch):
 
 @pytest.mark.slow
 @pytest.mark.reliability
-def test_resumed_in_full_is_equal_and_with_one_part_left_out_is_not(interrupted, tmp_path, monkeypatch, figure):
+def test_resumed_in_full_is_equal_and_with_one_part_left_out_is_not(
+    interrupted, tmp_path, monkeypatch, figure
+):
     assert resumed(interrupted, tmp_path / "all") == interrupted[2]
     for part in PARTS:
         with monkeypatch.context() as patched:
             leave_out(part, patched)
             assert resumed(interrupted, tmp_path / part) != interrupted[2], part
     figure(
-        "R2", f"{len(PARTS)} of {len(PARTS)} parts left out of the restore ({', '.join(PARTS)}) give other weights; none left out: equal"
+        "R2",
+        f"{len(PARTS)} of {len(PARTS)} parts left out of the restore ({', '.join(PARTS)}) give "
+        "other weights; none left out: equal",
     )

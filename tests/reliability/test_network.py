@@ -72,11 +72,13 @@ def test_a_socket_on_every_interface_is_seen():
     name, value = mark.split("=")
     for address, reachable in (("0.0.0.0", True), ("::", True), ("127.0.0.1", False)):
         code = (
-            "import socket, sys, time\n"
-            f"s = socket.create_server(({address!r}, 0), family=socket.AF_INET6 if ':' in {address!r} else socket.AF_INET)\n"
-            "print(1, flush=True); time.sleep(60)"
+            f"import socket, sys, time\ns = socket.create_server(({address!r}, 0), "
+            f"family=socket.AF_INET6 if ':' in {address!r} else socket.AF_INET)\nprint(1, "
+            "flush=True); time.sleep(60)"
         )
-        with subprocess.Popen([sys.executable, "-c", code], env={**os.environ, name: value}, stdout=subprocess.PIPE) as server:
+        with subprocess.Popen(
+            [sys.executable, "-c", code], env={**os.environ, name: value}, stdout=subprocess.PIPE
+        ) as server:
             server.stdout.readline()
             (found,) = [address for address, _ in listening(mark)]
             assert on_loopback(found) is not reachable
@@ -90,7 +92,9 @@ def test_a_served_report_is_this_machines_own(tmp_path, figure):
     command = [sys.executable, "-m", "rlfr_vlm.cli", "report", str(run), "--serve"]
     environment = {**os.environ, name: value}
     heard = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)  # noqa: E731  whatever shell started the tests in its background
-    with subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True, preexec_fn=heard) as process:
+    with subprocess.Popen(
+        command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True, preexec_fn=heard
+    ) as process:
         assert "http://127.0.0.1:" in process.stdout.readline()
         found = [address for address, _ in listening(mark)]
         process.send_signal(signal.SIGINT)
@@ -108,34 +112,77 @@ def test_a_run_by_ray_listens_on_loopback_from_start_to_end(config, tmp_path, ra
         assert run.end() == 0, run.text[-4000:]
     assert len(look.found) > 4 and look.looks > 20
     assert look.open == set()
-    said = f"{len(look.found)} sockets in {look.looks} looks from start to end, 0 that are not loopback; an intruder is refused"
+    said = (
+        f"{len(look.found)} sockets in {look.looks} looks from start to end, 0 that are not "
+        "loopback; an intruder is refused"
+    )
     figure("R14", f"launcher=ray, {ranks} rank{'s' * (ranks > 1)} and an engine: {said}")
 
 
 @pytest.mark.reliability
 @pytest.mark.parametrize("launcher", ["torchrun", "variables"])
 def test_ranks_without_ray_listen_on_loopback_from_start_to_end(config, tmp_path, launcher, figure):
-    """torchrun listens on every interface for itself, whatever one tells it; ranks that a shell or deepspeed started are on loopback alone."""
+    """torchrun listens on every interface for itself, whatever one tells it; ranks that a shell or
+    deepspeed started are on loopback alone.
+    """
     mark = f"RLFR_TEST_RUN={uuid.uuid4().hex}"
-    command = ["-m", "rlfr_vlm.cli", "train", "--config", str(config), f"output_dir={tmp_path / 'run'}", "deepspeed={zero_stage: 2}"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", mark.split("=")[0]: mark.split("=")[1]}
-    meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+    command = [
+        "-m",
+        "rlfr_vlm.cli",
+        "train",
+        "--config",
+        str(config),
+        f"output_dir={tmp_path / 'run'}",
+        "deepspeed={zero_stage: 2}",
+    ]
+    environment = {
+        **os.environ,
+        "OMP_NUM_THREADS": "1",
+        "HF_HUB_OFFLINE": "1",
+        mark.split("=")[0]: mark.split("=")[1],
+    }
+    meeting = {
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(free_port()),
+        "WORLD_SIZE": "2",
+        "LOCAL_WORLD_SIZE": "2",
+    }
     if launcher == "torchrun":
-        commands = [(["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *command], {})]
+        commands = [
+            (["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *command], {})
+        ]
     else:
-        commands = [(command, {**meeting, "RANK": str(rank), "LOCAL_RANK": str(rank)}) for rank in range(2)]
+        commands = [
+            (command, {**meeting, "RANK": str(rank), "LOCAL_RANK": str(rank)}) for rank in range(2)
+        ]
     with Looking(mark) as look, ExitStack() as stack:
         log = stack.enter_context((tmp_path / "log").open("w"))
         started = [
-            stack.enter_context(subprocess.Popen([sys.executable, *c], cwd=ROOT, env=environment | more, stdout=log, stderr=log))
+            stack.enter_context(
+                subprocess.Popen(
+                    [sys.executable, *c], cwd=ROOT, env=environment | more, stdout=log, stderr=log
+                )
+            )
             for c, more in commands
         ]
-        assert [process.wait(300) for process in started] == [0] * len(started), (tmp_path / "log").read_text()[-3000:]
-    ranks = {address for address, pid in look.owned if pid not in {process.pid for process in started} or launcher == "variables"}
+        assert [process.wait(300) for process in started] == [0] * len(started), (
+            tmp_path / "log"
+        ).read_text()[-3000:]
+    ranks = {
+        address
+        for address, pid in look.owned
+        if pid not in {process.pid for process in started} or launcher == "variables"
+    }
     assert len(ranks) > 2 and {address for address in ranks if not on_loopback(address)} == set()
     assert bool(look.open) is (launcher == "torchrun")
-    said = f"2 ranks started by {launcher}: {len(ranks)} sockets of theirs in {look.looks} looks, 0 that are not loopback"
-    figure("R14", said + f", and {len(look.open)} of torchrun's own that are not" * (launcher == "torchrun"))
+    said = (
+        f"2 ranks started by {launcher}: {len(ranks)} sockets of theirs in {look.looks} looks, "
+        "0 that are not loopback"
+    )
+    figure(
+        "R14",
+        said + f", and {len(look.open)} of torchrun's own that are not" * (launcher == "torchrun"),
+    )
 
 
 @pytest.mark.reliability
@@ -144,12 +191,33 @@ def test_a_run_needs_no_network(config, tmp_path, launcher, figure):
     start = ["unshare", "-n"] if os.geteuid() == 0 else ["unshare", "-rn"]
     if subprocess.run([*start, "ip", "link", "set", "lo", "up"], capture_output=True).returncode:
         pytest.skip("the kernel gives no network of one's own here")
-    inner = [sys.executable, "-m", "rlfr_vlm.cli", "train", "--config", str(config), f"output_dir={tmp_path / 'run'}", *launcher]
+    inner = [
+        sys.executable,
+        "-m",
+        "rlfr_vlm.cli",
+        "train",
+        "--config",
+        str(config),
+        f"output_dir={tmp_path / 'run'}",
+        *launcher,
+    ]
     command = [*start, "sh", "-c", 'ip link set lo up && exec "$@"', "sh", *inner]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     begun = time.monotonic()
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=590, start_new_session=True)
+    done = subprocess.run(
+        command,
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=590,
+        start_new_session=True,
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     assert (tmp_path / "run/hf/global_step_4").is_dir()
     how = "launcher=ray" if launcher else "one process"
-    figure("R14", f"without a network but loopback, {how}: trains to the end in {time.monotonic() - begun:.0f} s")
+    figure(
+        "R14",
+        f"without a network but loopback, {how}: trains to the end in "
+        f"{time.monotonic() - begun:.0f} s",
+    )

@@ -1,4 +1,6 @@
-"""Nothing in the package can turn text or a stranger's file into running code: read from the source itself."""
+"""Nothing in the package can turn text or a stranger's file into running code: read from the source
+itself.
+"""
 
 import ast
 from pathlib import Path
@@ -17,7 +19,9 @@ FORBIDDEN = {
     "sympy.sympify", "sympy.parse_expr", "parse_expr", "sympify",
 }  # fmt: skip
 SAFE_LOADERS = ("SafeLoader", "CSafeLoader")
-OWN_CODE = {  # modules that the user names in a config or that are the package's own, and never anything of a data set
+# modules that the user names in a config or that are the package's own, and never anything of a
+# data set
+OWN_CODE = {
     "rlfr_vlm/rewards/outcome.py": {"module_spec.loader.exec_module"},
 }
 
@@ -37,7 +41,9 @@ def original_names(tree: ast.AST) -> dict[str, str]:
     found = {}
     for node in ast.walk(tree):
         if isinstance(node, ast.ImportFrom) and node.module:
-            found |= {alias.asname or alias.name: f"{node.module}.{alias.name}" for alias in node.names}
+            found |= {
+                alias.asname or alias.name: f"{node.module}.{alias.name}" for alias in node.names
+            }
         elif isinstance(node, ast.Import):
             found |= {alias.asname: alias.name for alias in node.names if alias.asname}
     return found
@@ -67,10 +73,14 @@ def dangers(source: str) -> list[str]:
             why = f"{full}(shell=...)"
         elif full == "torch.load" and constant(call, "weights_only") is not True:
             why = "torch.load without weights_only=True"
-        elif full in ("numpy.load", "np.load") and constant(call, "allow_pickle") not in (None, False):
+        elif full in ("numpy.load", "np.load") and constant(call, "allow_pickle") not in (
+            None,
+            False,
+        ):
             why = "numpy.load(allow_pickle=...)"
         elif full == "yaml.load" and not any(
-            dotted(value).endswith(SAFE_LOADERS) for value in [*call.args[1:], *(k.value for k in call.keywords)]
+            dotted(value).endswith(SAFE_LOADERS)
+            for value in [*call.args[1:], *(k.value for k in call.keywords)]
         ):
             why = "yaml.load without a safe loader"
         elif constant(call, "trust_remote_code") is True:
@@ -84,10 +94,16 @@ def dangers(source: str) -> list[str]:
 
 def test_no_source_runs_what_it_reads():
     found = {}
-    for path in [*ROOT.rglob("*.py"), *(REPOSITORY / "scripts").glob("*.py"), *(REPOSITORY / "data").glob("*.py")]:
+    for path in [
+        *ROOT.rglob("*.py"),
+        *(REPOSITORY / "scripts").glob("*.py"),
+        *(REPOSITORY / "data").glob("*.py"),
+    ]:
         name = path.relative_to(REPOSITORY).as_posix()
         allowed = OWN_CODE.get(name, set())
-        if bad := [line for line in dangers(path.read_text()) if line.partition(": ")[2] not in allowed]:
+        if bad := [
+            line for line in dangers(path.read_text()) if line.partition(": ")[2] not in allowed
+        ]:
             found[name] = bad
     assert not found, found
 

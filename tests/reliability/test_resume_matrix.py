@@ -1,4 +1,6 @@
-"""R18: what a run may not go on from is refused by name, before weights are loaded or an engine starts; what it may is told."""
+"""R18: what a run may not go on from is refused by name, before weights are loaded or an engine
+starts; what it may is told.
+"""
 
 import json
 import re
@@ -28,7 +30,10 @@ def sealed(folder, **changes):
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
     (folder / protocol.MANIFEST).unlink()
     files = [p for p in folder.rglob("*") if p.is_file()]
-    entries = {str(p.relative_to(folder)): {"size": p.stat().st_size, "sha256": protocol.sha256(p)} for p in files}
+    entries = {
+        str(p.relative_to(folder)): {"size": p.stat().st_size, "sha256": protocol.sha256(p)}
+        for p in files
+    }
     protocol._seal(folder, int(folder.name.removeprefix(protocol.PREFIX)), entries)
 
 
@@ -39,7 +44,14 @@ def with_package(folder, name, version):
 
 def row(number, answer="1", **more):
     content = {"role": "user", "content": [{"type": "text", "text": f"question {number}"}]}
-    return Prompt(f"row{number}", (content,), (b"a picture",), answer, origin=f"rows.jsonl:{number + 1}", **more)
+    return Prompt(
+        f"row{number}",
+        (content,),
+        (b"a picture",),
+        answer,
+        origin=f"rows.jsonl:{number + 1}",
+        **more,
+    )
 
 
 ROWS = [row(number) for number in range(4)]
@@ -47,12 +59,21 @@ ROWS = [row(number) for number in range(4)]
 
 @pytest.fixture
 def saved(tmp_path):
-    """A config and the checkpoints of steps 1 and 2 of its run, with nothing in them but what they say of themselves."""
-    cfg = parse_config({"output_dir": str(tmp_path), "model": {"path": "nowhere"}, "rollout": {"engine": "hf"}})
+    """A config and the checkpoints of steps 1 and 2 of its run, with nothing in them but what they
+    say of themselves.
+    """
+    cfg = parse_config(
+        {"output_dir": str(tmp_path), "model": {"path": "nowhere"}, "rollout": {"engine": "hf"}}
+    )
     rows = RowDigests.of(ROWS)
 
     def write(folder):
-        state = {"format": FORMAT, "ranks": 1, "config_hash": config_hash(cfg), "config": cfg.model_dump(mode="json")}
+        state = {
+            "format": FORMAT,
+            "ranks": 1,
+            "config_hash": config_hash(cfg),
+            "config": cfg.model_dump(mode="json"),
+        }
         state |= {"data": {"rows": 4, "sha256": rows.sha256}, "environment": environment()}
         (folder / ROWS_FILE).write_bytes(rows.digests)
         (folder / STATE_FILE).write_text(json.dumps(state))
@@ -71,7 +92,10 @@ def test_the_same_command_goes_on_without_a_word(saved):
 @pytest.mark.parametrize(
     ("rows", "message"),
     [
-        ([*ROWS[:2], row(2, answer="7"), ROWS[3]], r"other rows of data\.train: rows\.jsonl:3 is not what it was; put them back"),
+        (
+            [*ROWS[:2], row(2, answer="7"), ROWS[3]],
+            r"other rows of data\.train: rows\.jsonl:3 is not what it was; put them back",
+        ),
         ([*ROWS[:2], row(2, extra={"level": 3}), ROWS[3]], r"rows\.jsonl:3 is not what it was"),
         ([*ROWS, row(4)], r"5 usable rows, not 4; rows\.jsonl:5 is not what it was"),
         (ROWS[:3], r"3 usable rows, not 4; those after rows\.jsonl:3 are gone"),
@@ -95,17 +119,26 @@ def test_negative_control_without_the_check_it_goes_on_with_anything(saved, monk
 
 
 def test_rows_are_the_same_wherever_their_file_lies():
-    moved = [Prompt(r.id, r.messages, r.images, r.answer, origin=f"elsewhere/{r.origin}") for r in ROWS]
+    moved = [
+        Prompt(r.id, r.messages, r.images, r.answer, origin=f"elsewhere/{r.origin}") for r in ROWS
+    ]
     assert RowDigests.of(moved).sha256 == RowDigests.of(ROWS).sha256
 
 
 def test_another_major_version_is_refused_and_a_minor_one_told(saved):
     cfg, newest = saved
     with_package(newest, "torch", "1.13.1+cpu")
-    with pytest.raises(UserError, match=r"written with torch 1\.13\.1\+cpu, and this is 2\..*pip install 'torch==1\.13\.1'"):
+    with pytest.raises(
+        UserError,
+        match=r"written with torch 1\.13\.1\+cpu, and this is 2\..*pip install 'torch==1\.13\.1'",
+    ):
         check_resumable(cfg, RowDigests.of(ROWS), 1)
     with_package(newest, "torch", "2.0.0")
-    assert [note for note in check_resumable(cfg, RowDigests.of(ROWS), 1) if note.startswith("torch was 2.0.0 and is 2.")]
+    assert [
+        note
+        for note in check_resumable(cfg, RowDigests.of(ROWS), 1)
+        if note.startswith("torch was 2.0.0 and is 2.")
+    ]
     with_package(newest, "deepspeed", "7.0")  # which this run does not use
     assert check_resumable(cfg, RowDigests.of(ROWS), 1) == []
 
@@ -123,7 +156,10 @@ def test_a_reward_function_that_was_edited_is_told(saved, tmp_path):
     file.write_text("def score(completions): return [1.0] * len(completions)")
     reward_digest.cache_clear()
     (note,) = check_resumable(cfg, RowDigests.of(ROWS), 1)
-    assert note == f"the file of reward.function {spec} has changed since global_step_2: rewards may differ"
+    assert (
+        note
+        == f"the file of reward.function {spec} has changed since global_step_2: rewards may differ"
+    )
 
 
 def test_another_number_of_ranks_is_told(saved):
@@ -136,10 +172,15 @@ def test_another_number_of_ranks_is_told(saved):
 def test_a_damaged_description_says_nothing(saved):
     """It is found damaged, and set aside, when the run goes on; the one before it is asked."""
     cfg, newest = saved
-    newest.joinpath(STATE_FILE).write_text(newest.joinpath(STATE_FILE).read_text().replace('"ranks": 1', '"ranks": 3'))
+    newest.joinpath(STATE_FILE).write_text(
+        newest.joinpath(STATE_FILE).read_text().replace('"ranks": 1', '"ranks": 3')
+    )
     assert check_resumable(cfg, RowDigests.of(ROWS), 1) == []
     warnings = []
-    assert find_checkpoint(cfg, newest.parent, RowDigests.of(ROWS), warnings.append).name == "global_step_1"
+    assert (
+        find_checkpoint(cfg, newest.parent, RowDigests.of(ROWS), warnings.append).name
+        == "global_step_1"
+    )
     assert re.search(r"global_step_2 is damaged: .*state\.json has sha256", warnings[0])
 
 
@@ -168,16 +209,30 @@ def test_every_cell_has_its_message_before_weights_are_loaded(model_folder, tmp_
     lines = data.read_text().splitlines()
     changed = {**json.loads(lines[2]), "answer": "99"}
     cells = {
-        "old format": (lambda: sealed(checkpoint, format=1), (), r"another version of rlfr-vlm \(format 1, this one reads \d+\)"),
-        "changed config": (lambda: None, ("optim.lr=0.5",), r"another config: optim\.lr: 0\.001 -> 0\.5"),
+        "old format": (
+            lambda: sealed(checkpoint, format=1),
+            (),
+            r"another version of rlfr-vlm \(format 1, this one reads \d+\)",
+        ),
+        "changed config": (
+            lambda: None,
+            ("optim.lr=0.5",),
+            r"another config: optim\.lr: 0\.001 -> 0\.5",
+        ),
         "changed row": (
             lambda: data.write_text("\n".join([*lines[:2], json.dumps(changed), *lines[3:]])),
             (),
             r"other rows of data\.train: \S*train\.jsonl:3 is not what it was",
         ),
-        "package major": (lambda: with_package(checkpoint, "torch", "1.13.1"), (), r"written with torch 1\.13\.1, and this is 2\."),
+        "package major": (
+            lambda: with_package(checkpoint, "torch", "1.13.1"),
+            (),
+            r"written with torch 1\.13\.1, and this is 2\.",
+        ),
     }
-    nothing = cpu_seconds(*arguments, "data.train=nowhere.jsonl")[0]  # what imports take on this machine, at this moment
+    nothing = cpu_seconds(*arguments, "data.train=nowhere.jsonl")[
+        0
+    ]  # what imports take on this machine, at this moment
     slowest = 0.0
     for name, (change, more, message) in cells.items():
         change()
@@ -196,6 +251,8 @@ def test_every_cell_has_its_message_before_weights_are_loaded(model_folder, tmp_
     assert slowest < nothing + SECONDS
     figure(
         "R18",
-        f"old format, changed config, changed row, other package major: {len(cells)} of {len(cells)} exit 2 in one line of their own, without "
-        f"weights or engine, in at most {slowest:.1f} s of CPU time ({nothing:.1f} s are imports); another number of ranks is told and goes on",
+        f"old format, changed config, changed row, other package major: {len(cells)} of "
+        f"{len(cells)} exit 2 in one line of their own, without "
+        f"weights or engine, in at most {slowest:.1f} s of CPU time ({nothing:.1f} s are imports); "
+        "another number of ranks is told and goes on",
     )

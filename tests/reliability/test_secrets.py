@@ -1,4 +1,6 @@
-"""R15: keys in the environment are found in nothing that a run writes, says or starts; what a stranger made runs no code here."""
+"""R15: keys in the environment are found in nothing that a run writes, says or starts; what a
+stranger made runs no code here.
+"""
 
 import base64
 import gzip
@@ -33,7 +35,13 @@ KEYS = {
 def forms(key: str) -> list[bytes]:
     """A key as it is, and as it might be packed."""
     raw = key.encode()
-    return [raw, base64.b64encode(raw).rstrip(b"=")[:-1], raw.hex().encode(), json.dumps(key).encode()[1:-1], key[4:-4].encode()]
+    return [
+        raw,
+        base64.b64encode(raw).rstrip(b"=")[:-1],
+        raw.hex().encode(),
+        json.dumps(key).encode()[1:-1],
+        key[4:-4].encode(),
+    ]
 
 
 def unpacked(content: bytes) -> list[bytes]:
@@ -60,7 +68,12 @@ def hits(texts: dict[str, bytes]) -> list[str]:
 
 
 def contents(*folders: Path) -> dict[str, bytes]:
-    return {str(path): path.read_bytes() for folder in folders for path in folder.rglob("*") if path.is_file() and not path.is_symlink()}
+    return {
+        str(path): path.read_bytes()
+        for folder in folders
+        for path in folder.rglob("*")
+        if path.is_file() and not path.is_symlink()
+    }
 
 
 class Lines:
@@ -77,7 +90,9 @@ class Lines:
                     line = Path(f"/proc/{pid}/cmdline").read_bytes()
                 except OSError:
                     continue
-                self.found[f"command line {len(self.found)}" if line not in self.found.values() else ""] = line
+                self.found[
+                    f"command line {len(self.found)}" if line not in self.found.values() else ""
+                ] = line
 
     def __enter__(self):
         self._thread.start()
@@ -89,7 +104,9 @@ class Lines:
 
 
 def test_negative_control_a_key_is_found_in_any_form(tmp_path):
-    for number, form in enumerate([*forms(KEYS["OPENAI_API_KEY"]), gzip.compress(KEYS["HF_TOKEN"].encode())]):
+    for number, form in enumerate(
+        [*forms(KEYS["OPENAI_API_KEY"]), gzip.compress(KEYS["HF_TOKEN"].encode())]
+    ):
         (tmp_path / "file").write_bytes(b"x" * 100 + form + b"y" if number < 5 else form)
         assert len(hits(contents(tmp_path))) == 1, form
 
@@ -100,18 +117,32 @@ def test_keys_are_found_in_nothing_that_a_run_leaves(model_folder, tmp_path, lau
     make_data(tmp_path)
     trackers = {"trackers": ["tensorboard", "wandb", "trackio"], "steps": 2, "save_steps": 2}
     more = {"ray": {"engines": 1}, "launcher": "ray"} if launcher == "ray" else {}
-    config = make_config(tmp_path, model_folder("qwen2_5_vl"), train=trackers, eval={"every": 2}, **more)
+    config = make_config(
+        tmp_path, model_folder("qwen2_5_vl"), train=trackers, eval={"every": 2}, **more
+    )
     home = tmp_path / "home"
     home.mkdir()
     environment = {**KEYS, "HOME": str(home), "WANDB_MODE": "offline"}
     with Launched(config, tmp_path / "run", **environment) as run, Lines(run.mark) as lines:
         assert run.end() == 0, run.text[-3000:]
-    with Launched(config, tmp_path / "crashed", RLFR_FAULT="backward:1:raise", **environment) as crash, Lines(crash.mark) as more_lines:
+    with (
+        Launched(
+            config, tmp_path / "crashed", RLFR_FAULT="backward:1:raise", **environment
+        ) as crash,
+        Lines(crash.mark) as more_lines,
+    ):
         assert crash.end() != 0 and "fault injected" in crash.text
-    assert list((tmp_path / "run/wandb").glob("offline-run-*/*.wandb")) and (tmp_path / "run/trackio").is_dir()
+    assert (
+        list((tmp_path / "run/wandb").glob("offline-run-*/*.wandb"))
+        and (tmp_path / "run/trackio").is_dir()
+    )
     found = contents(tmp_path) | lines.found | more_lines.found
     assert len(lines.found) > 2 and hits(found) == []
-    figure("R15", f"{len(KEYS)} keys in 5 forms, launcher={launcher}: 0 hits in {len(found)} files, logs, command lines and W&B's records")
+    figure(
+        "R15",
+        f"{len(KEYS)} keys in 5 forms, launcher={launcher}: 0 hits in {len(found)} files, logs, "
+        "command lines and W&B's records",
+    )
 
 
 # What strangers make.
@@ -144,7 +175,9 @@ class EvilTokenizer(Qwen2TokenizerFast):
 
 @pytest.fixture
 def stranger(model_folder, tmp_path):
-    """A copy of a good model and data, to be spoilt; the marker that must not appear; and the command that reads them."""
+    """A copy of a good model and data, to be spoilt; the marker that must not appear; and the
+    command that reads them.
+    """
     make_text_data(tmp_path)
     model = Path(shutil.copytree(model_folder("qwen2"), tmp_path / "model"))
     config = make_config(tmp_path, str(model), flow=None, train={"steps": 1, "save_steps": 1})
@@ -161,16 +194,26 @@ def refused_or_harmless(capsys, *arguments) -> str:
 
 
 def edit(path: Path, **values) -> None:
-    path.write_text(json.dumps({**(json.loads(path.read_text()) if path.exists() else {}), **values}))
+    path.write_text(
+        json.dumps({**(json.loads(path.read_text()) if path.exists() else {}), **values})
+    )
 
 
 def remote_code(model: Path, marker: Path) -> None:
     code = MARKING.format(str(marker)) + REMOTE_CLASSES
     for name in ("modeling_x.py", "configuration_x.py", "tokenization_x.py"):
         (model / name).write_text(code)
-    auto = {"AutoConfig": "configuration_x.EvilConfig", "AutoModelForCausalLM": "modeling_x.EvilModel"}
+    auto = {
+        "AutoConfig": "configuration_x.EvilConfig",
+        "AutoModelForCausalLM": "modeling_x.EvilModel",
+    }
     edit(model / "config.json", auto_map=auto)
-    edit(model / "tokenizer_config.json", auto_map={"AutoTokenizer": ["tokenization_x.EvilTokenizer", "tokenization_x.EvilTokenizer"]})
+    edit(
+        model / "tokenizer_config.json",
+        auto_map={
+            "AutoTokenizer": ["tokenization_x.EvilTokenizer", "tokenization_x.EvilTokenizer"]
+        },
+    )
 
 
 def unknown_type(model: Path, marker: Path) -> None:
@@ -232,7 +275,17 @@ def test_a_strangers_field_runs_no_code(stranger, capsys, form):
         torch.save({"model.zz": Marks(marker)}, path)
     else:
         path.write_bytes(pickle.dumps({"model.zz": Marks(marker)}))
-    said = refused_or_harmless(capsys, "import-flow", path, "--model", model, "--out", config.parent / "field", "--context", "token_pre")
+    said = refused_or_harmless(
+        capsys,
+        "import-flow",
+        path,
+        "--model",
+        model,
+        "--out",
+        config.parent / "field",
+        "--context",
+        "token_pre",
+    )
     assert "nothing in it was run" in said and not marker.exists()
     with pytest.raises(FileExistsError) if marker.exists() else pytest.MonkeyPatch.context():
         pickle.loads(pickle.dumps(Marks(marker)))
@@ -247,8 +300,13 @@ def test_a_strangers_checkpoint_runs_no_code(stranger, capsys):
     torch.save({"python": Marks(marker)}, folder / "rank_0000/rng.pt")
     content = json.loads((folder / "manifest.json").read_text())
     entry = content["files"]["rank_0000/rng.pt"]
-    entry |= {"size": (folder / "rank_0000/rng.pt").stat().st_size, "sha256": checkpoint.sha256(folder / "rank_0000/rng.pt")}
-    content["sha256"] = checkpoint._digest({name: value for name, value in content.items() if name != "sha256"})
+    entry |= {
+        "size": (folder / "rank_0000/rng.pt").stat().st_size,
+        "sha256": checkpoint.sha256(folder / "rank_0000/rng.pt"),
+    }
+    content["sha256"] = checkpoint._digest(
+        {name: value for name, value in content.items() if name != "sha256"}
+    )
     (folder / "manifest.json").write_text(json.dumps(content))
     checkpoint.verify(folder)
     said = refused_or_harmless(capsys, "train", "--config", config)
@@ -261,7 +319,13 @@ def test_nothing_of_a_strangers_runs_in_the_command_itself(stranger, figure):
     for spoil in (remote_code, template, unknown_type):
         spoil(model, marker)
         for verb in ("train", "validate"):
-            done = cli(verb, "--config", str(config), f"output_dir={config.parent / spoil.__name__}")
+            done = cli(
+                verb, "--config", str(config), f"output_dir={config.parent / spoil.__name__}"
+            )
             assert done.returncode == 2 or spoil is remote_code, done.stderr[-2000:]
             assert not marker.exists() and "Traceback" not in done.stderr, done.stderr[-2000:]
-    figure("R15", "models with code, pickled weights or a hostile template, 5 kinds of data, fields, a checkpoint: 0 marker files")
+    figure(
+        "R15",
+        "models with code, pickled weights or a hostile template, 5 kinds of data, fields, a "
+        "checkpoint: 0 marker files",
+    )

@@ -1,8 +1,10 @@
-"""Negative controls that stand beside no test of their own: with its protection switched off, what a line of the contract promises is not so.
+"""Negative controls that stand beside no test of their own: with its protection switched off, what
+a line of the contract promises is not so.
 
-The others: R1 and R16 in test_left_out.py, R5 in test_corruption.py, R7 and R19 in tests/rollout, R8 in test_non_finite.py, R9 in
-test_strange_rows.py, R10 in test_graded_answers.py, R13 in test_concurrent.py, R14 in test_network.py, R15 in test_secrets.py, R18 in
-test_resume_matrix.py.
+The others: R1 and R16 in test_left_out.py, R5 in test_corruption.py, R7 and R19 in tests/rollout,
+    R8 in test_non_finite.py, R9 in
+test_strange_rows.py, R10 in test_graded_answers.py, R13 in test_concurrent.py, R14 in
+test_network.py, R15 in test_secrets.py, R18 in test_resume_matrix.py.
 """
 
 import contextlib
@@ -43,10 +45,25 @@ def reward(prompts, completions, **columns):
 @pytest.mark.reliability
 def test_without_a_handler_sigterm_loses_the_step(model_folder, tmp_path, figure):
     make_text_data(tmp_path)
-    config = make_config(tmp_path, model_folder("qwen2"), flow=None, train={"steps": 4, "save_steps": 100})
+    config = make_config(
+        tmp_path, model_folder("qwen2"), flow=None, train={"steps": 4, "save_steps": 100}
+    )
     command = [sys.executable, "-c", DEAF, "train", "--config", str(config)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "RLFR_FAULT": "backward:2:term"}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300, start_new_session=True)
+    environment = {
+        **os.environ,
+        "OMP_NUM_THREADS": "1",
+        "HF_HUB_OFFLINE": "1",
+        "RLFR_FAULT": "backward:2:term",
+    }
+    done = subprocess.run(
+        command,
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        start_new_session=True,
+    )
     assert done.returncode == -signal.SIGTERM, done.stderr[-2000:]
     assert not (tmp_path / "run/checkpoints/latest").exists()
     figure("R3", "control, no handler: SIGTERM ends the run without a checkpoint")
@@ -59,10 +76,21 @@ def test_without_its_care_a_full_disk_says_nothing_and_keeps_litter(tmp_path, mo
     with small_disk(tmp_path / "disk", 3 * 2**20) as disk, monkeypatch.context() as patched:
         patched.setattr(shutil, "rmtree", lambda *_, **__: None)
         with pytest.raises(OSError) as error:
-            checkpoint.commit_checkpoint(disk, 1, lambda folder: (folder / "policy.bin").write_bytes(b"1" * 4 * 2**20), keep=2)
-        assert not isinstance(error.value, DiskFullError) and str(disk / "global_step_1") not in str(error.value)
+            checkpoint.commit_checkpoint(
+                disk,
+                1,
+                lambda folder: (folder / "policy.bin").write_bytes(b"1" * 4 * 2**20),
+                keep=2,
+            )
+        assert not isinstance(error.value, DiskFullError) and str(
+            disk / "global_step_1"
+        ) not in str(error.value)
         assert litter(disk)
-    figure("R4", "control, nothing caught and cleared: an error that names no checkpoint, and a half-written folder")
+    figure(
+        "R4",
+        "control, nothing caught and cleared: an error that names no checkpoint, and a "
+        "half-written folder",
+    )
 
 
 @pytest.mark.reliability
@@ -81,7 +109,9 @@ def test_without_a_limit_a_stopped_rank_is_not_missed(figure):
 def test_without_retries_a_judge_that_fails_leaves_no_accuracy(tmp_path, figure):
     with ScriptedServer(model) as models, ScriptedServer(right_verdict, key=KEY) as judges:
         faults = ScriptedServer(faults={kind: 0.4 / len(TRANSIENT) for kind in TRANSIENT}, seed=3)
-        judges.faults = lambda prompt, before: faults.fault(prompt, before) if "What is" in prompt else None
+        judges.faults = lambda prompt, before: (
+            faults.fault(prompt, before) if "What is" in prompt else None
+        )
         run = Run(tmp_path, models, judges, retries=0, timeout=1.0)
         assert run.finish() == 3
         assert run.summary["accuracy"] is None

@@ -1,7 +1,9 @@
-"""The command line under watch: what it opens, whom it connects to and what it starts, by an audit hook; and how large it grows.
+"""The command line under watch: what it opens, whom it connects to and what it starts, by an audit
+hook; and how large it grows.
 
 python -m tests.reliability.watched_cli LOG VERB ARGUMENT...
-With RLFR_TEST_UNPROTECTED set, pictures are opened wherever rows say, however large: what the watch must then see, it would see otherwise.
+With RLFR_TEST_UNPROTECTED set, pictures are opened wherever rows say, however large: what the watch
+must then see, it would see otherwise.
 """
 
 import json
@@ -11,7 +13,16 @@ import sys
 from pathlib import Path
 from typing import Any
 
-STARTS = ("subprocess.Popen", "os.system", "os.exec", "os.fork", "os.forkpty", "os.posix_spawn", "os.spawn", "pty.spawn")
+STARTS = (
+    "subprocess.Popen",
+    "os.system",
+    "os.exec",
+    "os.fork",
+    "os.forkpty",
+    "os.posix_spawn",
+    "os.spawn",
+    "pty.spawn",
+)
 CONNECTS = ("socket.connect", "socket.getaddrinfo", "socket.gethostbyname", "socket.sendto")
 
 
@@ -41,8 +52,15 @@ def main() -> None:
         cli.main(arguments)
     finally:
         used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
-        own = next(int(line.split()[1]) for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM:"))
-        mib = [own / 1024, used[1].ru_maxrss / 1024]  # the former's ru_maxrss begins with what its parent, the tests, once had
+        own = next(
+            int(line.split()[1])
+            for line in Path("/proc/self/status").read_text().splitlines()
+            if line.startswith("VmHWM:")
+        )
+        mib = [
+            own / 1024,
+            used[1].ru_maxrss / 1024,
+        ]  # the former's ru_maxrss begins with what its parent, the tests, once had
         figures = {"mib": mib, "cpu_seconds": sum(u.ru_utime + u.ru_stime for u in used)}
         found = {name: list(dict.fromkeys(map(str, values))) for name, values in seen.items()}
         Path(log).write_text(json.dumps({**found, **figures}))

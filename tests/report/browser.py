@@ -9,7 +9,9 @@ import pytest
 
 CHROMIUM = shutil.which("chromium")
 ARGUMENTS = ["--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage"]
-needs_browser = pytest.mark.skipif(CHROMIUM is None, reason="chromium is not installed: `apt-get install chromium`")
+needs_browser = pytest.mark.skipif(
+    CHROMIUM is None, reason="chromium is not installed: `apt-get install chromium`"
+)
 
 
 @dataclass
@@ -35,7 +37,9 @@ class Opened:
         self.page.wait_for_selector(done[view])
 
     def change(self, script: str, argument=None) -> float:
-        """Run a script that changes the page of rollouts; milliseconds until the new one is on the screen."""
+        """Run a script that changes the page of rollouts; milliseconds until the new one is on the
+        screen.
+        """
         return self.evaluate(
             """async ([script, argument]) => {
                 const groups = document.getElementById("groups"), before = groups.dataset.drawing, start = performance.now();

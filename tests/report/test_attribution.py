@@ -25,16 +25,24 @@ def packed(raw: bytes) -> str:
 
 
 def attention(num_tokens: int, pictures: int = 1) -> dict:
-    """Token t looks at cell t, and half as much at the next one; every tenth of a percent of its attention more than the token before."""
+    """Token t looks at cell t, and half as much at the next one; every tenth of a percent of its
+    attention more than the token before.
+    """
     size = SIZE * pictures
     raw = bytearray(num_tokens * size)
     for token in range(num_tokens):
         raw[token * size + token % size] = 255
         raw[token * size + (token + 1) % size] = 128
-    return {"grids": [GRID] * pictures, "cells": packed(bytes(raw)), "share": [0.2 + token / 1000 for token in range(num_tokens)]}
+    return {
+        "grids": [GRID] * pictures,
+        "cells": packed(bytes(raw)),
+        "share": [0.2 + token / 1000 for token in range(num_tokens)],
+    }
 
 
-def with_attention(run: Path, step: int, groups: int = 1, make=attention, siblings: int = 8) -> None:
+def with_attention(
+    run: Path, step: int, groups: int = 1, make=attention, siblings: int = 8
+) -> None:
     path = run / f"rollouts/step_{step:06d}.jsonl"
     rows = [json.loads(line) for line in path.read_text().splitlines()]
     for row in rows[: groups * siblings]:
@@ -74,7 +82,10 @@ HOSTILE = {
     "torn": {**GOOD, "cells": base64.b64encode(zlib.compress(bytes(range(24)))[:-6]).decode()},
     "too short": {**GOOD, "cells": packed(bytes(23))},
     "too long": {**GOOD, "cells": packed(bytes(25))},
-    "something behind it": {**GOOD, "cells": base64.b64encode(zlib.compress(bytes(24)) + b"more").decode()},
+    "something behind it": {
+        **GOOD,
+        "cells": base64.b64encode(zlib.compress(bytes(24)) + b"more").decode(),
+    },
     "far too long a text": {**GOOD, "cells": "A" * 1000},
 }
 
@@ -93,7 +104,10 @@ def test_a_bomb_takes_no_more_memory_than_the_cells_would():
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < 1_000_000
-    assert checked({"grids": [[64, 64]] * 64, "cells": bomb, "share": [0.1] * tokens}, tokens, 64) is None  # 262 MB, and it says so
+    assert (
+        checked({"grids": [[64, 64]] * 64, "cells": bomb, "share": [0.1] * tokens}, tokens, 64)
+        is None
+    )  # 262 MB, and it says so
 
 
 def test_a_report_shows_the_rest_and_says_what_did_not_fit(tmp_path):
@@ -118,13 +132,29 @@ def test_attention_is_spread_over_the_steps_and_within_its_room(tmp_path):
     files = read_run(run).rollout_files
     cost = _cost(read_rollouts(files[0], [])[0].responses[0].attention)
     budget = AttentionBudget(num_steps=32, budget=36 * cost)
-    kept = [sum(r.attention is not None for g in budget.keep(read_rollouts(file, [])) for r in g.responses) for file in files]
+    kept = [
+        sum(
+            r.attention is not None
+            for g in budget.keep(read_rollouts(file, []))
+            for r in g.responses
+        )
+        for file in files
+    ]
     assert 30 < sum(kept) < 40
-    assert kept == [1] * sum(kept) + [0] * (40 - sum(kept))  # a step's first response however little its share, while there is room
+    assert kept == [1] * sum(kept) + [0] * (
+        40 - sum(kept)
+    )  # a step's first response however little its share, while there is room
     assert budget.num_left_out == 40 * 8 - sum(kept)
     assert 0 <= budget.left < 1.2 * cost
     roomy = AttentionBudget(num_steps=2, budget=7 * cost)
-    kept = [sum(r.attention is not None for g in roomy.keep(read_rollouts(file, [])) for r in g.responses) for file in files[:2]]
+    kept = [
+        sum(
+            r.attention is not None
+            for g in roomy.keep(read_rollouts(file, []))
+            for r in g.responses
+        )
+        for file in files[:2]
+    ]
     assert kept == [3, 3]
 
 
@@ -148,7 +178,9 @@ CELLS = """(number) => { // opacity of each cell of a heat map
 
 def hottest(report, at, number: int = 0) -> dict:
     """The heat map once it shows what the card says."""
-    report.page.wait_for_function("at => document.querySelector('#groups .attributed').dataset.drawn === String(at)", arg=at)
+    report.page.wait_for_function(
+        "at => document.querySelector('#groups .attributed').dataset.drawn === String(at)", arg=at
+    )
     cells = report.evaluate(CELLS, number)
     return {**cells, "hottest": max(range(len(cells["alpha"])), key=cells["alpha"].__getitem__)}
 
@@ -167,8 +199,14 @@ def test_a_token_under_the_pointer_shows_where_it_looked(looked, open_report):
         cells = hottest(report, at)
         assert (cells["width"], cells["height"], cells["hottest"]) == (4, 2, at % SIZE)
         assert cells["alpha"][(at + 2) % SIZE] == 0
-        assert f"{20 + at / 10:.1f} % of this token's attention is on the picture." in words.inner_text()
-    image, canvas = (page.locator(f"#groups .attributed .framed {kind}").bounding_box() for kind in ("img", "canvas"))
+        assert (
+            f"{20 + at / 10:.1f} % of this token's attention is on the picture."
+            in words.inner_text()
+        )
+    image, canvas = (
+        page.locator(f"#groups .attributed .framed {kind}").bounding_box()
+        for kind in ("img", "canvas")
+    )
     assert abs(image["width"] - 2 - canvas["width"]) < 1
     assert abs(image["height"] - 2 - canvas["height"]) < 1
     page.mouse.move(5, 5)
@@ -214,7 +252,10 @@ def test_the_mean_is_shown_where_it_is_asked_for_and_the_address_remembers_it(lo
     report.page.check("#choose-attention")
     cells = hottest(report, "mean")
     assert min(cells["alpha"]) > 0
-    assert report.page.inner_text("#groups .look .words") == "Mean over 28 tokens: 21.4 % of their attention is on the picture."
+    assert (
+        report.page.inner_text("#groups .look .words")
+        == "Mean over 28 tokens: 21.4 % of their attention is on the picture."
+    )
     report.page.reload()
     report.page.wait_for_selector("#groups[data-drawing]")
     assert report.page.is_checked("#choose-attention")
@@ -236,7 +277,9 @@ def test_several_pictures_have_a_heat_map_each_and_a_missing_one_none(tmp_path, 
     report = open_report(write_report(run))
     report.show("rollouts")
     assert report.page.locator("#groups .heat").count() == 2
-    report.page.locator("#groups .text >> nth=0").locator(".token").nth(17).hover()  # the second cell of the third picture
+    report.page.locator("#groups .text >> nth=0").locator(".token").nth(
+        17
+    ).hover()  # the second cell of the third picture
     assert hottest(report, 17, number=1)["hottest"] == 1
     assert "on the pictures." in report.page.inner_text("#groups .look .words")
     assert not report.complaints

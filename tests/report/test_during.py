@@ -1,4 +1,6 @@
-"""The report of a run that is still training: at what price it is written, and that no failure of it is one of the run."""
+"""The report of a run that is still training: at what price it is written, and that no failure of
+it is one of the run.
+"""
 
 from __future__ import annotations
 
@@ -51,7 +53,9 @@ def test_it_takes_less_than_a_fiftieth_of_the_time_whatever_a_page_costs(tmp_pat
 
 
 @pytest.mark.parametrize(("took", "num"), [(1.0, 2), (40.0, 1)])
-def test_a_page_that_takes_long_is_not_written_between_sigterm_and_sigkill(tmp_path, monkeypatch, took, num):
+def test_a_page_that_takes_long_is_not_written_between_sigterm_and_sigkill(
+    tmp_path, monkeypatch, took, num
+):
     clock, written = Clock(), []
 
     def write(folder: Path) -> None:
@@ -70,7 +74,10 @@ def test_a_report_that_fails_is_said_once_and_is_no_failure_of_the_run(tmp_path)
     keeper = ReportKeeper(tmp_path / "gone", said.append)
     keeper()
     keeper(last=True)
-    assert said == [f"report.html was not written: there is no run folder {tmp_path}/gone; the run goes on without it"]
+    assert said == [
+        f"report.html was not written: there is no run folder {tmp_path}/gone; the run goes on "
+        "without it"
+    ]
     run = make_run(tmp_path / "run", steps=2)
     (run / "report.html").mkdir()
     keeper = ReportKeeper(run, said.append)
@@ -110,14 +117,23 @@ def status(config: Path) -> tuple[str, int]:
     """What the page that training wrote says: how far the run came, and evaluations."""
     page = config.parent / "run" / "report.html"
     data = page_data(page)["overview"]
-    assert "connect-src" not in re.search(r'http-equiv="Content-Security-Policy" content="([^"]*)"', page.read_text())[1]
+    assert (
+        "connect-src"
+        not in re.search(
+            r'http-equiv="Content-Security-Policy" content="([^"]*)"', page.read_text()
+        )[1]
+    )
     return data["status"], len(data["evaluations"])
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("fault", "code", "expected"),
-    [(None, 0, ("finished, 4 steps", 2)), ("reward:3:raise", 1, ("step 2 of 4", 1)), ("reward:3:term", 75, ("step 3 of 4", 1))],
+    [
+        (None, 0, ("finished, 4 steps", 2)),
+        ("reward:3:raise", 1, ("step 2 of 4", 1)),
+        ("reward:3:term", 75, ("step 3 of 4", 1)),
+    ],
 )
 def test_training_leaves_a_report_however_it_ends(config, fault, code, expected):
     made = config()
@@ -137,13 +153,18 @@ def test_a_page_that_cannot_be_written_stops_no_run(config):
     done = cli("train", "--config", str(made))
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stderr.count("report.html was not written") == 1
-    steps = [json.loads(line)["step"] for line in (made.parent / "run/metrics.jsonl").read_text().splitlines()]
+    steps = [
+        json.loads(line)["step"]
+        for line in (made.parent / "run/metrics.jsonl").read_text().splitlines()
+    ]
     assert steps[-1] == 4
 
 
 @pytest.mark.slow
 def test_a_page_is_there_before_the_run_ends(config):
-    """Killed at once in the third step: what is there was written by the evaluation and the checkpoint of the second."""
+    """Killed at once in the third step: what is there was written by the evaluation and the
+    checkpoint of the second.
+    """
     made = config()
     assert cli("train", "--config", str(made), fault="reward:3:kill").returncode == -9
     assert status(made) == ("step 2 of 4", 1)

@@ -1,4 +1,6 @@
-"""The page of an evaluation: its files read, and the page opened from disk in headless Chromium with the network off."""
+"""The page of an evaluation: its files read, and the page opened from disk in headless Chromium
+with the network off.
+"""
 
 from __future__ import annotations
 
@@ -43,14 +45,27 @@ def page_file(example) -> Path:
     return write_report(example)
 
 
-def small(folder: Path, pairs: list[tuple[Answer, Verdict | None]], problems: list[dict] | None = None, num_samples: int = 1) -> Path:
+def small(
+    folder: Path,
+    pairs: list[tuple[Answer, Verdict | None]],
+    problems: list[dict] | None = None,
+    num_samples: int = 1,
+) -> Path:
     """A benchmark's folder with these records and no summary."""
     folder.mkdir(parents=True)
     (folder / "protocol.json").write_text(
-        json.dumps({"hash": "h", "protocol": {"benchmark": {"num_samples": num_samples}, "model": {"endpoint": "m"}}})
+        json.dumps(
+            {
+                "hash": "h",
+                "protocol": {"benchmark": {"num_samples": num_samples}, "model": {"endpoint": "m"}},
+            }
+        )
     )
     ids = dict.fromkeys(answer.problem for answer, _ in pairs)
-    write_jsonl(folder / "problems.jsonl", problems or [{"id": id_, "question": "?", "images": [], "golds": ["12"]} for id_ in ids])
+    write_jsonl(
+        folder / "problems.jsonl",
+        problems or [{"id": id_, "question": "?", "images": [], "golds": ["12"]} for id_ in ids],
+    )
     lines = []
     for answer, verdict in pairs:
         lines.append({"kind": "response", "protocol": "h", **asdict(answer)})
@@ -73,38 +88,73 @@ def numbers_of(path: Path) -> dict:
 
 def test_a_benchmark_is_read_as_its_contract_says(example):
     files, notes = read(example / "figures")
-    lines = [json.loads(line) for line in (example / "figures/ledger.jsonl").read_text().splitlines()]
+    lines = [
+        json.loads(line) for line in (example / "figures/ledger.jsonl").read_text().splitlines()
+    ]
     assert not notes
     assert (files.name, files.title, len(files.problems)) == ("figures", "Figures and charts", 40)
-    assert files.protocol_hash == json.loads((example / "figures/protocol.json").read_text())["hash"]
-    assert [sample.response for sample in files.samples] == [line["response"] for line in lines if line["kind"] == "response"]
-    assert [sample.verdict for sample in files.samples] == [line["verdict"] for line in lines if line["kind"] == "verdict"]
+    assert (
+        files.protocol_hash == json.loads((example / "figures/protocol.json").read_text())["hash"]
+    )
+    assert [sample.response for sample in files.samples] == [
+        line["response"] for line in lines if line["kind"] == "response"
+    ]
+    assert [sample.verdict for sample in files.samples] == [
+        line["verdict"] for line in lines if line["kind"] == "verdict"
+    ]
     assert files.problems[3].images == ("images/003.png",)
     numbers = headline(files)
     assert not numbers.provisional
     assert numbers.accuracy.value == files.summary["accuracy"]
     assert [numbers.accuracy.low, numbers.accuracy.high] == files.summary["accuracy_ci"]
-    assert all(numbers.counts[verdict] == count for verdict, count in files.summary["verdicts"].items())
+    assert all(
+        numbers.counts[verdict] == count for verdict, count in files.summary["verdicts"].items()
+    )
     assert numbers.agreement[1] > numbers.agreement[0] > 0
 
 
 def test_a_ledger_that_is_being_written_is_read_up_to_its_last_line(tmp_path):
     again = replace(SAMPLE, sample=1)
-    pairs = [(SAMPLE, Verdict("p", 0, "failed", "12")), (again, None), (SAMPLE, Verdict("p", 0, "correct", "12"))]
+    pairs = [
+        (SAMPLE, Verdict("p", 0, "failed", "12")),
+        (again, None),
+        (SAMPLE, Verdict("p", 0, "correct", "12")),
+    ]
     folder = small(tmp_path / "b", pairs, num_samples=4)
     with (folder / "ledger.jsonl").open("a") as file:
         file.write('{"kind": "response", "protocol": "h", "prob')
     files, notes = read(folder)
     assert not notes
-    assert [sample.verdict for sample in files.samples] == ["correct", "pending", "unanswered", "unanswered"]
+    assert [sample.verdict for sample in files.samples] == [
+        "correct",
+        "pending",
+        "unanswered",
+        "unanswered",
+    ]
     numbers = headline(files)
     assert numbers.provisional
     assert (numbers.accuracy.value, numbers.accuracy.num_problems) == (1.0, 1)
-    assert numbers.counts == {"correct": 1, "wrong": 0, "unjudged": 0, "failed": 0, "error": 0, "pending": 1, "unanswered": 2}
+    assert numbers.counts == {
+        "correct": 1,
+        "wrong": 0,
+        "unjudged": 0,
+        "failed": 0,
+        "error": 0,
+        "pending": 1,
+        "unanswered": 2,
+    }
 
 
-def test_a_score_that_the_evaluation_withheld_is_not_shown_and_an_old_summary_decides_nothing(tmp_path):
-    folder = small(tmp_path / "b", [(SAMPLE, Verdict("p", 0, "correct", "12")), (replace(SAMPLE, problem="q"), Verdict("q", 0, "failed"))])
+def test_a_score_that_the_evaluation_withheld_is_not_shown_and_an_old_summary_decides_nothing(
+    tmp_path,
+):
+    folder = small(
+        tmp_path / "b",
+        [
+            (SAMPLE, Verdict("p", 0, "correct", "12")),
+            (replace(SAMPLE, problem="q"), Verdict("q", 0, "failed")),
+        ],
+    )
     summary = {"accuracy": None, "accuracy_ci": None, "verdicts": {"correct": 1, "failed": 1}}
     (folder / "summary.json").write_text(json.dumps(summary))
     numbers = headline(read(folder)[0])
@@ -118,14 +168,20 @@ def test_damage_is_left_out_and_named(tmp_path):
     folder = small(tmp_path / "b", [(SAMPLE, Verdict("p", 0, "wrong"))])
     lines = [
         {"kind": "response", "protocol": "other", **asdict(SAMPLE)},
-        {"kind": "verdict", "protocol": "h", **asdict(replace(Verdict("p", 0, "wrong"), verdict="perhaps"))},
+        {
+            "kind": "verdict",
+            "protocol": "h",
+            **asdict(replace(Verdict("p", 0, "wrong"), verdict="perhaps")),
+        },
         {"kind": "verdict", "protocol": "h", **asdict(Verdict("nobody", 0, "correct"))},
         {"kind": "response", "protocol": "h", **asdict(replace(SAMPLE, problem="unknown"))},
     ]
     with (folder / "ledger.jsonl").open("a") as file:
         file.write("no json\n" + "".join(json.dumps(line) + "\n" for line in lines))
     files, notes = read(folder)
-    assert [(problem.id, [sample.verdict for sample in problem.samples]) for problem in files.problems] == [
+    assert [
+        (problem.id, [sample.verdict for sample in problem.samples]) for problem in files.problems
+    ] == [
         ("p", ["wrong"]),
         ("unknown", ["pending"]),
     ]
@@ -145,12 +201,20 @@ def test_the_page_is_chosen_by_what_the_folder_holds(tmp_path):
         assert numbers_of(write_report(place))["name"] == "m"
     for model in ("base", "trained"):
         shutil.copytree(folder, tmp_path / "both" / model / "b")
-    assert [head["title"] for head in numbers_of(write_report(tmp_path / "both"))["benchmarks"]] == ["b (base)", "b (trained)"]
+    assert [
+        head["title"] for head in numbers_of(write_report(tmp_path / "both"))["benchmarks"]
+    ] == ["b (base)", "b (trained)"]
     run = make_run(tmp_path / "run", steps=2)
-    for place in ("step_000002/b", "step_000010/b", "vlmeval/c"):  # of a benchmark run during training the newest
+    for place in (
+        "step_000002/b",
+        "step_000010/b",
+        "vlmeval/c",
+    ):  # of a benchmark run during training the newest
         shutil.copytree(folder, run / "eval" / place, ignore=shutil.ignore_patterns("report.html"))
     assert 'id="run-data"' in write_report(run).read_text()
-    found = {head["folder"]: head["title"] for head in numbers_of(run / "evaluation.html")["benchmarks"]}
+    found = {
+        head["folder"]: head["title"] for head in numbers_of(run / "evaluation.html")["benchmarks"]
+    }
     assert found == {"eval/step_000010/b": "b, step 10", "eval/vlmeval/c": "c"}
 
 
@@ -160,8 +224,14 @@ def test_too_much_is_cut_or_left_out_and_the_page_says_so(tmp_path, monkeypatch,
     base = tmp_path / "eval"
     folder = base / "b"
     texts = ["".join(rng.choices("abcdefgh \n", k=30_000)) for _ in range(8)]
-    pairs = [(replace(SAMPLE, problem=f"p{at}", response=text), Verdict(f"p{at}", 0, "correct")) for at, text in enumerate(texts)]
-    problems = [{"id": f"p{at}", "question": "?", "images": [f"images/{at}.png"], "golds": []} for at in range(8)]
+    pairs = [
+        (replace(SAMPLE, problem=f"p{at}", response=text), Verdict(f"p{at}", 0, "correct"))
+        for at, text in enumerate(texts)
+    ]
+    problems = [
+        {"id": f"p{at}", "question": "?", "images": [f"images/{at}.png"], "golds": []}
+        for at in range(8)
+    ]
     small(folder, pairs, problems)
     (folder / "images").mkdir()
     for at in range(8):
@@ -170,14 +240,19 @@ def test_too_much_is_cut_or_left_out_and_the_page_says_so(tmp_path, monkeypatch,
     write_jsonl(folder / "problems.jsonl", problems)
     Image.new("L", (8, 8)).save(tmp_path / "secret.png")
     whole = write_report(base)
-    assert [note["text"].split(",")[0] for note in numbers_of(whole)["problems"]] == ["1 pictures are missing"]
+    assert [note["text"].split(",")[0] for note in numbers_of(whole)["problems"]] == [
+        "1 pictures are missing"
+    ]
     assert whole.read_text().count('id="picture-') == 7
     size = whole.stat().st_size
     monkeypatch.setattr(evaluation_page, "TEXT_BYTES", 60_000)
     monkeypatch.setattr(evaluation_page, "PICTURE_BYTES", 60_000)
     path = write_report(base)
     notes = [note["text"] for note in numbers_of(path)["problems"]]
-    assert any(re.match(r"8 responses of more than 10,000 characters are shown without their middle", note) for note in notes)
+    assert any(
+        re.match(r"8 responses of more than 10,000 characters are shown without their middle", note)
+        for note in notes
+    )
     left_out = next(int(note.split()[3]) for note in notes if note.startswith("the pictures of"))
     assert 0 < left_out == 7 - path.read_text().count('id="picture-')
     assert path.stat().st_size < size / 2
@@ -198,7 +273,9 @@ def shown(report: Opened) -> str:
 
 
 def until(report: Opened, script: str) -> None:
-    """Wait for an expression to hold. (Playwright's own way is `eval`, which the page's policy forbids.)"""
+    """Wait for an expression to hold. (Playwright's own way is `eval`, which the page's policy
+    forbids.)
+    """
     end = time.monotonic() + 10
     while not report.evaluate(script):
         assert time.monotonic() < end, script
@@ -224,21 +301,37 @@ def test_numbers_stand_beside_what_they_do_not_count(example, page_file, open_re
     assert page.inner_text("#model-name") == "example-vlm-3b"
     row = page.locator(".benchmarks tbody tr").first
     summary = json.loads((example / "figures/summary.json").read_text())
-    uncounted = sum(summary["verdicts"].get(verdict, 0) for verdict in ("unjudged", "failed", "error"))
+    uncounted = sum(
+        summary["verdicts"].get(verdict, 0) for verdict in ("unjudged", "failed", "error")
+    )
     assert f"{100 * summary['accuracy']:.1f} %" in row.inner_text()
-    assert f"{100 * summary['accuracy_ci'][0]:.1f} – {100 * summary['accuracy_ci'][1]:.1f}" in row.inner_text()
-    assert row.locator("[data-title='Not counted'] b").inner_text() == str(uncounted) and f"{uncounted} of 160" in row.inner_text()
+    assert (
+        f"{100 * summary['accuracy_ci'][0]:.1f} – {100 * summary['accuracy_ci'][1]:.1f}"
+        in row.inner_text()
+    )
+    assert (
+        row.locator("[data-title='Not counted'] b").inner_text() == str(uncounted)
+        and f"{uncounted} of 160" in row.inner_text()
+    )
     assert not page.locator("#protocol table").is_visible()
     page.click("#protocol summary")
     table = page.inner_text("#protocol table")
-    assert "benchmark.max_new_tokens" in table and "grading.judge.settings.temperature" in table and "extracted" in table
+    assert (
+        "benchmark.max_new_tokens" in table
+        and "grading.judge.settings.temperature" in table
+        and "extracted" in table
+    )
     assert not report.complaints
     assert [url for url in report.requests if not url.startswith(("file:", "data:"))] == []
 
 
 @needs_browser
 def test_filters_search_and_order_choose_problems(example, page_file, open_report):
-    verdicts = [sample.verdict for name in ("figures", "words") for sample in read(example / name)[0].samples]
+    verdicts = [
+        sample.verdict
+        for name in ("figures", "words")
+        for sample in read(example / name)[0].samples
+    ]
     report = open_report(page_file)
     page = report.page
     opened(report, "figures-000")
@@ -247,16 +340,25 @@ def test_filters_search_and_order_choose_problems(example, page_file, open_repor
     for verdict in ("correct", "wrong", "unjudged", "failed", "error"):
         if verdict in verdicts:
             chip(report, verdict)
-            assert shown(report).endswith(f", {verdicts.count(verdict)} response{'s' * (verdicts.count(verdict) > 1)}")
+            assert shown(report).endswith(
+                f", {verdicts.count(verdict)} response{'s' * (verdicts.count(verdict) > 1)}"
+            )
             assert set(page.locator("#problem .samples .badge").all_inner_texts()) == {
-                {"correct": "✓ correct", "wrong": "✗ wrong", "unjudged": "? unjudged", "failed": "! failed", "error": "! error"}[verdict]
+                {
+                    "correct": "✓ correct",
+                    "wrong": "✗ wrong",
+                    "unjudged": "? unjudged",
+                    "failed": "! failed",
+                    "error": "! error",
+                }[verdict]
             }
             page.click("#clear")
     chip(report, "words")
     assert shown(report) == "20 problems, 80 responses"
     chip(report, "disagreement")
     assert (
-        page.locator("#problem .samples > section").count() == page.locator("#problem .samples .response:has-text('rule ≠ judge')").count()
+        page.locator("#problem .samples > section").count()
+        == page.locator("#problem .samples .response:has-text('rule ≠ judge')").count()
     )
     page.click("#clear")
     page.fill("#search", "committee of")
@@ -272,11 +374,19 @@ def test_filters_search_and_order_choose_problems(example, page_file, open_repor
 
 
 @needs_browser
-def test_a_problem_shows_picture_response_answer_verdicts_and_the_judges_words(example, page_file, open_report):
+def test_a_problem_shows_picture_response_answer_verdicts_and_the_judges_words(
+    example, page_file, open_report
+):
     files = read(example / "figures")[0]
-    problem = next(p for p in files.problems if any(s.rule_and_judge == ("wrong", "correct") for s in p.samples))
+    problem = next(
+        p
+        for p in files.problems
+        if any(s.rule_and_judge == ("wrong", "correct") for s in p.samples)
+    )
     sample = next(s for s in problem.samples if s.rule_and_judge == ("wrong", "correct"))
-    report = open_report(page_file, f"#figures/{problem.id}?only=disagreement&sample={sample.index}")
+    report = open_report(
+        page_file, f"#figures/{problem.id}?only=disagreement&sample={sample.index}"
+    )
     page = report.page
     opened(report, problem.id)
     assert problem.question.removeprefix("<image>") == page.inner_text("#problem .question")
@@ -287,12 +397,19 @@ def test_a_problem_shows_picture_response_answer_verdicts_and_the_judges_words(e
     assert card.locator(".text").inner_text() == sample.response
     assert card.locator("mark.answer").inner_text() == sample.prediction
     header = card.locator("header").inner_text()
-    assert "✓ correct" in header and "rule wrong" in header and "judge correct" in header and "rule ≠ judge" in header
+    assert (
+        "✓ correct" in header
+        and "rule wrong" in header
+        and "judge correct" in header
+        and "rule ≠ judge" in header
+    )
     assert card.locator("blockquote").inner_text() == sample.judge["reply"]
     assert "example-judge-7b" in card.locator(".judge").inner_text()
     assert f"{sample.response_tokens} tokens, stop" in card.locator("footer").inner_text()
     picture.click()
-    assert page.locator("#lightbox[open] img").evaluate("image => image.complete && image.naturalWidth > 0")
+    assert page.locator("#lightbox[open] img").evaluate(
+        "image => image.complete && image.naturalWidth > 0"
+    )
     page.click("#lightbox")
     assert not report.complaints
 
@@ -302,7 +419,10 @@ def test_keys_go_to_the_next_problem_and_the_address_follows(page_file, open_rep
     report = open_report(page_file, "#words/words-003?order=file")
     page = report.page
     opened(report, "words-003")
-    row, body = page.locator(".row[aria-current]").bounding_box(), page.locator("#list-body").bounding_box()
+    row, body = (
+        page.locator(".row[aria-current]").bounding_box(),
+        page.locator("#list-body").bounding_box(),
+    )
     assert body["y"] <= row["y"] and row["y"] + row["height"] <= body["y"] + body["height"]
     page.keyboard.press("ArrowRight")
     opened(report, "words-004")
@@ -326,12 +446,19 @@ def test_keys_go_to_the_next_problem_and_the_address_follows(page_file, open_rep
 @needs_browser
 def test_long_responses_show_both_ends_and_the_rest_on_request(tmp_path, open_report):
     text = "first words\n" + "step by step " * 900 + "\nso \\boxed{12}, says the end"
-    pairs = [(replace(SAMPLE, response=text, sample=at), Verdict("p", at, "correct", "12")) for at in range(20)]
+    pairs = [
+        (replace(SAMPLE, response=text, sample=at), Verdict("p", at, "correct", "12"))
+        for at in range(20)
+    ]
     report = open_report(write_report(small(tmp_path / "b", pairs, num_samples=20)))
     page = report.page
     opened(report, "p")
     card = page.locator("#sample-0 .text")
-    assert card.inner_text().startswith("first words") and card.inner_text().endswith("says the end") and len(card.inner_text()) < 4000
+    assert (
+        card.inner_text().startswith("first words")
+        and card.inner_text().endswith("says the end")
+        and len(card.inner_text()) < 4000
+    )
     card.locator("button").click()
     assert card.inner_text() == text
     assert page.locator("#problem .samples > section").count() == 8
@@ -345,14 +472,20 @@ def test_long_responses_show_both_ends_and_the_rest_on_request(tmp_path, open_re
 @pytest.mark.parametrize(
     ("response", "prediction", "marked"),
     [
-        ("first \\boxed{3}, then \\boxed{\\frac{1}{2}}, not 12", "\\frac{1}{2}", "\\boxed{|\\frac{1}{2}|}"),
+        (
+            "first \\boxed{3}, then \\boxed{\\frac{1}{2}}, not 12",
+            "\\frac{1}{2}",
+            "\\boxed{|\\frac{1}{2}|}",
+        ),
         ("I think <answer>12</answer> as 12 is even", "12", "<answer>|12|</answer>"),
         ("there are 12 of 112, so the answer is 12 or 12a", "12", "answer is |12| or"),
         ("\\boxed{ \\dfrac{1}{2} }", "\\frac{1}{2}", "\\boxed{| \\dfrac{1}{2} |}"),
         ("nothing of it", "7", None),
     ],
 )
-def test_the_answer_is_marked_where_it_was_read(tmp_path, response, prediction, marked, open_report):
+def test_the_answer_is_marked_where_it_was_read(
+    tmp_path, response, prediction, marked, open_report
+):
     pairs = [(replace(SAMPLE, response=response), Verdict("p", 0, "correct", prediction))]
     report = open_report(write_report(small(tmp_path / "b", pairs)))
     opened(report, "p")
@@ -380,13 +513,36 @@ def test_hostile_text_stays_text(tmp_path, open_report):
     id_ = "../<b>?#%/'\" " + MALICE
     prediction = "</mark><img src=y onerror=window.hacked=3>"
     verdict = Verdict(id_, 0, "wrong", prediction, MALICE, MALICE, judge)
-    problem = {"id": id_, "question": MALICE + " $<img src=z onerror=window.hacked=4>$", "images": [MALICE], "golds": [MALICE] * 2}
-    other = {"id": "plain", "question": "?", "images": ["javascript:window.hacked=5"], "golds": [], "data_source": MALICE}
-    pairs = [(Answer(id_, 0, hostile, MALICE, 1, 2, 1.0), verdict), (replace(SAMPLE, problem="plain"), Verdict("plain", 0, "correct"))]
+    problem = {
+        "id": id_,
+        "question": MALICE + " $<img src=z onerror=window.hacked=4>$",
+        "images": [MALICE],
+        "golds": [MALICE] * 2,
+    }
+    other = {
+        "id": "plain",
+        "question": "?",
+        "images": ["javascript:window.hacked=5"],
+        "golds": [],
+        "data_source": MALICE,
+    }
+    pairs = [
+        (Answer(id_, 0, hostile, MALICE, 1, 2, 1.0), verdict),
+        (replace(SAMPLE, problem="plain"), Verdict("plain", 0, "correct")),
+    ]
     folder = small(tmp_path / "<img src=x onerror=window.hacked=6>", pairs, [problem, other])
-    (folder / "protocol.json").write_text(json.dumps({"hash": "h", "protocol": {"model": MALICE, MALICE: {MALICE: MALICE}}}))
+    (folder / "protocol.json").write_text(
+        json.dumps({"hash": "h", "protocol": {"model": MALICE, MALICE: {MALICE: MALICE}}})
+    )
     (folder / "summary.json").write_text(
-        json.dumps({"title": MALICE, "verdicts": {"correct": 1, "wrong": 1}, "accuracy": 0.5, MALICE: MALICE})
+        json.dumps(
+            {
+                "title": MALICE,
+                "verdicts": {"correct": 1, "wrong": 1},
+                "accuracy": 0.5,
+                MALICE: MALICE,
+            }
+        )
     )
     report = open_report(write_report(tmp_path))
     page = report.page
@@ -403,7 +559,13 @@ def test_hostile_text_stays_text(tmp_path, open_report):
     page.wait_for_selector("#problem mark.hit")
     page.click("#protocol summary")
     assert report.evaluate("window.hacked") is None
-    assert page.locator("main script, main img[src=x], main img[src=y], main img[src=z], main b b, a[href^=javascript]").count() == 0
+    assert (
+        page.locator(
+            "main script, main img[src=x], main img[src=y], main img[src=z], main b b, "
+            "a[href^=javascript]"
+        ).count()
+        == 0
+    )
     assert not report.complaints
     report.evaluate(
         """() => {  // and were it not text, the page's policy would still not run it
@@ -418,7 +580,9 @@ def test_hostile_text_stays_text(tmp_path, open_report):
 @needs_browser
 @pytest.mark.parametrize("state", ["nothing_yet", "half_written", "nonsense"])
 def test_an_unfinished_evaluation_shows_what_there_is(tmp_path, state, open_report):
-    folder = write_benchmark(tmp_path / "words", "Words", [word_case(random.Random(at)) for at in range(6)], 2, 0.5, 1)
+    folder = write_benchmark(
+        tmp_path / "words", "Words", [word_case(random.Random(at)) for at in range(6)], 2, 0.5, 1
+    )
     (folder / "summary.json").unlink()
     if state == "nothing_yet":
         for name in ("problems.jsonl", "ledger.jsonl"):
@@ -428,13 +592,19 @@ def test_an_unfinished_evaluation_shows_what_there_is(tmp_path, state, open_repo
     if state == "nonsense":
         for path in list(folder.iterdir()):
             path.write_bytes(
-                b'\xff\x00[[{"hash": {}}\n' + b'{"id": {}, "images": 3, "golds": {}, "kind": 1, "sample": 1e999, "verdicts": 3}\n[]\n' * 3
+                b'\xff\x00[[{"hash": {}}\n'
+                + b'{"id": {}, "images": 3, "golds": {}, "kind": 1, "sample": 1e999, "verdicts": '
+                b"3}\n[]\n" * 3
             )
     report = open_report(write_report(tmp_path))
     if state == "half_written":
         report.page.wait_for_selector("#problem[data-problem]")
-        assert re.fullmatch(r"\d of 12 responses graded", report.page.inner_text("#evaluation-state"))
-        assert "so far" in report.page.inner_text(".benchmarks") and "no response yet" in report.page.inner_text(".benchmarks")
+        assert re.fullmatch(
+            r"\d of 12 responses graded", report.page.inner_text("#evaluation-state")
+        )
+        assert "so far" in report.page.inner_text(
+            ".benchmarks"
+        ) and "no response yet" in report.page.inner_text(".benchmarks")
     else:
         report.page.wait_for_selector("#problems")
         assert "words/ledger.jsonl" in report.page.inner_text("#problems")
@@ -444,11 +614,15 @@ def test_an_unfinished_evaluation_shows_what_there_is(tmp_path, state, open_repo
 @needs_browser
 def test_the_page_of_a_run_leads_to_its_benchmarks(tmp_path, example, open_report):
     run = make_run(tmp_path / "run", steps=2)
-    shutil.copytree(example, run / "eval", dirs_exist_ok=True, ignore=shutil.ignore_patterns("report.html"))
+    shutil.copytree(
+        example, run / "eval", dirs_exist_ok=True, ignore=shutil.ignore_patterns("report.html")
+    )
     report = open_report(write_report(run))
     page = report.page
     assert page.locator("#benchmarks tbody tr").count() == 2
-    assert "Figures and charts" in page.inner_text("#benchmarks") and " of 160" in page.inner_text("#benchmarks")
+    assert "Figures and charts" in page.inner_text("#benchmarks") and " of 160" in page.inner_text(
+        "#benchmarks"
+    )
     page.click("#benchmarks a")
     opened(report, "figures-000")
     until(report, "document.querySelector('#problem .pictures img').naturalWidth > 0")
@@ -459,7 +633,9 @@ def test_the_page_of_a_run_leads_to_its_benchmarks(tmp_path, example, open_repor
 def test_dark_and_narrow_pages_have_no_sideways_scroll(page_file, open_report):
     colours = set()
     for scheme, width in (("light", 390), ("dark", 390), ("dark", 1280)):
-        report = open_report(page_file, color_scheme=scheme, viewport={"width": width, "height": 800})
+        report = open_report(
+            page_file, color_scheme=scheme, viewport={"width": width, "height": 800}
+        )
         page = report.page
         page.wait_for_selector("#problem[data-problem]", state="attached")
         colours.add(report.evaluate("getComputedStyle(document.documentElement).backgroundColor"))
@@ -480,12 +656,30 @@ def test_dark_and_narrow_pages_have_no_sideways_scroll(page_file, open_report):
 @needs_browser
 def test_three_thousand_samples_filter_in_under_200_ms(tmp_path, open_report):
     rng = random.Random(0)
-    case = Case("algebra", "How much is it? " * 8, "12", "13", "Let me think about it step by step. " * 60, "So it is $SAID$.")
+    case = Case(
+        "algebra",
+        "How much is it? " * 8,
+        "12",
+        "13",
+        "Let me think about it step by step. " * 60,
+        "So it is $SAID$.",
+    )
     folder = small(tmp_path / "b", [(SAMPLE, None)], num_samples=4)
     write_jsonl(
-        folder / "problems.jsonl", [{"id": f"p{at}", "question": case.question, "images": [], "golds": ["12"]} for at in range(750)]
+        folder / "problems.jsonl",
+        [
+            {"id": f"p{at}", "question": case.question, "images": [], "golds": ["12"]}
+            for at in range(750)
+        ],
     )
-    write_ledger(folder, [one_sample(rng, f"p{at}", k, case, rng.random() < 0.5) for at in range(750) for k in range(4)])
+    write_ledger(
+        folder,
+        [
+            one_sample(rng, f"p{at}", k, case, rng.random() < 0.5)
+            for at in range(750)
+            for k in range(4)
+        ],
+    )
     start = time.perf_counter()
     path = write_report(tmp_path)
     assert time.perf_counter() - start < 10
@@ -509,6 +703,8 @@ def test_three_thousand_samples_filter_in_under_200_ms(tmp_path, open_report):
             return times;
         }"""
     )
-    assert min(measured[:4]) < 200 and min(measured[5:]) < 200, measured  # the page's own time: the slower ones waited
+    assert min(measured[:4]) < 200 and min(measured[5:]) < 200, (
+        measured
+    )  # the page's own time: the slower ones waited
     assert report.page.locator("#problem mark.hit").count() >= 1
     assert not report.complaints

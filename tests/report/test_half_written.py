@@ -1,4 +1,6 @@
-"""Runs that are missing, empty, cut by a kill, damaged or out of reach: a page that shows what there is and names what is not."""
+"""Runs that are missing, empty, cut by a kill, damaged or out of reach: a page that shows what
+there is and names what is not.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +26,17 @@ from rlfr_vlm.run.rollout_files import write_rollouts
 from tests.report.browser import needs_browser
 from tests.report.test_report import make_run, page_data, write_jsonl
 
-EVENT = {"step": 2, "since": 1, "monitor": "repetition", "action": "warn", "value": 0.6, "limit": 0.3, "what": "w", "cause": "", "do": "d"}
+EVENT = {
+    "step": 2,
+    "since": 1,
+    "monitor": "repetition",
+    "action": "warn",
+    "value": 0.6,
+    "limit": 0.3,
+    "what": "w",
+    "cause": "",
+    "do": "d",
+}
 
 
 @pytest.fixture(scope="module")
@@ -58,9 +70,14 @@ def test_a_missing_folder_is_named_with_those_of_nearly_its_name(tmp_path, capsy
     with pytest.raises(UserError) as error:
         write_report(tmp_path / "grpo_sed0")
     text = str(error.value)
-    assert text.startswith(f"there is no run folder {tmp_path}/grpo_sed0; did you mean {tmp_path}/grpo_seed0")
+    assert text.startswith(
+        f"there is no run folder {tmp_path}/grpo_sed0; did you mean {tmp_path}/grpo_seed0"
+    )
     assert "other" not in text
-    for arguments in (["report", str(tmp_path / "nothing/like/it")], ["report", str(tmp_path / "other"), str(tmp_path / "grpo_seed")]):
+    for arguments in (
+        ["report", str(tmp_path / "nothing/like/it")],
+        ["report", str(tmp_path / "other"), str(tmp_path / "grpo_seed")],
+    ):
         with pytest.raises(SystemExit) as ended:
             main(arguments)
         assert ended.value.code == 2
@@ -78,7 +95,10 @@ def test_a_file_and_a_name_that_cannot_be_one_are_user_errors(run):
 
 def test_a_page_that_cannot_be_written_is_a_user_error(run, tmp_path):
     (run / "report.html").mkdir()
-    with pytest.raises(UserError, match=r"report\.html cannot be written: Is a directory; --out FILE puts it elsewhere"):
+    with pytest.raises(
+        UserError,
+        match=r"report\.html cannot be written: Is a directory; --out FILE puts it elsewhere",
+    ):
         write_report(run)
     assert write_report(run, tmp_path / "page.html").stat().st_size > 1e6
     assert not list(run.glob("*.tmp"))
@@ -95,15 +115,30 @@ def test_an_empty_folder_and_one_that_is_no_run_say_so(tmp_path):
     (tmp_path / "empty").mkdir()
     found = problems(write_report(tmp_path / "empty"))
     assert found.pop("empty") == " an empty folder; if a run is to write here, it has not started"
-    assert found.keys() == {"config.resolved.yaml", "env.json", "metrics.jsonl", "checkpoints", "eval", "rollouts"}
-    assert found["metrics.jsonl"] == " no curves; the run has not finished its first step, or this is no run folder"
+    assert found.keys() == {
+        "config.resolved.yaml",
+        "env.json",
+        "metrics.jsonl",
+        "checkpoints",
+        "eval",
+        "rollouts",
+    }
+    assert (
+        found["metrics.jsonl"]
+        == " no curves; the run has not finished its first step, or this is no run folder"
+    )
     (tmp_path / "thesis").mkdir()
     (tmp_path / "thesis/chapter.tex").write_text("x")
-    assert problems(write_report(tmp_path / "thesis"))["thesis"] == " no run folder: nothing that training writes is in it"
+    assert (
+        problems(write_report(tmp_path / "thesis"))["thesis"]
+        == " no run folder: nothing that training writes is in it"
+    )
     make_run(tmp_path / "runs/first", steps=1)
     make_run(tmp_path / "runs/second", steps=1)
     said = problems(write_report(tmp_path / "runs"))["runs"]
-    assert said.endswith("runs lie in it, such as first, second: name one of them, or several to compare them")
+    assert said.endswith(
+        "runs lie in it, such as first, second: name one of them, or several to compare them"
+    )
 
 
 def test_a_whole_run_has_no_problems(run):
@@ -134,7 +169,9 @@ def test_a_run_killed_before_its_first_step_shows_its_config(run):
 
 
 def texts(run: Path) -> list[Path]:
-    return sorted(path for path in run.rglob("*") if path.is_file() and path.parent.name != "images")
+    return sorted(
+        path for path in run.rglob("*") if path.is_file() and path.parent.name != "images"
+    )
 
 
 def test_every_file_cut_anywhere_is_named_and_the_rest_is_shown(run):
@@ -153,7 +190,10 @@ def test_every_file_cut_anywhere_is_named_and_the_rest_is_shown(run):
                     {json.loads(line)["step"] for line in content.splitlines()[:whole_rows]}
                 )
             if lines and path.parent.name == "rollouts":
-                assert page_data(run / "report.html")["rollouts"]["numResponses"] == 2 * 16 + whole_rows
+                assert (
+                    page_data(run / "report.html")["rollouts"]["numResponses"]
+                    == 2 * 16 + whole_rows
+                )
         path.write_bytes(content)
     assert problems(write_report(run)) == {}
 
@@ -183,20 +223,46 @@ def test_a_last_line_that_lacks_only_its_line_break_counts(run):
 def test_an_evaluation_that_a_kill_cut_short_is_named(run):
     (run / "eval/step_000003.json").unlink()
     (run / "eval/step_000003.jsonl").write_text('{"id": "p", "sample')
-    assert problems(write_report(run)) == {"eval/step_000003.jsonl": " responses of an evaluation that has not ended; train again to go on"}
-    assert [e["step"] for e in page_data(run / "report.html")["overview"]["evaluations"]] == [0, 1, 2]
+    assert problems(write_report(run)) == {
+        "eval/step_000003.jsonl": " responses of an evaluation that has not ended; train again to "
+        "go on"
+    }
+    assert [e["step"] for e in page_data(run / "report.html")["overview"]["evaluations"]] == [
+        0,
+        1,
+        2,
+    ]
 
 
 def test_a_config_cut_within_a_number_is_not_believed_in_silence(run):
     (run / "config.resolved.yaml").write_text("train:\n  steps: 30"[:-1])
     assert problems(write_report(run)) == {
-        "config.resolved.yaml": " cut off in its last line; that setting is wrong, and later ones are missing"
+        "config.resolved.yaml": " cut off in its last line; that setting is wrong, and later ones "
+        "are missing"
     }
 
 
 # Damaged.
 
-VALUES = (None, True, -1, 1e308, 10**400, "x", "", [], [1], {}, {"a": [1]}, [[[]]], "\ud800", -3.5, [None], {"": {}}, float("nan"))
+VALUES = (
+    None,
+    True,
+    -1,
+    1e308,
+    10**400,
+    "x",
+    "",
+    [],
+    [1],
+    {},
+    {"a": [1]},
+    [[[]]],
+    "\ud800",
+    -3.5,
+    [None],
+    {"": {}},
+    float("nan"),
+)
 
 
 def mutated(tree, rng: random.Random):
@@ -213,10 +279,23 @@ def damage(run: Path, seed: int) -> None:
     for path in texts(run):
         if path.suffix in (".json", ".jsonl"):
             text = path.read_text()
-            rows = [json.loads(line) for line in (text.splitlines() if path.suffix == ".jsonl" else [text])]
-            path.write_text("".join(json.dumps(mutated(row, rng) if rng.random() < 0.5 else row) + "\n" for row in rows))
+            rows = [
+                json.loads(line)
+                for line in (text.splitlines() if path.suffix == ".jsonl" else [text])
+            ]
+            path.write_text(
+                "".join(
+                    json.dumps(mutated(row, rng) if rng.random() < 0.5 else row) + "\n"
+                    for row in rows
+                )
+            )
         elif path.suffix == ".yaml":
-            tree = {"seed": 0, "train": {"steps": 3}, "algorithm": {"method": "grpo"}, "flow": {"layers": [1]}}
+            tree = {
+                "seed": 0,
+                "train": {"steps": 3},
+                "algorithm": {"method": "grpo"},
+                "flow": {"layers": [1]},
+            }
             path.write_text(json.dumps(mutated(tree, rng)) + "\n")
 
 
@@ -291,7 +370,9 @@ def test_a_folder_that_may_not_be_read_or_written_is_a_user_error(whole):
         run = shutil.copytree(whole, Path(above) / "run")
         os.chmod(run, 0o555)
         with as_nobody():
-            with pytest.raises(UserError, match=r"report\.html cannot be written: Permission denied; --out FILE"):
+            with pytest.raises(
+                UserError, match=r"report\.html cannot be written: Permission denied; --out FILE"
+            ):
                 write_report(run)
             write_report(run, Path(above) / "page.html")
         os.chmod(run, 0)
@@ -309,7 +390,9 @@ def test_rollouts_that_vanish_while_they_are_read_are_named(run):
     found = list(read.problems)
     rollouts, _ = examine(run, read, 10**6, found)
     assert rollouts.num_responses == 0
-    assert {problem.file for problem in found} == {f"rollouts/step_{step:06d}.jsonl" for step in (1, 2, 3)}
+    assert {problem.file for problem in found} == {
+        f"rollouts/step_{step:06d}.jsonl" for step in (1, 2, 3)
+    }
 
 
 def test_a_page_comes_of_a_folder_that_is_written_and_removed_all_the_time(whole, tmp_path):
@@ -321,7 +404,9 @@ def test_a_page_comes_of_a_folder_that_is_written_and_removed_all_the_time(whole
         while not over.is_set():
             for name in (*FILES, "flow"):
                 path = whole / name
-                shutil.copytree(path, run / name) if path.is_dir() else shutil.copy(path, run / name)
+                shutil.copytree(path, run / name) if path.is_dir() else shutil.copy(
+                    path, run / name
+                )
             for name in (*FILES, "flow"):
                 path = run / name
                 shutil.rmtree(path) if path.is_dir() else path.unlink()

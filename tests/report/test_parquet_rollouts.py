@@ -38,14 +38,19 @@ ROW = {
 
 
 def lines(count: int) -> list[str]:
-    return [json.dumps({**ROW, "sample_index": i, "prompt_id": f"p{i // 4}"}) + "\n" for i in range(count)]
+    return [
+        json.dumps({**ROW, "sample_index": i, "prompt_id": f"p{i // 4}"}) + "\n"
+        for i in range(count)
+    ]
 
 
 def test_both_forms_read_the_same(tmp_path):
     groups = []
     for form in ("jsonl", "parquet"):
         path = write_rollouts(tmp_path / form, 3, lines(8), form)
-        assert path.name == f"step_000003.{form}" and [p.name for p in path.parent.iterdir()] == [path.name]
+        assert path.name == f"step_000003.{form}" and [p.name for p in path.parent.iterdir()] == [
+            path.name
+        ]
         problems = []
         groups.append(read_rollouts(RolloutFile(3, path), problems))
         assert problems == []
@@ -58,10 +63,22 @@ def test_pandas_and_datasets_read_typed_columns(tmp_path):
     rows[0]["attention"] = rows[0]["latent"] = None
     path = write_rollouts(tmp_path, 3, [json.dumps(row) for row in rows], "parquet")
     frame = pandas.read_parquet(path)
-    assert frame["reward"].mean() == 1.0 and list(frame["tokens"][0]) == ["t", "wo"] and frame["flow_rewards"].isna().all()
-    assert json.loads(frame["parts"][0]) == ROW["parts"] and frame["attention"][0] is None and frame["latent"][1].shape == (64,)
+    assert (
+        frame["reward"].mean() == 1.0
+        and list(frame["tokens"][0]) == ["t", "wo"]
+        and frame["flow_rewards"].isna().all()
+    )
+    assert (
+        json.loads(frame["parts"][0]) == ROW["parts"]
+        and frame["attention"][0] is None
+        and frame["latent"][1].shape == (64,)
+    )
     table = datasets.Dataset.from_parquet(str(path), cache_dir=str(tmp_path / "cache"))
-    assert table.num_rows == 3 and table.features["logprobs"].feature.dtype == "float64" and table[1]["step"] == 3
+    assert (
+        table.num_rows == 3
+        and table.features["logprobs"].feature.dtype == "float64"
+        and table[1]["step"] == 3
+    )
 
 
 def test_an_empty_step_and_a_change_of_form(tmp_path):
@@ -73,14 +90,25 @@ def test_an_empty_step_and_a_change_of_form(tmp_path):
     for step, form in ((1, "jsonl"), (2, "parquet"), (3, "parquet"), (3, "jsonl")):
         write_rollouts(tmp_path / "rollouts", step, lines(4), form)
     files = read_run(tmp_path).rollout_files
-    assert [file.path.name for file in files] == ["step_000001.jsonl", "step_000002.parquet", "step_000003.jsonl"]
+    assert [file.path.name for file in files] == [
+        "step_000001.jsonl",
+        "step_000002.parquet",
+        "step_000003.jsonl",
+    ]
 
 
 def test_torn_changed_and_foreign_files_are_named(tmp_path):
     path = write_rollouts(tmp_path / "rollouts", 3, lines(64), "parquet")
     whole = path.read_bytes()
     rng = random.Random(0)
-    damaged = [b"", b"PAR1", b"not a table at all", *(whole[: len(whole) * k // 8] for k in range(1, 8)), whole[:-1], whole[1:]]
+    damaged = [
+        b"",
+        b"PAR1",
+        b"not a table at all",
+        *(whole[: len(whole) * k // 8] for k in range(1, 8)),
+        whole[:-1],
+        whole[1:],
+    ]
     for _ in range(40):
         at = rng.randrange(len(whole))
         damaged.append(whole[:at] + bytes([whole[at] ^ (1 << rng.randrange(8))]) + whole[at + 1 :])
@@ -89,10 +117,16 @@ def test_torn_changed_and_foreign_files_are_named(tmp_path):
         path.write_bytes(data)
         problems = []
         groups = read_rollouts(RolloutFile(3, path), problems)
-        assert len(groups) <= 16 and all(problem.file == "rollouts/step_000003.parquet" for problem in problems)
+        assert len(groups) <= 16 and all(
+            problem.file == "rollouts/step_000003.parquet" for problem in problems
+        )
         assert problems or number >= 12, data[:40]
         silent += not problems
-    assert silent < 20  # pages have checksums; a changed bit of the footer, most of this small file, may mean nothing
+    assert (
+        silent < 20
+        # pages have checksums; a changed bit of the footer, most of this small file, may mean
+        # nothing
+    )
     path.unlink()
     problems = []
     assert read_rollouts(RolloutFile(3, path), problems) == ()

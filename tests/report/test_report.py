@@ -1,4 +1,6 @@
-"""The report of synthetic runs, read as files and opened from disk in headless Chromium with the network off."""
+"""The report of synthetic runs, read as files and opened from disk in headless Chromium with the
+network off.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +24,10 @@ from rlfr_vlm.report.run_files import RolloutFile, read_rollouts, read_run
 from tests.report.browser import needs_browser
 
 LATENT = 64  # numbers
-MALICE = "</script><script>window.hacked=1</script><img src=x onerror='window.hacked=2'><!-- \u202e\u0007 {{plotly}} &lt;b&gt;"
+MALICE = (
+    "</script><script>window.hacked=1</script><img src=x onerror='window.hacked=2'><!-- "
+    "\u202e\u0007 {{plotly}} &lt;b&gt;"
+)
 
 
 # A run folder by the contract, from a seed.
@@ -41,17 +46,47 @@ def digits_picture(path: Path, digits: tuple[int, int]) -> None:
     picture.save(path)
 
 
-def response_tokens(rng: random.Random, digits: tuple[int, int], said: int, num_tokens: int) -> list[str]:
-    tokens = ["<think>", "\n", "The", " picture", " shows", " ", str(digits[0]), " and", " ", str(digits[1]), ".", "\n", "  "]
+def response_tokens(
+    rng: random.Random, digits: tuple[int, int], said: int, num_tokens: int
+) -> list[str]:
+    tokens = [
+        "<think>",
+        "\n",
+        "The",
+        " picture",
+        " shows",
+        " ",
+        str(digits[0]),
+        " and",
+        " ",
+        str(digits[1]),
+        ".",
+        "\n",
+        "  ",
+    ]
     while len(tokens) < num_tokens - 13:
         tokens += rng.choice(
-            [[" Adding", " them", ","], [" so", " the", " sum", " is"], [" Let", " me", " check", "."], ["\n\n"], [" wait", ","]]
+            [
+                [" Adding", " them", ","],
+                [" so", " the", " sum", " is"],
+                [" Let", " me", " check", "."],
+                ["\n\n"],
+                [" wait", ","],
+            ]
         )
     ends = ["\n", "</think>", "\n", "<answer>", "\\", "boxed", "{", str(said), "}", "</answer>"]
     return [*tokens[: num_tokens - len(ends) - 1], *ends, "<|im_end|>"]
 
 
-def rollout_rows(rng: random.Random, step: int, skill: float, groups: int, siblings: int, num_tokens: int, signed: bool) -> list[dict]:
+def rollout_rows(
+    rng: random.Random,
+    step: int,
+    skill: float,
+    groups: int,
+    siblings: int,
+    num_tokens: int,
+    signed: bool,
+) -> list[dict]:
     rows = []
     numbers = np.random.default_rng(step)
     for number in range(groups):
@@ -61,10 +96,17 @@ def rollout_rows(rng: random.Random, step: int, skill: float, groups: int, sibli
         mean = verdicts.count("correct") / siblings
         scale = math.sqrt(mean * (1 - mean)) or 1.0
         for index, verdict in enumerate(verdicts):
-            tokens = response_tokens(rng, digits, sum(digits) + (0 if verdict == "correct" else rng.choice([-2, -1, 1, 10])), num_tokens)
+            tokens = response_tokens(
+                rng,
+                digits,
+                sum(digits) + (0 if verdict == "correct" else rng.choice([-2, -1, 1, 10])),
+                num_tokens,
+            )
             size = len(tokens)
             signs = numbers.choice([-1, 1] if signed else [-1], size)
-            rewards = 0.01 * signs * numbers.uniform(0.6, 1.0, size) * (numbers.random(size) < 0.15) + 0.0
+            rewards = (
+                0.01 * signs * numbers.uniform(0.6, 1.0, size) * (numbers.random(size) < 0.15) + 0.0
+            )
             outcome = ((verdict == "correct") - mean) / scale
             length = rng.random() < 0.04
             rows.append(
@@ -72,7 +114,8 @@ def rollout_rows(rng: random.Random, step: int, skill: float, groups: int, sibli
                     "step": step,
                     "prompt_id": f"digits-{step:04d}-{number}",
                     "sample_index": index,
-                    "question": "<image>What is the sum of the two digits in the picture? Answer with a number.",
+                    "question": "<image>What is the sum of the two digits in the picture? Answer "
+                    "with a number.",
                     "images": [f"images/{digits[0]}{digits[1]}.png"],
                     "answer": str(sum(digits)),
                     "response": "".join(tokens[:-1]),
@@ -94,7 +137,9 @@ def rollout_rows(rng: random.Random, step: int, skill: float, groups: int, sibli
     return rows
 
 
-def latent(numbers: np.random.Generator, subject: np.ndarray, step: int, right: bool) -> list[float]:
+def latent(
+    numbers: np.random.Generator, subject: np.ndarray, step: int, right: bool
+) -> list[float]:
     """Right and wrong ones lie apart along the second axis, and all of them drift along the first."""
     values = subject + numbers.normal(0, 0.7, LATENT)
     values[:2] += [0.08 * step, 0.7 if right else -0.7]
@@ -153,7 +198,10 @@ def evaluation(rng: random.Random, step: int, skill: float) -> dict:
         "greedy": skill + 0.05,
         "num_problems": 200,
         "num_samples": 8,
-        "by_source": {name: {"accuracy": min(1.0, max(0.0, skill + d)), "num_problems": 50} for name, d in SOURCES.items()},
+        "by_source": {
+            name: {"accuracy": min(1.0, max(0.0, skill + d)), "num_problems": 50}
+            for name, d in SOURCES.items()
+        },
     }
 
 
@@ -188,23 +236,39 @@ def events(steps: int) -> list[dict]:
     ]
 
 
-SOURCES = {"digits/sum": -0.12, "digits/larger": 0.15, "digits/even": 0.02, "digits/difference": -0.05}
+SOURCES = {
+    "digits/sum": -0.12,
+    "digits/larger": 0.15,
+    "digits/even": 0.02,
+    "digits/difference": -0.05,
+}
 
 
 def make_run(
-    folder: Path, steps: int, groups: int = 2, siblings: int = 8, num_tokens: int = 48, every: int = 1, signed: bool = False
+    folder: Path,
+    steps: int,
+    groups: int = 2,
+    siblings: int = 8,
+    num_tokens: int = 48,
+    every: int = 1,
+    signed: bool = False,
 ) -> Path:
     rng = random.Random(0)
     folder.mkdir(parents=True)
-    (folder / "config.resolved.yaml").write_text(f"seed: 0\nmodel:\n  path: models/digits\ntrain:\n  steps: {steps}\n")
-    (folder / "env.json").write_text(json.dumps({"versions": {"torch": "2.13.0", "transformers": "5.16.1"}, "python": "3.11.2"}))
+    (folder / "config.resolved.yaml").write_text(
+        f"seed: 0\nmodel:\n  path: models/digits\ntrain:\n  steps: {steps}\n"
+    )
+    (folder / "env.json").write_text(
+        json.dumps({"versions": {"torch": "2.13.0", "transformers": "5.16.1"}, "python": "3.11.2"})
+    )
     for first in range(10):
         for second in range(10):
             digits_picture(folder / f"rollouts/images/{first}{second}.png", (first, second))
     skills = [0.3 + 0.5 * (1 - math.exp(-3 * step / steps)) for step in range(steps + 1)]
     rows = [metrics_row(rng, step, skills[step]) for step in range(1, steps + 1)]
     rows += [
-        {"step": step, "val/accuracy": skills[step], "val/greedy": skills[step] + 0.05} for step in range(0, steps + 1, max(1, steps // 5))
+        {"step": step, "val/accuracy": skills[step], "val/greedy": skills[step] + 0.05}
+        for step in range(0, steps + 1, max(1, steps // 5))
     ]
     write_jsonl(folder / "metrics.jsonl", sorted(rows, key=lambda row: row["step"]))
     write_jsonl(folder / "events.jsonl", events(steps))
@@ -214,12 +278,18 @@ def make_run(
         write_jsonl(folder / f"rollouts/step_{step:06d}.jsonl", rows)
     (folder / "eval").mkdir()
     for step in range(0, steps + 1, max(1, steps // 5)):
-        (folder / f"eval/step_{step:06d}.json").write_text(json.dumps(evaluation(rng, step, skills[step])))
+        (folder / f"eval/step_{step:06d}.json").write_text(
+            json.dumps(evaluation(rng, step, skills[step]))
+        )
     for step in (steps - 1, steps):
         (folder / f"checkpoints/global_step_{step}").mkdir(parents=True)
     (folder / "checkpoints/latest").write_text(f"global_step_{steps}\n")
     write_jsonl(
-        folder / "flow/flow_fit.jsonl", [{"step": s, "loss": 1 + 1 / s, "eval_loss": 1.1 + 1 / s, "lr": 1e-4} for s in range(1, 60)]
+        folder / "flow/flow_fit.jsonl",
+        [
+            {"step": s, "loss": 1 + 1 / s, "eval_loss": 1.1 + 1 / s, "lr": 1e-4}
+            for s in range(1, 60)
+        ],
     )
     (folder / "flow/flow_yardstick.json").write_text(json.dumps(yardstick()))
     return folder
@@ -227,7 +297,14 @@ def make_run(
 
 def yardstick() -> dict:
     """What a fit writes."""
-    known = {"field": 0.49, "zero": 2.0, "constant": 2.0, "x_t / t": 1.57, "E[h | context]": 1.22, "Gaussian given it": 1.19}
+    known = {
+        "field": 0.49,
+        "zero": 2.0,
+        "constant": 2.0,
+        "x_t / t": 1.57,
+        "E[h | context]": 1.22,
+        "Gaussian given it": 1.19,
+    }
     rows = [{"layer": layer, "at": at, **known} for layer in (1, 2, -1) for at in ("fit", "reward")]
     aucs = {"deviation": {"auc": 0.8, "low": 0.77, "high": 0.84, "pairs": 2650}, "contrast": None}
     aucs["charged"] = {"auc": 0.41, "low": 0.37, "high": 0.45, "pairs": 2650}
@@ -236,7 +313,9 @@ def yardstick() -> dict:
 
 @pytest.fixture(scope="module")
 def demo(tmp_path_factory) -> Path:
-    return write_report(make_run(tmp_path_factory.mktemp("runs") / "digits-rlfr", steps=40, every=2))
+    return write_report(
+        make_run(tmp_path_factory.mktemp("runs") / "digits-rlfr", steps=40, every=2)
+    )
 
 
 # What is read.
@@ -257,38 +336,65 @@ def test_a_run_folder_is_read_as_its_contract_says(tmp_path):
     assert [len(group.responses) for group in groups] == [8, 8]
     written = json.loads((tmp_path / "run/rollouts/step_000004.jsonl").read_text().splitlines()[9])
     response = groups[1].responses[1]
-    assert (response.text, response.prediction, response.policy_version) == (written["response"], written["prediction"], 3)
+    assert (response.text, response.prediction, response.policy_version) == (
+        written["response"],
+        written["prediction"],
+        3,
+    )
     assert response.traces["flow_rewards"] == tuple(written["flow_rewards"])
 
 
 def test_torn_and_damaged_lines_are_left_out_and_named(tmp_path):
     run = make_run(tmp_path / "run", steps=5)
     with (run / "metrics.jsonl").open("a") as file:
-        file.write('{"step": 5, "reward/mean": NaN}\nno json\n[1]\n{"step": 6, "reward/me')  # resumed, damaged twice, torn
+        file.write(
+            '{"step": 5, "reward/mean": NaN}\nno json\n[1]\n{"step": 6, "reward/me'
+        )  # resumed, damaged twice, torn
     text = (run / "rollouts/step_000005.jsonl").read_text()
     row = json.loads(text.splitlines()[0])
-    row.update(sample_index=99, flow_rewards=[0.1], answer=7, parts=None, tokens=["a", "b"], logprobs=None)
-    (run / "rollouts/step_000005.jsonl").write_text(text + json.dumps(row) + '\n{"step": 5, "prompt_id')
+    row.update(
+        sample_index=99, flow_rewards=[0.1], answer=7, parts=None, tokens=["a", "b"], logprobs=None
+    )
+    (run / "rollouts/step_000005.jsonl").write_text(
+        text + json.dumps(row) + '\n{"step": 5, "prompt_id'
+    )
     read = read_run(run)
     assert read.metrics.steps == (0, 1, 2, 3, 4, 5)
     problems = list(read.problems)
-    responses = [response for group in read_rollouts(read.rollout_files[-1], problems) for response in group.responses]
+    responses = [
+        response
+        for group in read_rollouts(read.rollout_files[-1], problems)
+        for response in group.responses
+    ]
     assert len(responses) == 17
     assert {(p.kind, p.file, p.text.split(",")[0]) for p in problems} == {
         ("damaged", "metrics.jsonl", "2 lines are not JSON objects"),
-        ("note", "metrics.jsonl", "1 steps were written twice (a resumed run?); later values count"),
+        (
+            "note",
+            "metrics.jsonl",
+            "1 steps were written twice (a resumed run?); later values count",
+        ),
         ("note", "metrics.jsonl", "reward/mean is not a finite number at 1 steps"),
         ("note", "metrics.jsonl", "the last line is not whole: it is being written"),
-        ("damaged", "rollouts/step_000005.jsonl", "1 responses have arrays that do not fit their tokens; left out"),
+        (
+            "damaged",
+            "rollouts/step_000005.jsonl",
+            "1 responses have arrays that do not fit their tokens; left out",
+        ),
         ("note", "rollouts/step_000005.jsonl", "the last line is not whole: it is being written"),
     }
 
 
 def test_a_prompt_drawn_twice_in_a_step_makes_two_groups(tmp_path):
     row = {"step": 1, "prompt_id": "same", "question": "?", "tokens": [], "response": "x"}
-    write_jsonl(tmp_path / "step_000001.jsonl", [{**row, "sample_index": index} for index in (0, 1, 0, 1)])
+    write_jsonl(
+        tmp_path / "step_000001.jsonl", [{**row, "sample_index": index} for index in (0, 1, 0, 1)]
+    )
     groups = read_rollouts(RolloutFile(1, tmp_path / "step_000001.jsonl"), [])
-    assert [[response.sample_index for response in group.responses] for group in groups] == [[0, 1], [0, 1]]
+    assert [[response.sample_index for response in group.responses] for group in groups] == [
+        [0, 1],
+        [0, 1],
+    ]
 
 
 def test_a_missing_run_folder_is_a_user_error(tmp_path):
@@ -312,12 +418,20 @@ def test_a_demo_sized_report_is_below_15_mb_and_complete(tmp_path):
     assert path.stat().st_size < 15e6
     assert page_data(path)["rollouts"]["numResponses"] == 200 * 4 * 8
     assert page_data(path)["latents"]["numPoints"] == 4000
-    assert sum(len(re.search(rf'id="{name}">([^<]*)<', path.read_text())[1]) for name in ("flow-tokens", "latent-points")) < 1.5e6
+    assert (
+        sum(
+            len(re.search(rf'id="{name}">([^<]*)<', path.read_text())[1])
+            for name in ("flow-tokens", "latent-points")
+        )
+        < 1.5e6
+    )
     assert not list(run.glob("*.tmp"))
 
 
 @needs_browser
-def test_too_many_rollouts_are_sampled_evenly_and_the_page_says_so(tmp_path, monkeypatch, open_report):
+def test_too_many_rollouts_are_sampled_evenly_and_the_page_says_so(
+    tmp_path, monkeypatch, open_report
+):
     run = make_run(tmp_path / "run", steps=60, groups=3)
     whole = write_report(run).stat().st_size
     monkeypatch.setattr(html, "ROLLOUT_BYTES", 150_000)
@@ -339,12 +453,28 @@ def test_pictures_are_kept_once_shrunk_and_only_from_the_run_folder(tmp_path):
     run = make_run(tmp_path / "run", steps=2)
     Image.effect_noise((900, 900), 80).save(run / "rollouts/images/large.png")
     shutil.copy(run / "rollouts/images/11.png", run / "rollouts/images/copy.png")
-    (run / "rollouts/images/broken.png").write_bytes((run / "rollouts/images/large.png").read_bytes()[:5000])
+    (run / "rollouts/images/broken.png").write_bytes(
+        (run / "rollouts/images/large.png").read_bytes()[:5000]
+    )
     Image.new("L", (8, 8)).save(tmp_path / "secret.png")
-    names = ["large.png", "11.png", "copy.png", "broken.png", "../../../secret.png", "none.png", "\0"]
-    rows = [json.loads(line) for line in (run / "rollouts/step_000002.jsonl").read_text().splitlines()]
+    names = [
+        "large.png",
+        "11.png",
+        "copy.png",
+        "broken.png",
+        "../../../secret.png",
+        "none.png",
+        "\0",
+    ]
+    rows = [
+        json.loads(line) for line in (run / "rollouts/step_000002.jsonl").read_text().splitlines()
+    ]
     for row in rows:
-        row["images"] = ["../rollouts/images/11.png", *(f"images/{name}" for name in names), str(tmp_path / "secret.png")]
+        row["images"] = [
+            "../rollouts/images/11.png",
+            *(f"images/{name}" for name in names),
+            str(tmp_path / "secret.png"),
+        ]
     for step in (1, 2):
         write_jsonl(run / f"rollouts/step_{step:06d}.jsonl", rows)
     path = write_report(run)
@@ -430,7 +560,9 @@ def test_rollouts_show_pictures_and_tokens_shaded_by_flow_reward_with_values(dem
     rewards = response.traces["flow_rewards"]
     tokens = card.locator(".response >> nth=0").locator(".token")
     assert tokens.count() == len(response.tokens)
-    shaded = tokens.evaluate_all("nodes => nodes.map((node) => getComputedStyle(node).backgroundColor)")
+    shaded = tokens.evaluate_all(
+        "nodes => nodes.map((node) => getComputedStyle(node).backgroundColor)"
+    )
     clear = "rgba(0, 0, 0, 0)"
     assert [colour != clear for colour in shaded] == [reward != 0 for reward in rewards]
     at = next(at for at, reward in enumerate(rewards) if reward)
@@ -440,7 +572,9 @@ def test_rollouts_show_pictures_and_tokens_shaded_by_flow_reward_with_values(dem
         assert float(shown) == pytest.approx(values[at], rel=6e-3), name
     assert page.inner_text("#tooltip code") == json.dumps(response.tokens[at])
     page.select_option("#choose-shade", "deviations")
-    deviating = tokens.evaluate_all("nodes => nodes.map((node) => getComputedStyle(node).backgroundColor)")
+    deviating = tokens.evaluate_all(
+        "nodes => nodes.map((node) => getComputedStyle(node).backgroundColor)"
+    )
     assert sum(colour != clear for colour in deviating) > sum(colour != clear for colour in shaded)
     assert "⏎" in card.inner_text() and "␣" in card.inner_text()
     assert not report.complaints
@@ -451,10 +585,13 @@ def test_signed_flow_rewards_get_two_colours(tmp_path, open_report):
     report = open_report(write_report(make_run(tmp_path / "run", steps=5, signed=True)))
     report.show("rollouts")
     hues = report.evaluate(
-        "[...document.querySelectorAll('.token')].map((t) => t.style.backgroundColor.match(/--\\w+/)?.[0]).filter(Boolean)"
+        "[...document.querySelectorAll('.token')].map((t) => "
+        "t.style.backgroundColor.match(/--\\w+/)?.[0]).filter(Boolean)"
     )
     assert set(hues) == {"--penalty", "--bonus"}
-    assert "penalised" in report.page.inner_text("#legend") and "rewarded" in report.page.inner_text("#legend")
+    assert "penalised" in report.page.inner_text(
+        "#legend"
+    ) and "rewarded" in report.page.inner_text("#legend")
 
 
 @needs_browser
@@ -467,10 +604,15 @@ def test_ten_thousand_rollouts_page_and_filter_in_under_200_ms(tmp_path, open_re
     times = {"step": [report.change("slide", at) for at in (0, 24, 48, 7)]}
     times["page"] = [report.change("click", ".pager .on") for _ in range(6)]
     assert page.inner_text("#tally") == "200 responses in 25 groups"
-    times["all steps"] = [report.change("choose", ["choose-step", step]) for step in ("all", 7, "all")]
+    times["all steps"] = [
+        report.change("choose", ["choose-step", step]) for step in ("all", 7, "all")
+    ]
     assert page.inner_text("#tally") == "10,000 responses in 1,250 groups"
     times["page of all"] = [report.change("click", ".pager .on") for _ in range(10)]
-    times["filter"] = [report.change("choose", ["choose-responses", wanted]) for wanted in ("correct", "truncated", "wrong")]
+    times["filter"] = [
+        report.change("choose", ["choose-responses", wanted])
+        for wanted in ("correct", "truncated", "wrong")
+    ]
     assert page.locator("#groups .response.correct").count() == 0
     times["filter"] += [report.change("choose", ["choose-groups", "mixed"])]
     times["search"] = [report.change("type", "digits-0033-7")]
@@ -483,8 +625,12 @@ def test_ten_thousand_rollouts_page_and_filter_in_under_200_ms(tmp_path, open_re
     assert page.locator("#groups .token.hit").count() >= 3
     times["search"] += [report.change("type", "no such text anywhere")]
     assert "No rollout fits" in page.inner_text("#groups")
-    print("ms to change:", {kind: [round(ms) for ms in measured] for kind, measured in times.items()})
-    assert max(min(measured) for measured in times.values()) < 200  # the page's own time: the slower ones waited for other processes
+    print(
+        "ms to change:", {kind: [round(ms) for ms in measured] for kind, measured in times.items()}
+    )
+    assert (
+        max(min(measured) for measured in times.values()) < 200
+    )  # the page's own time: the slower ones waited for other processes
     assert not report.complaints
 
 
@@ -502,17 +648,32 @@ def test_malicious_text_stays_text(tmp_path, open_report):
     run = make_run(tmp_path / "<img src=x onerror=window.hacked=3>", steps=2)
     (run / "config.resolved.yaml").write_text(f"model: {json.dumps(MALICE)}\n")
     (run / "env.json").write_text(json.dumps({MALICE: MALICE}))
-    write_jsonl(run / "metrics.jsonl", [{"step": step, "reward/mean": step, MALICE: step} for step in (1, 2, 3)])
+    write_jsonl(
+        run / "metrics.jsonl",
+        [{"step": step, "reward/mean": step, MALICE: step} for step in (1, 2, 3)],
+    )
     result = json.loads((run / "eval/step_000000.json").read_text())
     result["by_source"] = {MALICE: {"accuracy": 0.2}, "other": {"accuracy": 0.3}}
     (run / "eval/step_000002.json").write_text(json.dumps(result))
-    rows = [json.loads(line) for line in (run / "rollouts/step_000002.jsonl").read_text().splitlines()]
+    rows = [
+        json.loads(line) for line in (run / "rollouts/step_000002.jsonl").read_text().splitlines()
+    ]
     for row in rows:
         size = len(row["tokens"])
         row.update(
-            question=MALICE, answer=MALICE, response=MALICE, prediction=MALICE, verdict=MALICE, finish_reason=MALICE, parts={MALICE: 1.0}
+            question=MALICE,
+            answer=MALICE,
+            response=MALICE,
+            prediction=MALICE,
+            verdict=MALICE,
+            finish_reason=MALICE,
+            parts={MALICE: 1.0},
         )
-        row.update(prompt_id=MALICE, images=[MALICE], tokens=[MALICE, "\ud800", "\u202e", *row["tokens"][3:]])
+        row.update(
+            prompt_id=MALICE,
+            images=[MALICE],
+            tokens=[MALICE, "\ud800", "\u202e", *row["tokens"][3:]],
+        )
         assert len(row["tokens"]) == size
     write_jsonl(run / "rollouts/step_000002.jsonl", rows)
     report = open_report(write_report(run))
@@ -523,7 +684,11 @@ def test_malicious_text_stays_text(tmp_path, open_report):
     assert report.evaluate("window.hacked") is None
     assert page.locator("main script, main img[src=x]").count() == 0
     card = page.inner_text("#groups .group >> nth=0")
-    assert "</script><script>window.hacked=1</script>" in card and "&lt;b&gt;" in card and "{{plotly}}" in card
+    assert (
+        "</script><script>window.hacked=1</script>" in card
+        and "&lt;b&gt;" in card
+        and "{{plotly}}" in card
+    )
     assert "\u202e" not in card and "U+202E" in card
     page.hover("#groups .token >> nth=0")
     assert "window.hacked=1" in page.inner_text("#tooltip")
@@ -542,7 +707,9 @@ def test_malicious_text_stays_text(tmp_path, open_report):
 
 
 @needs_browser
-@pytest.mark.parametrize("state", ["empty", "only_rollouts", "only_metrics", "half_written", "nonsense"])
+@pytest.mark.parametrize(
+    "state", ["empty", "only_rollouts", "only_metrics", "half_written", "nonsense"]
+)
 def test_an_unfinished_run_shows_what_there_is_and_names_what_is_not(tmp_path, state, open_report):
     run = tmp_path / state
     if state == "empty":
@@ -558,13 +725,18 @@ def test_an_unfinished_run_shows_what_there_is_and_names_what_is_not(tmp_path, s
         for name in ("eval", "checkpoints", "rollouts", "flow"):
             shutil.rmtree(run / name)
     if state == "half_written":
-        for path in [path for path in run.rglob("*") if path.is_file() and path.suffix in (".json", ".jsonl", ".yaml", ".png")]:
+        for path in [
+            path
+            for path in run.rglob("*")
+            if path.is_file() and path.suffix in (".json", ".jsonl", ".yaml", ".png")
+        ]:
             path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
     if state == "nonsense":
         for path in [path for path in run.rglob("*.json*") if path.is_file()]:
             path.write_bytes(
                 b'\xff\x00[[[{"step": {}}\n'
-                + b'{"step": "x", "tokens": 3, "images": {}, "verdict": [], "parts": [], "accuracy_ci": 1}\n[]\n' * 3
+                + b'{"step": "x", "tokens": 3, "images": {}, "verdict": [], "parts": [], '
+                b'"accuracy_ci": 1}\n[]\n' * 3
             )
     report = open_report(write_report(run))
     for view in ("curves", "flow", "latents", "rollouts", "overview"):
@@ -573,8 +745,21 @@ def test_an_unfinished_run_shows_what_there_is_and_names_what_is_not(tmp_path, s
     assert not report.complaints
     problems = report.page.inner_text("#problems")
     expected = {
-        "empty": ["metrics.jsonl", "config.resolved.yaml", "env.json", "rollouts", "eval", "checkpoints"],
-        "only_rollouts": ["metrics.jsonl", "config.resolved.yaml", "env.json", "eval", "checkpoints"],
+        "empty": [
+            "metrics.jsonl",
+            "config.resolved.yaml",
+            "env.json",
+            "rollouts",
+            "eval",
+            "checkpoints",
+        ],
+        "only_rollouts": [
+            "metrics.jsonl",
+            "config.resolved.yaml",
+            "env.json",
+            "eval",
+            "checkpoints",
+        ],
         "only_metrics": ["rollouts", "eval", "checkpoints"],
         "half_written": ["env.json", "eval/step_000000.json", "pictures are missing"],
         "nonsense": ["env.json", "metrics.jsonl", "rollouts/step_000001.jsonl"],

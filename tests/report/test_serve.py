@@ -1,4 +1,6 @@
-"""The served page: loopback only, nothing but the page and its stamp, built again while a run writes, and an open page that follows."""
+"""The served page: loopback only, nothing but the page and its stamp, built again while a run
+writes, and an open page that follows.
+"""
 
 from __future__ import annotations
 
@@ -32,7 +34,9 @@ from tests.report.test_report import make_run, metrics_row
 @contextmanager
 def serving(folder: Path, complaints: list[str] | None = None):
     said = [] if complaints is None else complaints
-    server = Server(0, lambda: Pages([folder], lambda path: write_report(folder, path), said.append))
+    server = Server(
+        0, lambda: Pages([folder], lambda path: write_report(folder, path), said.append)
+    )
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05})
     thread.start()
     try:
@@ -51,14 +55,20 @@ def served(tmp_path_factory):
         yield server, run
 
 
-def ask(server: Server, path: str, method: str = "GET", host: str | None = None) -> tuple[int, dict[str, str], bytes]:
+def ask(
+    server: Server, path: str, method: str = "GET", host: str | None = None
+) -> tuple[int, dict[str, str], bytes]:
     with closing(http.client.HTTPConnection("127.0.0.1", server.port, timeout=20)) as connection:
         connection.putrequest(method, path, skip_host=True)
         if host != "":
             connection.putheader("Host", host or f"127.0.0.1:{server.port}")
         connection.endheaders()
         answer = connection.getresponse()
-        return answer.status, {key.lower(): value for key, value in answer.getheaders()}, answer.read()
+        return (
+            answer.status,
+            {key.lower(): value for key, value in answer.getheaders()},
+            answer.read(),
+        )
 
 
 def raw(server: Server, request: bytes) -> bytes:
@@ -87,7 +97,9 @@ def grow(run: Path, step: int) -> None:
 # Who is answered, and with what.
 
 
-@pytest.mark.skipif(not Path("/proc/net/tcp").exists(), reason="the kernel's list of sockets is read from /proc")
+@pytest.mark.skipif(
+    not Path("/proc/net/tcp").exists(), reason="the kernel's list of sockets is read from /proc"
+)
 def test_it_listens_on_the_loopback_address_alone(served):
     server, _ = served
     assert listeners(server.port) == {"0100007F"}  # 127.0.0.1 as the kernel writes it
@@ -97,10 +109,17 @@ def test_the_page_and_its_stamp_are_served_and_the_page_may_ask_its_own_server_a
     server, run = served
     status, headers, content = ask(server, "/")
     assert (status, headers["content-type"]) == (200, "text/html; charset=utf-8")
-    assert (headers["x-frame-options"], headers["cache-control"], headers["x-content-type-options"]) == ("DENY", "no-store", "nosniff")
+    assert (
+        headers["x-frame-options"],
+        headers["cache-control"],
+        headers["x-content-type-options"],
+    ) == ("DENY", "no-store", "nosniff")
     text = content.decode()
     policy = re.search(r'http-equiv="Content-Security-Policy" content="([^"]*)"', text)[1]
-    assert re.findall(r"(?:default|connect)-src [^;]*", policy) == ["default-src 'none'", "connect-src 'self'"]
+    assert re.findall(r"(?:default|connect)-src [^;]*", policy) == [
+        "default-src 'none'",
+        "connect-src 'self'",
+    ]
     stamp = ask(server, "/stamp")[2].decode()
     assert f'const PAGE_STAMP = "{stamp}";' in text
     assert ask(server, "/?x=1")[2] == content
@@ -162,7 +181,16 @@ def test_no_path_leads_to_a_file(served, path):
 
 
 @pytest.mark.parametrize(
-    "host", ["evil.example:{port}", "127.0.0.1", "127.0.0.1:1", "127.0.0.1:{port}.evil.example", "localhost.:{port}", "", "0:{port}"]
+    "host",
+    [
+        "evil.example:{port}",
+        "127.0.0.1",
+        "127.0.0.1:1",
+        "127.0.0.1:{port}.evil.example",
+        "localhost.:{port}",
+        "",
+        "0:{port}",
+    ],
 )
 def test_another_host_than_the_loopback_is_refused(served, host):
     """A name of the web that resolves to 127.0.0.1 must not read the run (DNS rebinding)."""
@@ -177,8 +205,19 @@ def test_another_host_than_the_loopback_is_refused(served, host):
 def test_two_host_headers_and_garbage_are_refused(served):
     server, _ = served
     own = f"Host: 127.0.0.1:{server.port}\r\n".encode()
-    assert b" 403 " in raw(server, b"GET /stamp HTTP/1.1\r\n" + own + b"Host: evil.example\r\n\r\n").split(b"\r\n")[0]
-    for request in (b"\x00\xff\r\n\r\n", b"GET\r\n\r\n", b"GET / HTTP/9.9\r\n\r\n", b"GET " + b"/" * 70_000 + b" HTTP/1.1\r\n\r\n", b""):
+    assert (
+        b" 403 "
+        in raw(server, b"GET /stamp HTTP/1.1\r\n" + own + b"Host: evil.example\r\n\r\n").split(
+            b"\r\n"
+        )[0]
+    )
+    for request in (
+        b"\x00\xff\r\n\r\n",
+        b"GET\r\n\r\n",
+        b"GET / HTTP/9.9\r\n\r\n",
+        b"GET " + b"/" * 70_000 + b" HTTP/1.1\r\n\r\n",
+        b"",
+    ):
         assert b"PAGE_STAMP" not in raw(server, request)
     assert ask(server, "/stamp")[0] == 200
 
@@ -263,8 +302,17 @@ def test_a_run_that_vanishes_leaves_the_last_page_and_one_complaint(tmp_path, mo
 
 def start(*arguments: str | Path) -> tuple[subprocess.Popen, str]:
     command = [sys.executable, "-m", "rlfr_vlm.cli", "report", *map(str, arguments), "--serve"]
-    heard = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # what the background of a shell starts ignores it
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True, preexec_fn=heard)
+    heard = partial(
+        signal.signal, signal.SIGINT, signal.SIG_DFL
+    )  # what the background of a shell starts ignores it
+    process = subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        preexec_fn=heard,
+    )
     return process, process.stdout.readline()
 
 
@@ -274,7 +322,9 @@ def test_the_command_serves_until_ctrl_c_and_ends_quietly(tmp_path):
         process, said = start(*folders)
         url = re.match(r"http://127\.0\.0\.1:(\d+)/ ", said)
         assert url, process.communicate(timeout=20)
-        with closing(http.client.HTTPConnection("127.0.0.1", int(url[1]), timeout=20)) as connection:
+        with closing(
+            http.client.HTTPConnection("127.0.0.1", int(url[1]), timeout=20)
+        ) as connection:
             connection.request("GET", "/")
             assert title in connection.getresponse().read()
         os.kill(process.pid, signal.SIGINT)
@@ -289,7 +339,11 @@ def test_a_port_in_use_and_a_port_that_is_none_are_user_errors(tmp_path):
         process, _ = start(run, "--port", str(port))
         out, err = process.communicate(timeout=20)
         assert (process.returncode, out) == (2, "")
-        assert err == f"rlfr-vlm report: --port {port} is in use; name another one, or leave it out for a free one\n"
+        assert (
+            err
+            == f"rlfr-vlm report: --port {port} is in use; name another one, or leave it out for a "
+            "free one\n"
+        )
     with pytest.raises(UserError, match="--port 70000 cannot be used"):
         Server(70000, lambda: None)
 
@@ -306,7 +360,9 @@ def test_a_folder_that_is_not_there_is_a_user_error(tmp_path):
 
 
 def until(page, condition: str, seconds: float = 15) -> None:
-    """Wait for a condition. Playwright's own way evaluates text in the page, which the page's policy forbids."""
+    """Wait for a condition. Playwright's own way evaluates text in the page, which the page's
+    policy forbids.
+    """
     from playwright.sync_api import Error
 
     end = time.monotonic() + seconds
@@ -324,13 +380,20 @@ def until(page, condition: str, seconds: float = 15) -> None:
 def test_an_open_page_follows_a_run_that_grows_and_keeps_its_view(tmp_path, chromium, monkeypatch):
     monkeypatch.setattr(module, "LOOK_S", 0.5)
     run = make_run(tmp_path / "run", steps=8)
-    (run / "config.resolved.yaml").write_text("train:\n  steps: 20\n" + "".join(f"line_{n}: {n}\n" for n in range(200)))
+    (run / "config.resolved.yaml").write_text(
+        "train:\n  steps: 20\n" + "".join(f"line_{n}: {n}\n" for n in range(200))
+    )
     complaints: list[str] = []
     with serving(run) as server:
         context = chromium.new_context(viewport={"width": 1200, "height": 500})
         page = context.new_page()
         page.set_default_timeout(15_000)
-        page.on("console", lambda message: complaints.append(message.text) if message.type in ("error", "warning") else None)
+        page.on(
+            "console",
+            lambda message: (
+                complaints.append(message.text) if message.type in ("error", "warning") else None
+            ),
+        )
         page.on("pageerror", lambda error: complaints.append(str(error)))
         asked: list[str] = []
         page.on("request", lambda request: asked.append(request.url))
@@ -355,7 +418,10 @@ def test_an_open_page_follows_a_run_that_grows_and_keeps_its_view(tmp_path, chro
         grow(run, 10)
         until(page, "document.getElementById('run-state').textContent.includes('step 10 of 20')")
         until(page, "!document.getElementById('curves').hidden && scrollY === 400")
-        assert page.evaluate("[document.getElementById('smoothing').value, smoothing]") == ["0.3", 0.3]
+        assert page.evaluate("[document.getElementById('smoothing').value, smoothing]") == [
+            "0.3",
+            0.3,
+        ]
         # What a reader looks at closely is left alone until the reader is done.
         page.evaluate("getSelection().selectAllChildren(document.querySelector('#curves h2'))")
         grow(run, 11)
@@ -364,6 +430,8 @@ def test_an_open_page_follows_a_run_that_grows_and_keeps_its_view(tmp_path, chro
         page.evaluate("getSelection().removeAllRanges()")
         until(page, "document.getElementById('run-state').textContent.includes('step 11 of 20')")
         assert not complaints
-        assert {url.split("/", 3)[2] for url in asked if not url.startswith(("data:", "blob:"))} == {f"127.0.0.1:{server.port}"}
+        assert {
+            url.split("/", 3)[2] for url in asked if not url.startswith(("data:", "blob:"))
+        } == {f"127.0.0.1:{server.port}"}
     until(page, "document.getElementById('live').textContent.includes('has ended')")
     context.close()

@@ -1,4 +1,6 @@
-"""What a response earns, by the built-in reward and by a user's function in each of the four shapes."""
+"""What a response earns, by the built-in reward and by a user's function in each of the four
+shapes.
+"""
 
 import re
 from dataclasses import replace
@@ -9,7 +11,13 @@ from rlfr_vlm.algorithm.credit import make_samples
 from rlfr_vlm.config import GraderConfig, RewardConfig, parse_config
 from rlfr_vlm.errors import StoppedError, UserError
 from rlfr_vlm.rewards.grader import Grader
-from rlfr_vlm.rewards.outcome import boxed_reward, grade, load_reward_function, overlong_penalty, tags_reward
+from rlfr_vlm.rewards.outcome import (
+    boxed_reward,
+    grade,
+    load_reward_function,
+    overlong_penalty,
+    tags_reward,
+)
 from rlfr_vlm.types import EncodedPrompt, Prompt, Rollout, RolloutGroup
 
 
@@ -21,16 +29,24 @@ def grader():
 
 def group(row, answer, *texts, num_tokens=10, **extra):
     content = [{"type": "image"}, {"type": "text", "text": f"question {row}"}]
-    prompt = Prompt(row, ({"role": "user", "content": content},), (), answer, data_source="demo", extra=extra)
+    prompt = Prompt(
+        row, ({"role": "user", "content": content},), (), answer, data_source="demo", extra=extra
+    )
     encoded = EncodedPrompt(prompt, (), (), position_ids=None)
-    rollouts = (Rollout(encoded, i, (0,) * num_tokens, (0.0,) * num_tokens, text, "stop", 0) for i, text in enumerate(texts))
+    rollouts = (
+        Rollout(encoded, i, (0,) * num_tokens, (0.0,) * num_tokens, text, "stop", 0)
+        for i, text in enumerate(texts)
+    )
     return RolloutGroup(encoded, tuple(rollouts))
 
 
-GROUPS = [group("a", "42", r"\boxed{42}", r"\boxed{41}", level=3), group("b", "1/2", r"\boxed{0.5}", "no idea", level=None)]
+GROUPS = [
+    group("a", "42", r"\boxed{42}", r"\boxed{41}", level=3),
+    group("b", "1/2", r"\boxed{0.5}", "no idea", level=None),
+]
 
 
-# --- built in -----------------------------------------------------------------------------------------------------------
+# --- built in -------------------------------------------------------------------------------------
 
 
 def test_accuracy_in_group_and_sample_order(grader):
@@ -45,7 +61,9 @@ def test_accuracy_in_group_and_sample_order(grader):
 def test_format_and_length_are_added(grader):
     text = r"<think>6*7</think> <answer>\boxed{42}</answer>"
     cfg = RewardConfig(format_weight=0.5, overlong_buffer=40)
-    outcomes = grade([group("a", "42", text, "<think>" + text, num_tokens=90)], cfg, grader, max_new_tokens=100)
+    outcomes = grade(
+        [group("a", "42", text, "<think>" + text, num_tokens=90)], cfg, grader, max_new_tokens=100
+    )
     assert [o.reward for o in outcomes] == [1 + 0.5 - 0.75, 1 + 0 - 0.75]
     assert outcomes[0].parts == {"accuracy": 1.0, "format": 1.0, "overlong": -0.75}
 
@@ -54,18 +72,33 @@ def test_a_wrong_answer_earns_what_the_config_says_and_its_verdict_stays(grader)
     """Beside format and length, and never where nothing could be graded."""
     text = r"<think>6*7</think> <answer>\boxed{42}</answer>"
     cfg = RewardConfig(wrong=-1, format_weight=0.5, overlong_buffer=40, max_error_frac=1)
-    groups = [group("a", "42", text, text.replace("42", "41"), num_tokens=90), group("bad", r"\frac{1}{", text, num_tokens=90)]
+    groups = [
+        group("a", "42", text, text.replace("42", "41"), num_tokens=90),
+        group("bad", r"\frac{1}{", text, num_tokens=90),
+    ]
     outcomes = grade(groups, cfg, grader, max_new_tokens=100)
     assert [o.reward for o in outcomes] == [1 + 0.5 - 0.75, -1 + 0.5 - 0.75, 0]
     assert [o.verdict for o in outcomes] == ["correct", "wrong", "error"]
     assert outcomes[1].parts == {"accuracy": 0.0, "format": 1.0, "overlong": -0.75}
 
 
-@pytest.mark.parametrize(("preset", "advantage"), [({}, 0.126), ({"reward": {"wrong": 0}}, -0.725)], ids=["published", "wrong earns 0"])
+@pytest.mark.parametrize(
+    ("preset", "advantage"),
+    [({}, 0.126), ({"reward": {"wrong": 0}}, -0.725)],
+    ids=["published", "wrong earns 0"],
+)
 def test_dapo_still_prefers_a_right_answer_of_full_length_to_a_wrong_one(grader, preset, advantage):
-    """Of eight siblings three are right, one is right at full length, four are wrong: rewards 1, 1, 1, 1 - 1, and four times -1 (or 0)."""
+    """Of eight siblings three are right, one is right at full length, four are wrong: rewards 1, 1,
+    1, 1 - 1, and four times -1 (or 0).
+    """
     cfg = parse_config(
-        {"output_dir": "o", "model": {"path": "m"}, "algorithm": {"method": "dapo"}, "rollout": {"max_new_tokens": 100}, **preset}
+        {
+            "output_dir": "o",
+            "model": {"path": "m"},
+            "algorithm": {"method": "dapo"},
+            "rollout": {"max_new_tokens": 100},
+            **preset,
+        }
     )
     one = group("a", "42", *[r"\boxed{42}"] * 4, *[r"\boxed{41}"] * 4)
     full = replace(one.rollouts[3], token_ids=(0,) * 100, logprobs=(0.0,) * 100)
@@ -99,9 +132,13 @@ def test_tags_reward(text, reward):
 
 def test_boxed_reward_orders_answers_as_the_published_recipe(grader):
     """No box 0, a wrong one half, a right one all; five boxes are no format."""
-    assert [boxed_reward(text) for text in ("42", r"\boxed{1}", r"\boxed{1}" * 4, r"\boxed{1}" * 5)] == [0, 1, 1, 0]
+    assert [
+        boxed_reward(text) for text in ("42", r"\boxed{1}", r"\boxed{1}" * 4, r"\boxed{1}" * 5)
+    ] == [0, 1, 1, 0]
     cfg = RewardConfig(format="boxed", format_weight=1.0)
-    outcomes = grade([group("a", "42", "42", r"\boxed{41}", r"\boxed{42}")], cfg, grader, max_new_tokens=100)
+    outcomes = grade(
+        [group("a", "42", "42", r"\boxed{41}", r"\boxed{42}")], cfg, grader, max_new_tokens=100
+    )
     assert [o.reward for o in outcomes] == [0, 1, 2]
 
 
@@ -113,10 +150,18 @@ def test_overlong_penalty():
 
 def test_error_earns_nothing_and_too_many_stop(grader):
     groups = [*GROUPS, group("bad", r"\frac{1}{", r"\boxed{1}", r"\boxed{2}")]
-    outcomes = grade(groups, RewardConfig(max_error_frac=0.5, format_weight=0.5), grader, max_new_tokens=100)
+    outcomes = grade(
+        groups, RewardConfig(max_error_frac=0.5, format_weight=0.5), grader, max_new_tokens=100
+    )
     assert [o.graded for o in outcomes] == [True, True, True, True, False, False]
-    assert (outcomes[4].reward, outcomes[4].verdict, outcomes[4].parts) == (0.0, "error", {}) and "cannot read" in outcomes[4].reason
-    with pytest.raises(StoppedError, match=r"2 of 6 .*max_error_frac=0.3\): row bad: math-verify cannot read"):
+    assert (outcomes[4].reward, outcomes[4].verdict, outcomes[4].parts) == (
+        0.0,
+        "error",
+        {},
+    ) and "cannot read" in outcomes[4].reason
+    with pytest.raises(
+        StoppedError, match=r"2 of 6 .*max_error_frac=0.3\): row bad: math-verify cannot read"
+    ):
         grade(groups, RewardConfig(max_error_frac=0.3), grader, max_new_tokens=100)
 
 
@@ -125,7 +170,7 @@ def test_grader_has_to_look_where_the_reward_says(grader):
         grade(GROUPS, RewardConfig(answer="tag"), grader, max_new_tokens=100)
 
 
-# --- a user's function --------------------------------------------------------------------------------------------------
+# --- a user's function ----------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -134,7 +179,9 @@ def custom(tmp_path, grader):
         file = tmp_path / "reward.py"
         file.write_text(code)
         load_reward_function.cache_clear()
-        return grade(groups, RewardConfig(function=f"{file}:{name}", **settings), grader, max_new_tokens=100)
+        return grade(
+            groups, RewardConfig(function=f"{file}:{name}", **settings), grader, max_new_tokens=100
+        )
 
     return run
 
@@ -151,13 +198,20 @@ def f(prompts, completions, answer, level, **kwargs):
         max_error_frac=0.5,
     )
     assert [o.reward for o in outcomes] == [2.0, -1.0, -1.0, 0.0]
-    assert [o.verdict for o in outcomes] == ["correct", "wrong", "correct", "error"]  # by the gold answer, apart from the reward
+    assert [o.verdict for o in outcomes] == [
+        "correct",
+        "wrong",
+        "correct",
+        "error",
+    ]  # by the gold answer, apart from the reward
     assert outcomes[0].parts == {"function": 2.0, "accuracy": 1.0}
     assert outcomes[3].reason == "the reward function returned None"
 
 
 def test_trl_shape_without_keyword_columns(custom):
-    assert [o.reward for o in custom("def f(completions): return [0.5] * len(completions)")] == [0.5] * 4
+    assert [o.reward for o in custom("def f(completions): return [0.5] * len(completions)")] == [
+        0.5
+    ] * 4
 
 
 def test_verl_shape(custom):
@@ -174,7 +228,12 @@ def f(data_source, solution_str, ground_truth, extra_info=None):
     ]
     outcomes = custom(code, groups)
     assert [o.reward for o in outcomes] == [0.25, 0.25, 0.75, 0.75]
-    assert [o.correct for o in outcomes] == [False, True, True, False]  # `acc` where there is one, else the grader
+    assert [o.correct for o in outcomes] == [
+        False,
+        True,
+        True,
+        False,
+    ]  # `acc` where there is one, else the grader
     assert outcomes[0].parts == {"acc": 0.0, "function": 0.25, "accuracy": 0.0}
 
 
@@ -202,11 +261,14 @@ def f(queries, prompts, labels, **kwargs):
     assert [o.reward for o in outcomes] == [2.0, 0.0, 0.0, 0.0]
     assert [o.correct for o in outcomes] == [True, False, False, False]
     assert outcomes[0].parts == {"acc": 1.0, "length": 1.0, "function": 2.0, "accuracy": 1.0}
-    outcomes = custom("import torch\ndef f(queries, prompts, labels): return torch.arange(len(queries))")
+    outcomes = custom(
+        "import torch\ndef f(queries, prompts, labels): return torch.arange(len(queries))"
+    )
     assert [o.reward for o in outcomes] == [0.0, 1.0, 2.0, 3.0]
 
 
-# The frameworks' published examples in shape: signatures, keyword defaults, what is read and what is returned.
+# The frameworks' published examples in shape: signatures, keyword defaults, what is read and what
+# is returned.
 FRAMEWORKS = {
     "trl accuracy_reward": (
         """
@@ -341,12 +403,19 @@ def test_trls_own_function_fits(custom):
 
 
 def test_gold_that_only_the_function_reads_is_no_error(custom):
-    outcomes = custom("def f(completions, **kwargs): return [1.0] * len(completions)", [group("x", r"\frac{1}{", r"\boxed{1}", "2")])
+    outcomes = custom(
+        "def f(completions, **kwargs): return [1.0] * len(completions)",
+        [group("x", r"\frac{1}{", r"\boxed{1}", "2")],
+    )
     assert [(o.reward, o.verdict) for o in outcomes] == [(1.0, "wrong")] * 2
 
 
 def test_format_and_length_are_added_to_a_function_too(custom):
-    outcomes = custom("def f(completions): return [3.0] * len(completions)", [group("x", "1", "1", num_tokens=90)], overlong_buffer=20)
+    outcomes = custom(
+        "def f(completions): return [3.0] * len(completions)",
+        [group("x", "1", "1", num_tokens=90)],
+        overlong_buffer=20,
+    )
     assert outcomes[0].reward == 2.5 and outcomes[0].parts["overlong"] == -0.5
 
 
@@ -368,16 +437,34 @@ def f(completions, /): return [Score(1.0).value for c in completions]
         ("f = 3", r"no function `f`"),
         ("import not_a_module_at_all", r"cannot be loaded: ModuleNotFoundError: .*\(reward.py:1\)"),
         ("def f(:", r"cannot be loaded: SyntaxError"),
-        ("def f(a, b): ...", r"its parameters \(a, b\) are those of none of .*TRL.*verl.*EasyR1.*OpenRLHF"),
+        (
+            "def f(a, b): ...",
+            r"its parameters \(a, b\) are those of none of .*TRL.*verl.*EasyR1.*OpenRLHF",
+        ),
         ("def f(**kwargs): ...", r"are those of none of"),
-        ("def f(completions, difficulty): ...", r"missing a required argument: 'difficulty'; .*level"),
+        (
+            "def f(completions, difficulty): ...",
+            r"missing a required argument: 'difficulty'; .*level",
+        ),
         ("def f(completions):\n    return [1.0]", r"expected 4 values, one per response, got 1"),
         ("def f(completions): ...", r"expected 4 values, one per response, got NoneType"),
         ("def f(completions): return ['good'] * 4", r"'good' for row a is no number"),
-        ("def f(completions):\n    return 1 / 0", r"failed on rows a, b: ZeroDivisionError: division by zero \(reward.py:2\)"),
-        ("def f(solution_str, extra_info):\n    return extra_info['x']", r"failed on row a: KeyError: 'x' \(reward.py:2\)"),
-        ("def f(solution_str): return {'reward': 1}", r"its dict for row a has no `score`: \['reward'\]"),
-        ("def f(queries, prompts, labels): return {'scores': [1] * 4}", r"has no `rewards`: \['scores'\]"),
+        (
+            "def f(completions):\n    return 1 / 0",
+            r"failed on rows a, b: ZeroDivisionError: division by zero \(reward.py:2\)",
+        ),
+        (
+            "def f(solution_str, extra_info):\n    return extra_info['x']",
+            r"failed on row a: KeyError: 'x' \(reward.py:2\)",
+        ),
+        (
+            "def f(solution_str): return {'reward': 1}",
+            r"its dict for row a has no `score`: \['reward'\]",
+        ),
+        (
+            "def f(queries, prompts, labels): return {'scores': [1] * 4}",
+            r"has no `rewards`: \['scores'\]",
+        ),
     ],
 )
 def test_faults_of_a_function_are_named(custom, code, message):

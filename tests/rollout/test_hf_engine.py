@@ -55,16 +55,28 @@ def test_tokens_depend_on_the_request_alone(model_folder):
 def test_greedy_equals_transformers_generate(model_folder):
     engine, policy = engine_of(model_folder("llama"))
     model = AutoModelForCausalLM.from_pretrained(model_folder("llama"), dtype=torch.float32)
-    model.generation_config.__dict__.update(temperature=None, top_p=None, top_k=None, repetition_penalty=1.0, do_sample=False)
-    for group in engine.sample(prompts_of(policy), replace(SAMPLING, group_size=1, temperature=0.0)):
+    model.generation_config.__dict__.update(
+        temperature=None, top_p=None, top_k=None, repetition_penalty=1.0, do_sample=False
+    )
+    for group in engine.sample(
+        prompts_of(policy), replace(SAMPLING, group_size=1, temperature=0.0)
+    ):
         ids = torch.tensor([group.prompt.token_ids])
-        expected = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=12, do_sample=False)
+        expected = model.generate(
+            ids, attention_mask=torch.ones_like(ids), max_new_tokens=12, do_sample=False
+        )
         assert group.rollouts[0].token_ids == tuple(expected[0, ids.shape[1] :].tolist())
 
 
 def test_responses_end_at_eos_and_are_flagged_when_cut(model_folder):
     engine, policy = engine_of(model_folder("qwen2"))
-    rollouts = [r for g in engine.sample(prompts_of(policy), replace(SAMPLING, group_size=32, max_new_tokens=60)) for r in g.rollouts]
+    rollouts = [
+        r
+        for g in engine.sample(
+            prompts_of(policy), replace(SAMPLING, group_size=32, max_new_tokens=60)
+        )
+        for r in g.rollouts
+    ]
     assert {r.finish_reason for r in rollouts} <= {"stop", "length"}
     for rollout in rollouts:
         ended = rollout.token_ids[-1] in policy.eos_token_ids
@@ -79,7 +91,11 @@ def test_stop_strings_end_a_response(model_folder):
     engine, policy = engine_of(model_folder("qwen2"))
     free = [r for g in engine.sample(prompts_of(policy), SAMPLING) for r in g.rollouts]
     stop = next(r.text[3] for r in free if len(r.text) > 6 and r.text[3].isprintable())
-    for rollout in (r for g in engine.sample(prompts_of(policy), replace(SAMPLING, stop=(stop,))) for r in g.rollouts):
+    for rollout in (
+        r
+        for g in engine.sample(prompts_of(policy), replace(SAMPLING, stop=(stop,)))
+        for r in g.rollouts
+    ):
         assert stop not in policy.decode(rollout.token_ids[:-1])
         if stop in rollout.text:
             assert rollout.finish_reason == "stop"
@@ -87,13 +103,19 @@ def test_stop_strings_end_a_response(model_folder):
 
 def test_temperature_is_the_logprobs_too(model_folder):
     engine, policy = engine_of(model_folder("qwen2"))
-    rollouts = [r for g in engine.sample(prompts_of(policy), replace(SAMPLING, temperature=0.5)) for r in g.rollouts]
+    rollouts = [
+        r
+        for g in engine.sample(prompts_of(policy), replace(SAMPLING, temperature=0.5))
+        for r in g.rollouts
+    ]
     for rollout, scored in zip(rollouts, policy.score(rollouts, 0.5), strict=True):
         assert torch.allclose(torch.tensor(rollout.logprobs), scored, atol=1e-4)
 
 
 def test_the_nucleus_is_the_smallest_set_that_holds_its_share():
-    probabilities = torch.tensor([[0.1, 0.5, 0.15, 0.25], [0.25, 0.25, 0.25, 0.25]], dtype=torch.float64)
+    probabilities = torch.tensor(
+        [[0.1, 0.5, 0.15, 0.25], [0.25, 0.25, 0.25, 0.25]], dtype=torch.float64
+    )
     assert nucleus(probabilities, 0.7).tolist() == [[0, 0.5, 0, 0.25], [0.25, 0.25, 0.25, 0]]
     assert nucleus(probabilities, 0.5).tolist() == [[0, 0.5, 0, 0], [0.25, 0.25, 0, 0]]
     assert nucleus(probabilities, 1.0) is probabilities
@@ -105,7 +127,9 @@ def test_later_samples_of_a_problem_can_be_asked_for_alone(model_folder):
     whole = engine.sample(prompts, SAMPLING)
     part = engine.sample(prompts, replace(SAMPLING, group_size=2, first_sample=2))
     assert [[r.sample_index for r in group.rollouts] for group in part] == [[2, 3]] * len(prompts)
-    assert [[r.token_ids for r in group.rollouts] for group in part] == [[r.token_ids for r in group.rollouts[2:]] for group in whole]
+    assert [[r.token_ids for r in group.rollouts] for group in part] == [
+        [r.token_ids for r in group.rollouts[2:]] for group in whole
+    ]
 
 
 def moved(policy, seed):
@@ -113,17 +137,25 @@ def moved(policy, seed):
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in policy.model.parameters():
-            parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator) * parameter.square().mean().sqrt())
+            parameter.add_(
+                0.1
+                * torch.randn(parameter.shape, generator=generator)
+                * parameter.square().mean().sqrt()
+            )
     policy.version += 1
     return policy
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen2_5_vl"])
 @pytest.mark.parametrize("max_bytes", [1, 2**40])
-def test_a_copy_in_a_process_of_its_own_samples_what_the_policy_would(model_folder, family, max_bytes):
+def test_a_copy_in_a_process_of_its_own_samples_what_the_policy_would(
+    model_folder, family, max_bytes
+):
     settings = ModelConfig(path=model_folder(family), dtype="float32")
     own, trainer = engine_of(model_folder(family))
-    cfg = parse_config({"output_dir": "unused", "model": settings.model_dump(), "rollout": {"engine": "hf"}})
+    cfg = parse_config(
+        {"output_dir": "unused", "model": settings.model_dump(), "rollout": {"engine": "hf"}}
+    )
     engine = make_engine(cfg, Policy(settings, weights=False))
     prompts = prompts_of(trainer, (0, 1) if family == "qwen2_5_vl" else (0, 0))
     with pytest.raises(StoppedError, match="none of the policy's weights"):
@@ -144,7 +176,13 @@ def test_a_copy_in_a_process_of_its_own_samples_what_the_policy_would(model_fold
 def test_a_copy_beside_sharded_weights_keeps_its_own(model_folder):
     policy = Policy(ModelConfig(path=model_folder("llama"), dtype="float32"))
     policy.sharded = True
-    cfg = parse_config({"output_dir": "unused", "model": {"path": policy.path, "dtype": "float32"}, "rollout": {"engine": "hf"}})
+    cfg = parse_config(
+        {
+            "output_dir": "unused",
+            "model": {"path": policy.path, "dtype": "float32"},
+            "rollout": {"engine": "hf"},
+        }
+    )
     engine = make_engine(cfg, policy)
     engine.load_weights(policy)
     before = tokens(engine.sample(prompts_of(policy), SAMPLING))
@@ -161,7 +199,9 @@ def test_what_a_copy_lacks_is_named(model_folder):
     engine = HFEngine(RolloutConfig(), Policy(settings, weights=False), settings)
     with pytest.raises(StoppedError, match=r"sends `value_head\.weight`, which is none"):
         engine.load_bucket({"value_head.weight": torch.ones(1, 64)})
-    with pytest.raises(StoppedError, match=r"`model\.norm\.weight` comes as torch\.float32 of shape \(63,\)"):
+    with pytest.raises(
+        StoppedError, match=r"`model\.norm\.weight` comes as torch\.float32 of shape \(63,\)"
+    ):
         engine.load_bucket({"model.norm.weight": torch.ones(63)})
     with pytest.raises(StoppedError, match=r"`model\.norm\.weight` differs"):
         engine.load_bucket({"model.norm.weight": torch.full((64,), float("nan"))})
@@ -170,7 +210,9 @@ def test_what_a_copy_lacks_is_named(model_folder):
             engine.load_bucket(bucket)
     with pytest.raises(StoppedError, match="only some of the policy's weights"):
         engine.sample(prompts_of(trainer), SAMPLING)
-    with pytest.raises(StoppedError, match=r"1 of \d+ tensors did not come, the first is `model\.norm\.weight`"):
+    with pytest.raises(
+        StoppedError, match=r"1 of \d+ tensors did not come, the first is `model\.norm\.weight`"
+    ):
         engine.finish_load(1)
 
 

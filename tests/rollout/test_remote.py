@@ -1,6 +1,8 @@
-"""The trainer's side of rollout workers: equal samples wherever they come from, and nothing from a worker whose weights are not right.
+"""The trainer's side of rollout workers: equal samples wherever they come from, and nothing from a
+worker whose weights are not right.
 
-The workers here are real ones, driven in this process over the protocol that Ray's actors implement in a run.
+The workers here are real ones, driven in this process over the protocol that Ray's actors implement
+in a run.
 """
 
 import pickle
@@ -18,14 +20,24 @@ from rlfr_vlm.ranks import Ranks
 from rlfr_vlm.rollout.engine import SamplingConfig
 from rlfr_vlm.rollout.hf_engine import HFEngine
 from rlfr_vlm.rollout.remote import RemoteEngine, WorkerLost, shares
-from rlfr_vlm.rollout.worker import Problem, Refusal, Request, RolloutWorker, answered, packed, unpacked
+from rlfr_vlm.rollout.worker import (
+    Problem,
+    Refusal,
+    Request,
+    RolloutWorker,
+    answered,
+    packed,
+    unpacked,
+)
 from tests.runs import make_config, make_data
 
 SAMPLING = SamplingConfig(group_size=3, temperature=1.0, max_new_tokens=6, seed_key=(0, 1))
 
 
 class InProcess:
-    """Workers whose calls are carried out when they are made; what goes in and out is pickled, as between processes."""
+    """Workers whose calls are carried out when they are made; what goes in and out is pickled, as
+    between processes.
+    """
 
     def __init__(self, cfg, count):
         self.cfg, self.workers = cfg, [RolloutWorker(cfg) for _ in range(count)]
@@ -41,7 +53,10 @@ class InProcess:
         return pickle.dumps(value)
 
     def submit(self, worker, method, *arguments):
-        arguments = [pickle.loads(a) if isinstance(a, bytes) else pickle.loads(pickle.dumps(a)) for a in arguments]
+        arguments = [
+            pickle.loads(a) if isinstance(a, bytes) else pickle.loads(pickle.dumps(a))
+            for a in arguments
+        ]
         fate = self.deaths.pop(len(self.calls), None)
         self.calls.append((worker, method))
         if fate == "dies":
@@ -70,7 +85,11 @@ class InProcess:
 def parts(model_folder, tmp_path):
     """A config, its policy and six encoded prompts with pictures."""
     make_data(tmp_path)
-    cfg = load_config(make_config(tmp_path, model_folder("qwen2_5_vl"), rollout={"engine": "hf", "sync_bucket_mib": 1}))
+    cfg = load_config(
+        make_config(
+            tmp_path, model_folder("qwen2_5_vl"), rollout={"engine": "hf", "sync_bucket_mib": 1}
+        )
+    )
     policy = Policy(cfg.model)
     rows = load_prompts(cfg.data.train, cfg.data, BadRows(cfg.data))[:6]
     renderer = Renderer(policy, cfg.data, cfg.data.train)
@@ -86,13 +105,23 @@ def moved(policy, by=0.01):
 
 
 def content(groups):
-    return [[(r.sample_index, r.token_ids, r.logprobs, r.text, r.finish_reason, r.policy_version) for r in g.rollouts] for g in groups]
+    return [
+        [
+            (r.sample_index, r.token_ids, r.logprobs, r.text, r.finish_reason, r.policy_version)
+            for r in g.rollouts
+        ]
+        for g in groups
+    ]
 
 
 def as_local(policy, prompts, pieces=2):
     """What the HF engine beside the policy samples, in as many batches."""
     engine, size = HFEngine(RolloutConfig(), policy), len(prompts) // pieces
-    return [group for i in range(pieces) for group in engine.sample(prompts[i * size : (i + 1) * size], SAMPLING)]
+    return [
+        group
+        for i in range(pieces)
+        for group in engine.sample(prompts[i * size : (i + 1) * size], SAMPLING)
+    ]
 
 
 def test_workers_sample_what_the_policy_would_and_in_order(parts):
@@ -127,12 +156,16 @@ def test_no_prompts_make_no_calls():
 @pytest.mark.parametrize("fate", ["dies", "hangs", "is out of reach"])
 @pytest.mark.parametrize("method", ["load_bucket", "finish_load", "sample"])
 def test_a_lost_worker_changes_no_token(parts, method, fate):
-    """Whenever it is lost, the next load and the next samples are whole, and the losses are counted."""
+    """Whenever it is lost, the next load and the next samples are whole, and the losses are
+    counted.
+    """
     cfg, policy, prompts = parts
     whole = RemoteEngine(cfg, policy, Ranks(), undisturbed := InProcess(cfg, 2))
     whole.load_weights(moved(policy))
     expected = content(whole.sample(prompts, SAMPLING))
-    calls = [i for i, (worker, name) in enumerate(undisturbed.calls) if (worker, name) == (1, method)]
+    calls = [
+        i for i, (worker, name) in enumerate(undisturbed.calls) if (worker, name) == (1, method)
+    ]
     workers = InProcess(cfg, 2)
     workers.deaths = {calls[-1]: fate}
     engine = RemoteEngine(cfg, policy, Ranks(), workers)
@@ -143,13 +176,19 @@ def test_a_lost_worker_changes_no_token(parts, method, fate):
     assert workers.killed == ([] if fate == "dies" else [1])
 
 
-def test_negative_control_a_worker_that_refuses_nothing_samples_from_initial_weights(parts, monkeypatch):
+def test_negative_control_a_worker_that_refuses_nothing_samples_from_initial_weights(
+    parts, monkeypatch
+):
     cfg, policy, prompts = parts
     sample = RolloutWorker.sample
     whole = RemoteEngine(cfg, policy, Ranks(), undisturbed := InProcess(cfg, 2))
     whole.load_weights(moved(policy, by=0.1))
     expected = content(whole.sample(prompts, SAMPLING))
-    monkeypatch.setattr(RolloutWorker, "sample", lambda self, requests, sampling, _: sample(self, requests, sampling, self._sync_id))
+    monkeypatch.setattr(
+        RolloutWorker,
+        "sample",
+        lambda self, requests, sampling, _: sample(self, requests, sampling, self._sync_id),
+    )
     workers = InProcess(cfg, 2)
     engine = RemoteEngine(cfg, policy, Ranks(), workers)
     engine.load_weights(policy)
@@ -177,7 +216,11 @@ def test_above_the_limit_of_losses_the_run_stops(parts):
     engine = RemoteEngine(cfg, policy, Ranks(), workers)
     engine.load_weights(policy)
     workers.deaths = {len(workers.calls): "dies", len(workers.calls) + 1: "hangs"}
-    with pytest.raises(StoppedError, match=r"engine 1: no answer to a batch of prompts within .* ray.max_restarts=1 were allowed"):
+    with pytest.raises(
+        StoppedError,
+        match=r"engine 1: no answer to a batch of prompts within .* ray.max_restarts=1 were "
+        r"allowed",
+    ):
         engine.sample(prompts, SAMPLING)
 
 
@@ -186,7 +229,9 @@ def test_a_sync_that_hangs_names_the_worker_and_the_weights(parts):
     cfg = cfg.model_copy(update={"ray": cfg.ray.model_copy(update={"max_restarts": 0})})
     workers = InProcess(cfg, 2)
     workers.deaths = {1: "hangs"}
-    with pytest.raises(StoppedError, match=r"engine 1: no answer to the weights from `model\..*` on within"):
+    with pytest.raises(
+        StoppedError, match=r"engine 1: no answer to the weights from `model\..*` on within"
+    ):
         RemoteEngine(cfg, policy, Ranks(), workers).load_weights(policy)
 
 
@@ -221,7 +266,9 @@ def test_the_probe_stops_a_worker_that_computes_something_else(parts):
             broken.sampler.model.get_output_embeddings().weight.mul_(1.5)
 
     broken.finish_load = finish
-    with pytest.raises(StoppedError, match="engine 1 computes something else with the same weights"):
+    with pytest.raises(
+        StoppedError, match="engine 1 computes something else with the same weights"
+    ):
         RemoteEngine(cfg, policy, Ranks(), workers).load_weights(policy)
 
 
@@ -246,7 +293,10 @@ def test_a_prompt_that_reads_differently_there_stops_the_run(parts):
     engine = RemoteEngine(cfg, policy, Ranks(), InProcess(cfg, 1))
     engine.load_weights(policy)
     other = replace(prompts[0], token_ids=(*prompts[0].token_ids, 5))
-    with pytest.raises(StoppedError, match=r"prompt `train0`.* as \d+ tokens, the engine on .* as \d+: are model files"):
+    with pytest.raises(
+        StoppedError,
+        match=r"prompt `train0`.* as \d+ tokens, the engine on .* as \d+: are model files",
+    ):
         engine.sample([other], SAMPLING)
 
 

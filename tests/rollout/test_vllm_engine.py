@@ -1,4 +1,6 @@
-"""Sampling by vLLM on a tiny Qwen2.5-VL in float32: what is sampled, what is reported, and what the process looks like afterwards."""
+"""Sampling by vLLM on a tiny Qwen2.5-VL in float32: what is sampled, what is reported, and what the
+process looks like afterwards.
+"""
 
 from __future__ import annotations
 
@@ -50,7 +52,9 @@ def process_state() -> dict:
         "numpy": np.random.get_state()[1].tolist(),
         "random": random.getstate(),
         "handlers": {number: signal.getsignal(number) for number in signal.valid_signals()},
-        "environment": {key: value for key, value in os.environ.items() if not key.startswith("VLLM_")},
+        "environment": {
+            key: value for key, value in os.environ.items() if not key.startswith("VLLM_")
+        },
     }
 
 
@@ -105,7 +109,15 @@ def prompts(path, policy) -> list[EncodedPrompt]:
     return [
         renderer.encode(
             Prompt(
-                f"row-{n}", ({"role": "user", "content": [*[{"type": "image"}] * len(p), {"type": "text", "text": text}]},), tuple(p), ""
+                f"row-{n}",
+                (
+                    {
+                        "role": "user",
+                        "content": [*[{"type": "image"}] * len(p), {"type": "text", "text": text}],
+                    },
+                ),
+                tuple(p),
+                "",
             )
         )
         for n, (text, p) in enumerate(rows)
@@ -113,7 +125,11 @@ def prompts(path, policy) -> list[EncodedPrompt]:
 
 
 def tokens(groups: list[RolloutGroup]) -> dict[tuple[str, int], tuple[int, ...]]:
-    return {(r.prompt.prompt.id, r.sample_index): r.token_ids for group in groups for r in group.rollouts}
+    return {
+        (r.prompt.prompt.id, r.sample_index): r.token_ids
+        for group in groups
+        for r in group.rollouts
+    }
 
 
 @pytest.mark.parametrize("temperature", [0.0, 0.7, 1.0])
@@ -125,9 +141,14 @@ def test_logprobs_are_the_policys_at_the_sampling_temperature(engine, policy, pr
         torch.testing.assert_close(torch.tensor(rollout.logprobs), expected, atol=1e-4, rtol=0)
     assert [g.prompt.prompt.id for g in groups] == [p.prompt.id for p in prompts]
     assert [r.sample_index for r in groups[0].rollouts] == [0, 1, 2]
-    assert all(r.policy_version == policy.version and r.text == policy.decode(r.token_ids) for r in rollouts)
+    assert all(
+        r.policy_version == policy.version and r.text == policy.decode(r.token_ids)
+        for r in rollouts
+    )
     if temperature:
-        assert len({r.token_ids for r in rollouts}) == len(rollouts)  # the model's own generation_config is all but greedy
+        assert len({r.token_ids for r in rollouts}) == len(
+            rollouts
+        )  # the model's own generation_config is all but greedy
     else:
         assert all(len({r.token_ids for r in group.rollouts}) == 1 for group in groups)
 
@@ -135,7 +156,10 @@ def test_logprobs_are_the_policys_at_the_sampling_temperature(engine, policy, pr
 def test_tokens_depend_on_the_request_alone(engine, prompts):
     together = tokens(engine.sample(prompts, SAMPLING))
     assert tokens(engine.sample(prompts[::-1], SAMPLING)) == together
-    assert tokens([group for prompt in prompts for group in engine.sample([prompt], SAMPLING)]) == together
+    assert (
+        tokens([group for prompt in prompts for group in engine.sample([prompt], SAMPLING)])
+        == together
+    )
     fewer = tokens(engine.sample(prompts, replace(SAMPLING, group_size=2)))
     assert fewer == {key: value for key, value in together.items() if key[1] < 2}
     other = tokens(engine.sample(prompts, replace(SAMPLING, seed_key=(0, 2))))
@@ -144,15 +168,24 @@ def test_tokens_depend_on_the_request_alone(engine, prompts):
 
 def test_a_batch_beyond_one_steps_tokens_changes_nothing(engine, prompts):
     many = replace(SAMPLING, group_size=50, max_new_tokens=3)
-    assert sum(len(p.token_ids) for p in prompts) * 50 > engine.llm.llm_engine.vllm_config.scheduler_config.max_num_batched_tokens
+    assert (
+        sum(len(p.token_ids) for p in prompts) * 50
+        > engine.llm.llm_engine.vllm_config.scheduler_config.max_num_batched_tokens
+    )
     alone = [tokens(engine.sample([prompt], many)) for prompt in prompts]
-    assert tokens(engine.sample(prompts, many)) == {key: value for part in alone for key, value in part.items()}
+    assert tokens(engine.sample(prompts, many)) == {
+        key: value for part in alone for key, value in part.items()
+    }
 
 
 def test_first_tokens_follow_the_policys_distribution(engine, policy, prompts):
     (group,) = engine.sample(prompts[:1], replace(SAMPLING, group_size=600, max_new_tokens=1))
     vocabulary = range(policy.text_config.vocab_size)
-    one_each = [Rollout(prompts[0], n, (n,), (0.0,), "", "length", 0) for n in vocabulary if n not in policy.banned_token_ids]
+    one_each = [
+        Rollout(prompts[0], n, (n,), (0.0,), "", "length", 0)
+        for n in vocabulary
+        if n not in policy.banned_token_ids
+    ]
     logprobs = torch.cat(policy.score(one_each, 0.7))
     probs = logprobs.exp()
     assert float(probs.sum()) == pytest.approx(1, abs=1e-5)
@@ -162,7 +195,9 @@ def test_first_tokens_follow_the_policys_distribution(engine, policy, prompts):
     assert abs(float(sampled.mean() - mean)) < 4 * float(std) / 600**0.5
     for likely in probs.topk(5).indices.tolist():
         frequency = sum(r.token_ids == one_each[likely].token_ids for r in group.rollouts) / 600
-        assert abs(frequency - float(probs[likely])) < 4 * float((probs[likely] * (1 - probs[likely]) / 600).sqrt())
+        assert abs(frequency - float(probs[likely])) < 4 * float(
+            (probs[likely] * (1 - probs[likely]) / 600).sqrt()
+        )
 
 
 def test_banned_tokens_have_no_probability(engine, policy, prompts):
@@ -173,13 +208,19 @@ def test_banned_tokens_have_no_probability(engine, policy, prompts):
     assert int(logits.isinf().sum()) == 5 * 4
     hot = replace(SAMPLING, temperature=2.0, group_size=16, max_new_tokens=32, ignore_eos=True)
     sampled = [token for ids in tokens(engine.sample(prompts, hot)).values() for token in ids]
-    assert len(sampled) == 5 * 16 * 32 and not set(sampled) & set(banned)  # unbanned, about 25 would be
+    assert len(sampled) == 5 * 16 * 32 and not set(sampled) & set(
+        banned
+    )  # unbanned, about 25 would be
 
 
 def test_a_response_ends_with_its_eos(engine, policy, prompts, monkeypatch):
     eos = set(range(0, 380, 4))
     monkeypatch.setattr(policy, "eos_token_ids", tuple(sorted(eos)))
-    rollouts = [r for group in engine.sample(prompts, replace(SAMPLING, group_size=12, max_new_tokens=6)) for r in group.rollouts]
+    rollouts = [
+        r
+        for group in engine.sample(prompts, replace(SAMPLING, group_size=12, max_new_tokens=6))
+        for r in group.rollouts
+    ]
     for rollout in rollouts:
         assert not eos & set(rollout.token_ids[:-1])
         assert len(rollout.logprobs) == len(rollout.token_ids)
@@ -190,12 +231,22 @@ def test_a_response_ends_with_its_eos(engine, policy, prompts, monkeypatch):
     assert {r.finish_reason for r in rollouts} == {"stop", "length"}
     assert any(r.finish_reason == "stop" and len(r.token_ids) == 6 for r in rollouts)
     through = engine.sample(prompts, replace(SAMPLING, max_new_tokens=6, ignore_eos=True))
-    assert all(len(r.token_ids) == 6 and r.finish_reason == "length" for group in through for r in group.rollouts)
+    assert all(
+        len(r.token_ids) == 6 and r.finish_reason == "length"
+        for group in through
+        for r in group.rollouts
+    )
     assert any(eos & set(r.token_ids[:-1]) for group in through for r in group.rollouts)
 
 
 def test_stop_strings_keep_the_tokens_that_complete_them(engine, policy, prompts):
-    rollouts = [r for g in engine.sample(prompts, replace(SAMPLING, group_size=12, max_new_tokens=32, stop=("a", "e"))) for r in g.rollouts]
+    rollouts = [
+        r
+        for g in engine.sample(
+            prompts, replace(SAMPLING, group_size=12, max_new_tokens=32, stop=("a", "e"))
+        )
+        for r in g.rollouts
+    ]
     stopped = [r for r in rollouts if "a" in r.text or "e" in r.text]
     assert len(stopped) > 10
     for rollout in stopped:
@@ -208,7 +259,9 @@ def test_a_prompt_that_vllm_reads_otherwise_stops_the_run(engine, prompts):
     picture = prompts[2]
     wider = replace(picture, images=(picture.images[0].resize((140, 56)),))
     with pytest.raises(
-        StoppedError, match=rf"`row-2`: the trainer reads it as {len(picture.token_ids)} tokens, vLLM as {len(picture.token_ids) + 2}"
+        StoppedError,
+        match=rf"`row-2`: the trainer reads it as {len(picture.token_ids)} tokens, vLLM as "
+        rf"{len(picture.token_ids) + 2}",
     ):
         engine.sample([prompts[0], wider], SAMPLING)
     other = replace(prompts[0], token_ids=(*prompts[0].token_ids[:-1], 7))
@@ -218,7 +271,9 @@ def test_a_prompt_that_vllm_reads_otherwise_stops_the_run(engine, prompts):
 
 
 def test_what_vllm_would_change_silently_is_refused(engine, prompts):
-    with pytest.raises(UserError, match=r"`row-0`: its \d+ tokens and 120 new ones exceed vLLM's limit of 128"):
+    with pytest.raises(
+        UserError, match=r"`row-0`: its \d+ tokens and 120 new ones exceed vLLM's limit of 128"
+    ):
         engine.sample(prompts, replace(SAMPLING, max_new_tokens=120))
     for temperature in (0.001, 3.0):
         with pytest.raises(UserError, match=f"temperature {temperature}"):
@@ -239,7 +294,11 @@ def test_the_process_is_left_as_it_was(started, prompts):
 
 @pytest.mark.skipif(not Path("/proc/self/net/tcp").exists(), reason="reads Linux' socket tables")
 def test_nothing_listens_beyond_loopback(engine):
-    own = {os.readlink(f"/proc/self/fd/{fd}") for fd in os.listdir("/proc/self/fd") if os.path.islink(f"/proc/self/fd/{fd}")}
+    own = {
+        os.readlink(f"/proc/self/fd/{fd}")
+        for fd in os.listdir("/proc/self/fd")
+        if os.path.islink(f"/proc/self/fd/{fd}")
+    }
     listening = [
         fields[1].rpartition(":")[0]
         for table in ("tcp", "tcp6")
@@ -258,14 +317,19 @@ def test_engine_choice(path, policy, monkeypatch):
 
 
 def test_limits_that_do_not_fit_name_the_field(path, policy):
-    with pytest.raises(UserError, match=r"rollout\.vllm\.max_model_len=4096: the model reads at most 1024"):
+    with pytest.raises(
+        UserError, match=r"rollout\.vllm\.max_model_len=4096: the model reads at most 1024"
+    ):
         make_engine(make_config(path, vllm={"max_model_len": 4096}), policy)
 
 
 def test_tensor_parallelism_on_cpu_is_refused(path, policy):
     tree = make_config(path).model_dump() | {"launcher": "ray", "ray": {"engines": 1}}
     tree["rollout"] |= {"vllm": {"tensor_parallel": 2}}
-    with pytest.raises(UserError, match=r"rollout\.vllm\.tensor_parallel=2: vLLM on CPU runs in one process per engine"):
+    with pytest.raises(
+        UserError,
+        match=r"rollout\.vllm\.tensor_parallel=2: vLLM on CPU runs in one process per engine",
+    ):
         make_engine(parse_config(tree), policy)
 
 

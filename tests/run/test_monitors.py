@@ -1,4 +1,6 @@
-"""Each monitor on figures made by hand: what it sees, when it speaks, what it says, and that it is silent where all is well."""
+"""Each monitor on figures made by hand: what it sees, when it speaks, what it says, and that it is
+silent where all is well.
+"""
 
 import json
 import math
@@ -25,12 +27,19 @@ HEALTHY = {
 
 
 def config(tmp_path="unused", **sections):
-    tree = {"output_dir": str(tmp_path), "model": {"path": "m", "dtype": "float32"}, "flow": {}, "train": {"steps": 50}}
+    tree = {
+        "output_dir": str(tmp_path),
+        "model": {"path": "m", "dtype": "float32"},
+        "flow": {},
+        "train": {"steps": 50},
+    }
     return parse_config({**tree, **sections})
 
 
 def said(changes, steps=3, cfg=None, before=0, refrain=""):
-    """Events of `before` healthy steps and then so many with these changes (or a function of the step's number from 0)."""
+    """Events of `before` healthy steps and then so many with these changes (or a function of the
+    step's number from 0).
+    """
     monitors = Monitors(cfg or config())
     events = []
     for step in range(1, before + steps + 1):
@@ -42,7 +51,11 @@ def said(changes, steps=3, cfg=None, before=0, refrain=""):
 
 PLANTED = [
     ("update", {"actor/update_ratio": 0.2}, "the learning rate, optim.lr=1e-06"),
-    ("accuracy", {"reward/accuracy": 0.1, "response_length/clip_ratio": 0.6}, "responses are cut off before their answer"),
+    (
+        "accuracy",
+        {"reward/accuracy": 0.1, "response_length/clip_ratio": 0.6},
+        "responses are cut off before their answer",
+    ),
     ("entropy", {"actor/entropy": 0.001}, ""),
     ("entropy", {"actor/entropy": 3.0}, ""),
     ("length", {"reward/length_corr": 0.9}, "the reward pays for length"),
@@ -50,15 +63,47 @@ PLANTED = [
     ("length", {"response_length/mean": 300.0}, ""),
     ("truncation", {"response_length/clip_ratio": 0.97}, "the policy has unlearnt to stop"),
     ("repetition", {"response/repetition": 0.8}, "training broke the policy"),
-    ("zero_variance", {"reward/frac_zero_std": 1.0, "reward/accuracy": 0.9}, "the problems are too easy for this policy"),
-    ("zero_variance", {"reward/frac_zero_std": 1.0}, "the problems are too hard for this policy, or no answer is recognised"),
-    ("flow_share", {"flow/advantage_share": 0.8}, "the weight of the flow reward, flow.reward.coef=0.01"),
-    ("flow_share", {"flow/advantage_share": 0.8, "reward/frac_zero_std": 0.9}, "answers give little: in 90% of the groups"),
-    ("flow_collapse", {"flow/deviation_spread": 0.001}, "the field or the policy's latents have collapsed"),
+    (
+        "zero_variance",
+        {"reward/frac_zero_std": 1.0, "reward/accuracy": 0.9},
+        "the problems are too easy for this policy",
+    ),
+    (
+        "zero_variance",
+        {"reward/frac_zero_std": 1.0},
+        "the problems are too hard for this policy, or no answer is recognised",
+    ),
+    (
+        "flow_share",
+        {"flow/advantage_share": 0.8},
+        "the weight of the flow reward, flow.reward.coef=0.01",
+    ),
+    (
+        "flow_share",
+        {"flow/advantage_share": 0.8, "reward/frac_zero_std": 0.9},
+        "answers give little: in 90% of the groups",
+    ),
+    (
+        "flow_collapse",
+        {"flow/deviation_spread": 0.001},
+        "the field or the policy's latents have collapsed",
+    ),
     ("flow_collapse", {"flow/num_reward_tokens": 0.0}, "flow.reward.threshold=0.6 keeps nothing"),
-    ("flow_collapse", {"flow/loss": 1.3}, "the policy's latents move faster than the field can follow"),
-    ("mismatch", {"rollout/logprob_diff_mean": 0.05}, "stale weights or a stale prefix cache: the engine was right at step 1"),
-    ("mismatch", {"rollout/surprisal_gap": -0.09, "rollout/surprisal_z": -28.0}, "sampling settings: log-probs agree"),
+    (
+        "flow_collapse",
+        {"flow/loss": 1.3},
+        "the policy's latents move faster than the field can follow",
+    ),
+    (
+        "mismatch",
+        {"rollout/logprob_diff_mean": 0.05},
+        "stale weights or a stale prefix cache: the engine was right at step 1",
+    ),
+    (
+        "mismatch",
+        {"rollout/surprisal_gap": -0.09, "rollout/surprisal_z": -28.0},
+        "sampling settings: log-probs agree",
+    ),
 ]
 
 
@@ -87,19 +132,28 @@ def test_a_format_without_answers_is_seen():
     rising = lambda step: {"reward/format": min(0.9, 0.1 + 0.04 * step)}  # noqa: E731
     (event,) = said(rising, steps=22)
     assert event.monitor == "format" and "while accuracy went +0.0%" in event.what
-    better = lambda step: {"reward/format": min(0.9, 0.1 + 0.04 * step), "reward/accuracy": 0.3 + 0.01 * step}  # noqa: E731
+    better = lambda step: {  # noqa: E731
+        "reward/format": min(0.9, 0.1 + 0.04 * step),
+        "reward/accuracy": 0.3 + 0.01 * step,
+    }
     assert said(better, steps=22) == []
 
 
 def test_a_field_without_a_right_response_is_said_once():
     (event,) = said({"flow/selected_frac": 0.0, "flow/loss": None}, steps=40)
-    assert event.monitor == "flow_collapse" and "the flow field has learnt nothing for 10 steps" in event.what
+    assert (
+        event.monitor == "flow_collapse"
+        and "the flow field has learnt nothing for 10 steps" in event.what
+    )
 
 
 def aucs(charged, straying, noise=0.1, seed=0):
     """AUCs among siblings that scatter about these."""
     rng = random.Random(seed)
-    return lambda step: {"flow/charged_auc_in_group": rng.gauss(charged, noise), "flow/auc_in_group": rng.gauss(straying, noise)}
+    return lambda step: {
+        "flow/charged_auc_in_group": rng.gauss(charged, noise),
+        "flow/auc_in_group": rng.gauss(straying, noise),
+    }
 
 
 def test_a_charge_on_right_answers_is_seen_where_deviations_know_better():
@@ -109,7 +163,10 @@ def test_a_charge_on_right_answers_is_seen_where_deviations_know_better():
     assert event.do == "flow.reward.normalise=group_z keeps the level, or flow.profile=informed"
     level = config(flow={"reward": {"normalise": "group_z"}})
     (event,) = said(aucs(0.38, 0.7), steps=30, cfg=level)
-    assert event.cause.startswith("flow.reward.normalise=group_z with threshold=0.6, top_k=15") and "threshold=0, top_k=0" in event.do
+    assert (
+        event.cause.startswith("flow.reward.normalise=group_z with threshold=0.6, top_k=15")
+        and "threshold=0, top_k=0" in event.do
+    )
     assert said(aucs(0.38, 0.7), steps=9) == []  # too few to be sure
     assert said(aucs(0.38, 0.7), steps=30, cfg=config(flow={"reward": {"coef": 0}})) == []
     for charged, straying in ((0.65, 0.7), (0.5, 0.7), (0.38, 0.5), (0.38, 0.35)):
@@ -120,28 +177,56 @@ def falling(accuracy, deviation, noise=0.01, seed=0):
     """Both go linearly from one value to the other in 40 steps."""
     rng = random.Random(seed)
     at = lambda ends, step: ends[0] + (ends[1] - ends[0]) * min(1, step / 40) + rng.gauss(0, noise)  # noqa: E731
-    return lambda step: {"reward/accuracy": at(accuracy, step), "flow/deviation_mean": at(deviation, step)}
+    return lambda step: {
+        "reward/accuracy": at(accuracy, step),
+        "flow/deviation_mean": at(deviation, step),
+    }
 
 
 def test_a_policy_that_learns_to_be_easy_to_predict_is_seen():
     (event,) = said(falling((0.5, 0.35), (1.0, 0.7)), steps=50)
-    assert event.monitor == "flow_hacked" and "paid for small deviations learns to be easy to predict" in event.cause
-    assert "accuracy fell to" in event.what and "while deviations fell to" in event.what and event.do.startswith("Read the responses")
-    for accuracy, deviation in (((0.5, 0.6), (1.0, 0.7)), ((0.5, 0.5), (1.0, 0.7)), ((0.5, 0.35), (1.0, 1.2)), ((0.5, 0.35), (1.0, 0.95))):
+    assert (
+        event.monitor == "flow_hacked"
+        and "paid for small deviations learns to be easy to predict" in event.cause
+    )
+    assert (
+        "accuracy fell to" in event.what
+        and "while deviations fell to" in event.what
+        and event.do.startswith("Read the responses")
+    )
+    for accuracy, deviation in (
+        ((0.5, 0.6), (1.0, 0.7)),
+        ((0.5, 0.5), (1.0, 0.7)),
+        ((0.5, 0.35), (1.0, 1.2)),
+        ((0.5, 0.35), (1.0, 0.95)),
+    ):
         assert said(falling(accuracy, deviation), steps=50) == [], (accuracy, deviation)
-    assert said(falling((0.5, 0.45), (1.0, 0.7), noise=0.1), steps=50) == []  # of a noise that hides it
-    assert said(falling((0.5, 0.35), (1.0, 0.7)), steps=50, cfg=config(flow={"reward": {"coef": 0}})) == []
+    assert (
+        said(falling((0.5, 0.45), (1.0, 0.7), noise=0.1), steps=50) == []
+    )  # of a noise that hides it
+    assert (
+        said(falling((0.5, 0.35), (1.0, 0.7)), steps=50, cfg=config(flow={"reward": {"coef": 0}}))
+        == []
+    )
 
 
 def test_a_field_is_measured_against_one_that_knows_nothing():
     loss = lambda value: {"flow/loss": value}  # noqa: E731
-    monitors = lambda value, **flow: [e.monitor for e in said(loss(value), steps=20, cfg=config(flow=flow))]  # noqa: E731
+    monitors = lambda value, **flow: [  # noqa: E731
+        e.monitor for e in said(loss(value), steps=20, cfg=config(flow=flow))
+    ]
     assert said(loss(1.5), steps=20) == [] and monitors(1.6) == ["flow_unfit"]  # 1 / 0.8^2 = 1.5625
-    assert monitors(2.7, times=(0.5, 0.8)) == [] and monitors(2.8, times=(0.5, 0.8)) == ["flow_unfit"]
+    assert monitors(2.7, times=(0.5, 0.8)) == [] and monitors(2.8, times=(0.5, 0.8)) == [
+        "flow_unfit"
+    ]
     random_times = {"online": {"times": "logit_normal"}}
     assert monitors(11.5, **random_times) == [] and monitors(11.8, **random_times) == ["flow_unfit"]
     (event,) = said(loss(1.6), steps=20, cfg=config(flow={"checkpoint": "f"}))
-    assert event.cause.startswith("the field was fitted too little") and "flow.fit.steps" in event.do and event.limit == 1 / 0.8**2
+    assert (
+        event.cause.startswith("the field was fitted too little")
+        and "flow.fit.steps" in event.do
+        and event.limit == 1 / 0.8**2
+    )
     assert said(loss(1.6), steps=5) == []
     (event,) = said(loss(1.6), steps=20)
     assert event.cause == "a new field: flow.checkpoint is not set"
@@ -154,7 +239,9 @@ def test_a_monitor_is_patient_and_does_not_repeat_itself():
     assert len(said(bad, steps=30)) == 1
     again = said(lambda step: {} if 10 <= step < 20 else bad, steps=30)
     assert [(event.since, event.step) for event in again] == [(1, 3), (21, 23)]
-    flickers = said(lambda step: {} if step == 10 else bad, steps=30)  # one good step is no recovery
+    flickers = said(
+        lambda step: {} if step == 10 else bad, steps=30
+    )  # one good step is no recovery
     assert len(flickers) == 1
     impatient = config(monitors={"patience": 1})
     assert said(bad, steps=1, cfg=impatient)[0].step == 1
@@ -162,7 +249,11 @@ def test_a_monitor_is_patient_and_does_not_repeat_itself():
 
 def test_a_figure_that_is_no_number_is_said_at_once():
     (event,) = said({"actor/grad_norm": math.nan}, steps=1)
-    assert event.monitor == "non_finite" and event.what == "actor/grad_norm is no finite number" and event.action == "stop"
+    assert (
+        event.monitor == "non_finite"
+        and event.what == "actor/grad_norm is no finite number"
+        and event.action == "stop"
+    )
 
 
 def test_a_monitor_that_is_off_is_silent_and_every_check_has_a_setting():
@@ -180,7 +271,9 @@ def test_the_refrain_is_quoted():
 def noisy(accuracy, samples, steps=200, seed=0):
     """A run whose accuracy does not change, measured on so many responses a step."""
     rng = random.Random(seed)
-    return lambda step: {"reward/accuracy": sum(rng.random() < accuracy for _ in range(samples)) / samples}
+    return lambda step: {
+        "reward/accuracy": sum(rng.random() < accuracy for _ in range(samples)) / samples
+    }
 
 
 @pytest.mark.parametrize(("accuracy", "samples"), [(0.3, 128), (0.12, 256), (0.5, 32)])
@@ -196,19 +289,32 @@ def test_accuracy_that_only_flickers_has_not_fallen(accuracy, samples):
 def test_settings_in_which_a_sign_means_nothing():
     """Each of these was a false alarm."""
     flat = {"reward/frac_zero_std": 1.0}
-    assert said(flat, cfg=config(algorithm={"method": "reinforce_pp"}, rollout={"group_size": 1}), steps=8) == []
+    assert (
+        said(
+            flat,
+            cfg=config(algorithm={"method": "reinforce_pp"}, rollout={"group_size": 1}),
+            steps=8,
+        )
+        == []
+    )
     one = config(rollout={"num_prompts": 1})
     assert said(lambda step: {"reward/frac_zero_std": float(step % 7 > 0)}, cfg=one, steps=60) == []
     assert [e.monitor for e in said(flat, cfg=one, steps=60)] == ["zero_variance"]
-    assert said({"response_length/clip_ratio": 1.0}, cfg=config(rollout={"ignore_eos": True}), steps=8) == []
-    assert said({"actor/update_ratio": 0.1}, cfg=config(model={"path": "m", "lora": {}}), steps=8) == []
+    assert (
+        said({"response_length/clip_ratio": 1.0}, cfg=config(rollout={"ignore_eos": True}), steps=8)
+        == []
+    )
+    assert (
+        said({"actor/update_ratio": 0.1}, cfg=config(model={"path": "m", "lora": {}}), steps=8)
+        == []
+    )
     soft = config(flow={"online": {"soft_weight": 0.5}})
     assert said({"flow/selected_frac": 0.0}, cfg=soft, steps=20) == []
     selected = {"rollout/surprisal_gap": 0.05, "rollout/surprisal_z": 9.0}
     assert said(selected, cfg=config(rollout={"max_rounds": 3}), steps=8) == []
 
 
-# -- why engine and trainer disagree ---------------------------------------------------------------------------------------
+# -- why engine and trainer disagree ---------------------------------------------------------------
 
 
 def mismatch(first, now, **sections):
@@ -228,7 +334,11 @@ PICTURES = {**GAP, "rollout/logprob_diff_pictures": 0.3, "rollout/logprob_diff_t
             {"rollout/surprisal_gap": 0.2, "rollout/surprisal_z": 20.0},
             "sampling settings: log-probs agree, but the tokens are 0.2 nats more",
         ),
-        (GAP, {**GAP, "rollout/ratio_mean": 0.6}, "sampling settings: the engine's log-probs are of only 60% of the distribution"),
+        (
+            GAP,
+            {**GAP, "rollout/ratio_mean": 0.6},
+            "sampling settings: the engine's log-probs are of only 60% of the distribution",
+        ),
         (
             GAP,
             {**GAP, "rollout/surprisal_gap": -0.3, "rollout/surprisal_z": -20.0},
@@ -246,18 +356,28 @@ def test_marks_of_a_mismatch(first, now, cause):
 
 def test_an_engine_in_another_dtype_is_named():
     sections = {"rollout": {"engine": "vllm", "vllm": {"dtype": "bfloat16"}}}
-    assert mismatch(GAP, GAP, **sections) == "dtype: the engine computes in bfloat16, the policy in float32"
+    assert (
+        mismatch(GAP, GAP, **sections)
+        == "dtype: the engine computes in bfloat16, the policy in float32"
+    )
     # its rounding is no event
     assert said({"rollout/logprob_diff_mean": 0.03}, cfg=config(**sections)) == []
-    assert said({"rollout/logprob_diff_mean": 0.03}, cfg=config(monitors={"max_mismatch": 0.05})) == []
+    assert (
+        said({"rollout/logprob_diff_mean": 0.03}, cfg=config(monitors={"max_mismatch": 0.05})) == []
+    )
 
 
 def test_rollouts_that_are_older_by_design_are_not_judged():
-    sections = {"launcher": "ray", "ray": {"engines": 1}, "rollout": {"staleness": 1}, "algorithm": {"importance_cap": 2}}
+    sections = {
+        "launcher": "ray",
+        "ray": {"engines": 1},
+        "rollout": {"staleness": 1},
+        "algorithm": {"importance_cap": 2},
+    }
     assert said(GAP, cfg=config(**sections)) == []
 
 
-# -- what follows ----------------------------------------------------------------------------------------------------------
+# -- what follows ----------------------------------------------------------------------------------
 
 
 def watch(cfg):
@@ -281,8 +401,16 @@ def test_a_warning_is_a_line_and_the_run_goes_on(tmp_path):
     found, warnings = watch(config(tmp_path))
     bad_steps(found, 1, 5)
     (row,) = read_lines(tmp_path / "events.jsonl")
-    assert (row["step"], row["since"], row["monitor"], row["action"], row["to"]) == (3, 1, "repetition", "warn", None)
-    assert len(warnings) == 1 and warnings[0].startswith("step 3, since step 1: repetition: 90% of the 4-grams")
+    assert (row["step"], row["since"], row["monitor"], row["action"], row["to"]) == (
+        3,
+        1,
+        "repetition",
+        "warn",
+        None,
+    )
+    assert len(warnings) == 1 and warnings[0].startswith(
+        "step 3, since step 1: repetition: 90% of the 4-grams"
+    )
 
 
 def test_a_stop_raises_and_stays_on_record_when_the_run_goes_on_without_it(tmp_path):
@@ -304,16 +432,26 @@ def test_a_roll_back_sets_aside_what_came_after_and_is_counted(tmp_path):
     with pytest.raises(RolledBack, match="the run stands at step 4; the same command goes on"):
         bad_steps(found, 5)
     assert (tmp_path / "checkpoints/latest").read_text() == "global_step_4"
-    assert [p.name[:28] for p in (tmp_path / "checkpoints").glob("rolled-back*")] == ["rolled-back-1-global_step_6-"]
+    assert [p.name[:28] for p in (tmp_path / "checkpoints").glob("rolled-back*")] == [
+        "rolled-back-1-global_step_6-"
+    ]
     assert [row["step"] for row in read_lines(tmp_path / "metrics.jsonl")] == [1, 2, 3, 4]
-    assert [(row["step"], row["roll_back"]) for row in read_lines(tmp_path / "rolled_back.jsonl")] == [(5, 1), (6, 1), (7, 1)]
+    assert [
+        (row["step"], row["roll_back"]) for row in read_lines(tmp_path / "rolled_back.jsonl")
+    ] == [(5, 1), (6, 1), (7, 1)]
     assert count_roll_backs(tmp_path) == 1
     changed = with_roll_backs(cfg)
-    assert changed.monitors.roll_backs == 1 and changed.run_seed != cfg.run_seed and cfg.run_seed == cfg.seed
+    assert (
+        changed.monitors.roll_backs == 1
+        and changed.run_seed != cfg.run_seed
+        and cfg.run_seed == cfg.seed
+    )
     # a second time is one too many
     again, _ = watch(changed)
     again.resume(4)
-    assert [(row["action"], row["to"]) for row in read_lines(tmp_path / "events.jsonl")] == [("roll_back", 4)]
+    assert [(row["action"], row["to"]) for row in read_lines(tmp_path / "events.jsonl")] == [
+        ("roll_back", 4)
+    ]
     with pytest.raises(StoppedError, match="It was rolled back 1 times already"):
         bad_steps(again, 5)
 
@@ -329,14 +467,19 @@ def test_without_a_checkpoint_from_before_a_roll_back_is_a_stop(tmp_path):
 def test_a_loss_that_is_not_finite_is_an_event(tmp_path):
     found, _ = watch(config(tmp_path))
     found.resume(7)
-    with pytest.raises(StoppedError, match="step 8: non_finite: the policy loss is not finite"), found.guard():
+    with (
+        pytest.raises(StoppedError, match="step 8: non_finite: the policy loss is not finite"),
+        found.guard(),
+    ):
         raise NonFiniteError("the policy loss is not finite; responses: ['a']")
     (row,) = read_lines(tmp_path / "events.jsonl")
     assert (row["step"], row["value"]) == (8, None)
 
 
 def test_what_comes_after_the_step_gone_back_to_is_set_aside(tmp_path):
-    """An evaluation of other weights must not be taken for one of the new ones, nor decide which checkpoint is the best."""
+    """An evaluation of other weights must not be taken for one of the new ones, nor decide which
+    checkpoint is the best.
+    """
     cfg = config(tmp_path, monitors={"repetition": "roll_back"})
     for step in (2, 4, 6):
         (tmp_path / f"checkpoints/global_step_{step}").mkdir(parents=True)
@@ -345,13 +488,21 @@ def test_what_comes_after_the_step_gone_back_to_is_set_aside(tmp_path):
         (tmp_path / f"rollouts/step_{step:06d}.jsonl").write_text("{}\n")
     write_best(tmp_path / "checkpoints", 6, 0.9)
     write_metrics(tmp_path, range(1, 5))
-    (tmp_path / "rolled_back.jsonl").write_text('{"roll_back": 1, "step": 5}\n{"roll_back": 1, "st')  # of a kill on the way back
+    (tmp_path / "rolled_back.jsonl").write_text(
+        '{"roll_back": 1, "step": 5}\n{"roll_back": 1, "st'
+    )  # of a kill on the way back
     found, _ = watch(cfg)
     found.resume(4)
     with pytest.raises(RolledBack):
         bad_steps(found, 5)
-    assert sorted(path.name for path in (tmp_path / "eval").glob("step_*")) == ["step_000002", "step_000004"]
-    assert sorted(path.name for path in (tmp_path / "rollouts").glob("step_*")) == ["step_000002.jsonl", "step_000004.jsonl"]
+    assert sorted(path.name for path in (tmp_path / "eval").glob("step_*")) == [
+        "step_000002",
+        "step_000004",
+    ]
+    assert sorted(path.name for path in (tmp_path / "rollouts").glob("step_*")) == [
+        "step_000002.jsonl",
+        "step_000004.jsonl",
+    ]
     assert not (tmp_path / "checkpoints/best.json").exists()
     assert [row["step"] for row in read_lines(tmp_path / "rolled_back.jsonl")] == [5, 6, 7]
 
@@ -368,10 +519,14 @@ def test_a_best_checkpoint_from_before_stays_the_best(tmp_path):
 
 
 def test_events_that_stay_when_a_run_goes_on():
-    warn, back = ({"step": step, "action": action} for step, action in ((3, "warn"), (7, "roll_back")))
+    warn, back = (
+        {"step": step, "action": action} for step, action in ((3, "warn"), (7, "roll_back"))
+    )
     late = {"step": 6, "action": "warn"}
     assert kept_events([warn, late, back], 4, 1) == [warn, late, back]
-    assert kept_events([warn, late, back], 4, 0) == [warn]  # killed before the roll-back was counted: it comes again
+    assert kept_events([warn, late, back], 4, 0) == [
+        warn
+    ]  # killed before the roll-back was counted: it comes again
     assert kept_events([warn, back, back, late], 4, 1) == [warn, back]
     stop = {"step": 6, "action": "stop"}
     assert kept_events([warn, late, stop, {**late, "step": 9}], 4, 0) == [warn, late, stop]
@@ -386,13 +541,21 @@ def test_a_torn_log_of_events_is_written_on(tmp_path):
 
 
 def test_a_monitor_that_is_switched_on_when_the_run_goes_on_speaks_of_what_goes_on(tmp_path):
-    for before, after in ((("off", 0.3), ("stop", 0.3)), (("warn", 0.3), ("stop", 0.3)), (("warn", 0.95), ("warn", 0.3))):
+    for before, after in (
+        (("off", 0.3), ("stop", 0.3)),
+        (("warn", 0.3), ("stop", 0.3)),
+        (("warn", 0.95), ("warn", 0.3)),
+    ):
         folder = tmp_path / "-".join(map(str, (*before, *after)))
         folder.mkdir()
-        found, _ = watch(config(folder, monitors={"repetition": before[0], "max_repetition": before[1]}))
+        found, _ = watch(
+            config(folder, monitors={"repetition": before[0], "max_repetition": before[1]})
+        )
         found.resume(0)
         bad_steps(found, 1, 5)
-        again, warnings = watch(config(folder, monitors={"repetition": after[0], "max_repetition": after[1]}))
+        again, warnings = watch(
+            config(folder, monitors={"repetition": after[0], "max_repetition": after[1]})
+        )
         again.resume(5)
         if after[0] == "stop":
             with pytest.raises(StoppedError):
@@ -404,22 +567,33 @@ def test_a_monitor_that_is_switched_on_when_the_run_goes_on_speaks_of_what_goes_
 
 def test_a_second_roll_back_at_one_step_is_a_warning(tmp_path):
     (tmp_path / "checkpoints/global_step_4").mkdir(parents=True)
-    found, _ = watch(config(tmp_path, monitors={"repetition": "roll_back", "truncation": "roll_back"}))
+    found, _ = watch(
+        config(tmp_path, monitors={"repetition": "roll_back", "truncation": "roll_back"})
+    )
     found.resume(4)
     with pytest.raises(RolledBack):
         for step in (5, 6, 7):
-            found.look(step, {**HEALTHY, "response/repetition": 0.9, "response_length/clip_ratio": 1.0}, "")
+            found.look(
+                step, {**HEALTHY, "response/repetition": 0.9, "response_length/clip_ratio": 1.0}, ""
+            )
     rows = read_lines(tmp_path / "events.jsonl")
-    assert [(row["monitor"], row["action"], row["to"]) for row in rows] == [("repetition", "warn", None), ("truncation", "roll_back", 4)]
+    assert [(row["monitor"], row["action"], row["to"]) for row in rows] == [
+        ("repetition", "warn", None),
+        ("truncation", "roll_back", 4),
+    ]
 
 
 def test_a_resumed_run_remembers_what_was_seen(tmp_path):
-    """Killed after two bad steps, the third one speaks; what was said after the restored step is said again, and once."""
+    """Killed after two bad steps, the third one speaks; what was said after the restored step is
+    said again, and once.
+    """
     found, _ = watch(config(tmp_path))
     bad_steps(found, 1, 4)
     resumed, _ = watch(config(tmp_path))
     resumed.resume(2)
-    assert read_lines(tmp_path / "events.jsonl") == [] and [row["step"] for row in read_lines(tmp_path / "metrics.jsonl")] == [1, 2]
+    assert read_lines(tmp_path / "events.jsonl") == [] and [
+        row["step"] for row in read_lines(tmp_path / "metrics.jsonl")
+    ] == [1, 2]
     bad_steps(resumed, 3, 2)
     (row,) = read_lines(tmp_path / "events.jsonl")
     assert (row["step"], row["since"]) == (3, 1)

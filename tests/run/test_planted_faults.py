@@ -1,4 +1,6 @@
-"""Real runs of the demo with a fault planted in each: the right monitor stops it within ten steps and names the cause."""
+"""Real runs of the demo with a fault planted in each: the right monitor stops it within ten steps
+and names the cause.
+"""
 
 import dataclasses
 import json
@@ -33,19 +35,28 @@ def score(reward_inputs):
     bad = 5 <= calls < 8
     return [{"overall": len(r["response"]) / 100 if bad else float(r["ground_truth"] in r["response"])} for r in reward_inputs]
 """
-EXPECTED = {"flow_unfit"}  # the demos begin with a new field, which knows nothing: it is warned of, and rightly
+EXPECTED = {
+    "flow_unfit"
+}  # the demos begin with a new field, which knows nothing: it is warned of, and rightly
 EVERY_STOP = [f"monitors.{name}=stop" for name in CHECKS if name not in EXPECTED]
 
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
     folder = tmp_path_factory.mktemp("digits")
-    subprocess.run([sys.executable, str(ROOT / "data/digits.py"), "build", str(folder)], check=True, capture_output=True)
+    subprocess.run(
+        [sys.executable, str(ROOT / "data/digits.py"), "build", str(folder)],
+        check=True,
+        capture_output=True,
+    )
     return folder
 
 
 def demo_config(folder, data, *overrides, task="vision"):
-    names = [f"data.{field}={data / name}.jsonl" for field, name in (("train", "train"), ("eval", "test"), ("expert", "expert"))]
+    names = [
+        f"data.{field}={data / name}.jsonl"
+        for field, name in (("train", "train"), ("eval", "test"), ("expert", "expert"))
+    ]
     fixed = [
         "flow.profile=published",
         f"output_dir={folder}",
@@ -70,7 +81,10 @@ def stopped(cfg, monitor, make=None):
 
 def test_a_reward_that_pays_for_length(tmp_path, data):
     (tmp_path / "pays.py").write_text(PAYS_FOR_LENGTH)
-    event = stopped(demo_config(tmp_path / "run", data, f"reward.function={tmp_path / 'pays.py'}:score"), "length")
+    event = stopped(
+        demo_config(tmp_path / "run", data, f"reward.function={tmp_path / 'pays.py'}:score"),
+        "length",
+    )
     assert event["cause"] == f"the reward pays for length: {tmp_path / 'pays.py'}:score"
 
 
@@ -78,12 +92,17 @@ def test_a_policy_that_repeats_tokens(tmp_path, data):
     policy = Policy(demo_config(tmp_path / "run", data).model)
     with torch.no_grad():
         for name, parameter in policy.model.named_parameters():
-            if "language_model.layers" in name and name.endswith(("o_proj.weight", "down_proj.weight")):
-                parameter.zero_()  # each token predicts itself, the nearest to it in the tied embeddings
+            if "language_model.layers" in name and name.endswith(
+                ("o_proj.weight", "down_proj.weight")
+            ):
+                # each token predicts itself, the nearest to it in the tied embeddings
+                parameter.zero_()
             if name.endswith("language_model.norm.weight"):
                 parameter.mul_(8)
     policy.save(tmp_path / "model")
-    event = stopped(demo_config(tmp_path / "run", data, f"model.path={tmp_path / 'model'}"), "repetition")
+    event = stopped(
+        demo_config(tmp_path / "run", data, f"model.path={tmp_path / 'model'}"), "repetition"
+    )
     assert event["cause"] == "the model itself repeats tokens, from the first step on"
     assert "most of all" in event["what"]
 
@@ -107,14 +126,20 @@ class StaleEngine(HFEngine):
 def test_an_engine_with_stale_weights(tmp_path, data):
     cfg = demo_config(tmp_path / "run", data)
     event = stopped(cfg, "mismatch", lambda policy, _: StaleEngine(cfg.rollout, policy, cfg.model))
-    assert event["cause"].startswith("stale weights or a stale prefix cache: the engine was right at step 1")
+    assert event["cause"].startswith(
+        "stale weights or a stale prefix cache: the engine was right at step 1"
+    )
 
 
 @pytest.mark.parametrize("engine", ["hf", pytest.param("vllm", marks=pytest.mark.slow)])
 def test_a_nucleus_behind_the_trainers_back(tmp_path, data, monkeypatch, engine):
-    """transformers' log-probs stay those of the whole distribution, vLLM's are of the nucleus: both are found."""
+    """transformers' log-probs stay those of the whole distribution, vLLM's are of the nucleus: both
+    are found.
+    """
     honest = collect.sampling
-    monkeypatch.setattr(collect, "sampling", lambda *args: dataclasses.replace(honest(*args), top_p=0.5))
+    monkeypatch.setattr(
+        collect, "sampling", lambda *args: dataclasses.replace(honest(*args), top_p=0.5)
+    )
     event = stopped(demo_config(tmp_path / "run", data, f"rollout.engine={engine}"), "mismatch")
     assert event["cause"].startswith("sampling settings: ")
     assert ("log-probs agree" if engine == "hf" else "of the distribution") in event["cause"]
@@ -127,12 +152,27 @@ def test_a_flow_reward_a_hundred_times_too_heavy(tmp_path, data):
 
 def test_a_passing_fault_is_rolled_back_and_the_run_ends_well(tmp_path, data):
     (tmp_path / "pays.py").write_text(PAYS_FOR_LENGTH_ONCE)
-    settings = ["train.save_steps=2", "train.steps=8", "monitors.length=roll_back", "rollout.num_prompts=16"]
-    cfg = demo_config(tmp_path / "run", data, f"reward.function={tmp_path / 'pays.py'}:score", *settings)
+    settings = [
+        "train.save_steps=2",
+        "train.steps=8",
+        "monitors.length=roll_back",
+        "rollout.num_prompts=16",
+    ]
+    cfg = demo_config(
+        tmp_path / "run", data, f"reward.function={tmp_path / 'pays.py'}:score", *settings
+    )
     folder = train_rank(cfg, ALONE)
-    found, metrics, taken = (read_lines(folder / f"{name}.jsonl") for name in ("events", "metrics", "rolled_back"))
+    found, metrics, taken = (
+        read_lines(folder / f"{name}.jsonl") for name in ("events", "metrics", "rolled_back")
+    )
     (event,) = (event for event in found if event["monitor"] not in EXPECTED)
-    assert (event["monitor"], event["action"], event["since"], event["step"], event["to"]) == ("length", "roll_back", 5, 7, 4)
+    assert (event["monitor"], event["action"], event["since"], event["step"], event["to"]) == (
+        "length",
+        "roll_back",
+        5,
+        7,
+        4,
+    )
     assert [row["step"] for row in metrics] == [*range(1, 9)]
     assert [row["step"] for row in taken] == [5, 6, 7]
     before, after = taken[0], metrics[4]
@@ -154,10 +194,16 @@ def test_two_ranks_roll_back_together(tmp_path, data, stage):
         "rollout.num_prompts=16",
         f"deepspeed.zero_stage={stage}",
     ]
-    cfg = demo_config(tmp_path / "run", data, f"reward.function={tmp_path / 'pays.py'}:score", *settings)
+    cfg = demo_config(
+        tmp_path / "run", data, f"reward.function={tmp_path / 'pays.py'}:score", *settings
+    )
     (tmp_path / "config.yaml").write_text(json.dumps(cfg.model_dump(mode="json")))
     torchrun(2, "rlfr_vlm.cli", "train", "--config", tmp_path / "config.yaml", timeout=600)
-    (event,) = (event for event in read_lines(tmp_path / "run/events.jsonl") if event["monitor"] not in EXPECTED)
+    (event,) = (
+        event
+        for event in read_lines(tmp_path / "run/events.jsonl")
+        if event["monitor"] not in EXPECTED
+    )
     assert (event["action"], event["to"]) == ("roll_back", 4)
     assert [row["step"] for row in read_lines(tmp_path / "run/metrics.jsonl")] == [*range(1, 9)]
 
@@ -171,7 +217,9 @@ HEALTHY = [
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("task", "overrides"), HEALTHY, ids=[" ".join(overrides) for _, overrides in HEALTHY])
+@pytest.mark.parametrize(
+    ("task", "overrides"), HEALTHY, ids=[" ".join(overrides) for _, overrides in HEALTHY]
+)
 def test_no_monitor_stops_a_healthy_run(tmp_path, data, task, overrides):
     """The whole demo, with every monitor at `stop` but the one that speaks of its new field."""
     cfg = demo_config(tmp_path / "run", data, "train.steps=80", *EVERY_STOP, *overrides, task=task)
@@ -187,10 +235,17 @@ def test_no_monitor_stops_the_text_demo(tmp_path):
     for arguments in (["build", str(tmp_path / "text")], ["model", str(tmp_path / "smollm2")]):
         subprocess.run([sys.executable, arithmetic, *arguments], check=True, capture_output=True)
     data = [
-        f"data.{field}={tmp_path / 'text' / name}.jsonl" for field, name in (("train", "train"), ("eval", "test"), ("expert", "expert"))
+        f"data.{field}={tmp_path / 'text' / name}.jsonl"
+        for field, name in (("train", "train"), ("eval", "test"), ("expert", "expert"))
     ]
     config = str(ROOT / "scripts/demo_text.yaml")
-    overrides = [f"output_dir={tmp_path / 'run'}", f"model.path={tmp_path / 'smollm2'}", "eval.every=0", *data, *EVERY_STOP]
+    overrides = [
+        f"output_dir={tmp_path / 'run'}",
+        f"model.path={tmp_path / 'smollm2'}",
+        "eval.every=0",
+        *data,
+        *EVERY_STOP,
+    ]
     done = cli("train", "--config", config, *overrides, timeout=1800)
     assert done.returncode == 0, done.stderr[-2000:]
     assert {event["monitor"] for event in read_lines(tmp_path / "run/events.jsonl")} <= EXPECTED

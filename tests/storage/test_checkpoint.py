@@ -31,7 +31,10 @@ def test_a_committed_checkpoint_verifies_and_latest_names_it(tmp_path):
     assert (tmp_path / "latest").read_text() == "global_step_2"
     for folder in list_checkpoints(tmp_path):
         verify(folder)
-    assert set(json.loads((tmp_path / "global_step_1/manifest.json").read_text())["files"]) == {"policy.bin", "flow/flow.bin"}
+    assert set(json.loads((tmp_path / "global_step_1/manifest.json").read_text())["files"]) == {
+        "policy.bin",
+        "flow/flow.bin",
+    }
 
 
 def test_old_ones_go_only_after_the_new_one_stands(tmp_path):
@@ -51,14 +54,24 @@ def test_a_failed_write_leaves_nothing_and_a_stale_folder_is_cleared(tmp_path):
         commit_checkpoint(tmp_path, 2, fails, keep=2)
     (tmp_path / ".tmp-global_step_9-dead").mkdir()
     committed(tmp_path, 3)
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["global_step_1", "global_step_3", "latest"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == [
+        "global_step_1",
+        "global_step_3",
+        "latest",
+    ]
 
 
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (lambda f: (f / "policy.bin").write_bytes(b"\x03" * 99 + b"\x04"), r"policy\.bin has sha256"),
-        (lambda f: (f / "policy.bin").write_bytes(b"\x03" * 50), r"policy\.bin has 50 bytes, expected 100"),
+        (
+            lambda f: (f / "policy.bin").write_bytes(b"\x03" * 99 + b"\x04"),
+            r"policy\.bin has sha256",
+        ),
+        (
+            lambda f: (f / "policy.bin").write_bytes(b"\x03" * 50),
+            r"policy\.bin has 50 bytes, expected 100",
+        ),
         (lambda f: (f / "flow/flow.bin").unlink(), r"flow\.bin is missing"),
         (lambda f: (f / "manifest.json").write_text("{"), r"manifest\.json cannot be read"),
     ],
@@ -113,17 +126,30 @@ def test_no_good_checkpoint_is_never_a_fresh_start(tmp_path):
     assert newest_good(tmp_path / "empty", lambda message: None) is None
 
 
-STAGES = ["checkpoint_files", "checkpoint_manifest", "checkpoint_replaced", "checkpoint_rename", "checkpoint_latest", "checkpoint_prune"]
+STAGES = [
+    "checkpoint_files",
+    "checkpoint_manifest",
+    "checkpoint_replaced",
+    "checkpoint_rename",
+    "checkpoint_latest",
+    "checkpoint_prune",
+]
 
 
 @pytest.mark.parametrize("stage", STAGES)
 @pytest.mark.parametrize("step", [3, 4])
-def test_ended_at_any_stage_of_a_commit_a_whole_checkpoint_is_left_and_nothing_else_is_called_one(tmp_path, monkeypatch, stage, step):
-    """Step 3 is saved a second time: the only whole checkpoint of that step is out of the way for a moment."""
+def test_ended_at_any_stage_of_a_commit_a_whole_checkpoint_is_left_and_nothing_else_is_called_one(
+    tmp_path, monkeypatch, stage, step
+):
+    """Step 3 is saved a second time: the only whole checkpoint of that step is out of the way for a
+    moment.
+    """
     committed(tmp_path, 2, 3)
     monkeypatch.setattr(faults, "_reached", Counter())
     monkeypatch.setenv("RLFR_FAULT", f"{stage}:1:raise")
-    reached = (stage != "checkpoint_replaced" or step == 3) and (stage != "checkpoint_prune" or step == 4)
+    reached = (stage != "checkpoint_replaced" or step == 3) and (
+        stage != "checkpoint_prune" or step == 4
+    )
     try:
         commit_checkpoint(tmp_path, step, write(b"new"), keep=2)
         assert not reached
@@ -131,7 +157,9 @@ def test_ended_at_any_stage_of_a_commit_a_whole_checkpoint_is_left_and_nothing_e
         assert reached and stage in str(fault)
     monkeypatch.delenv("RLFR_FAULT")
     found = newest_good(tmp_path, lambda message: pytest.fail(message))
-    assert found is not None and found.name == (f"global_step_{step}" if stage not in STAGES[:3] or not reached else "global_step_3")
+    assert found is not None and found.name == (
+        f"global_step_{step}" if stage not in STAGES[:3] or not reached else "global_step_3"
+    )
     for folder in list_checkpoints(tmp_path):
         verify(folder)
     assert (tmp_path / (tmp_path / "latest").read_text()).is_dir()
@@ -143,4 +171,8 @@ def test_a_stale_file_of_a_roll_back_is_cleared_as_well(tmp_path):
     committed(tmp_path, 1)
     (tmp_path / ".tmp-roll_backs.json").write_text("[")
     committed(tmp_path, 2)
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["global_step_1", "global_step_2", "latest"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == [
+        "global_step_1",
+        "global_step_2",
+        "latest",
+    ]

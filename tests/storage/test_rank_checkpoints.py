@@ -39,7 +39,9 @@ def train(config, out, ranks, *overrides, fault=None, fails=False):
     arguments = ("rlfr_vlm.cli", "train", "--config", config, f"output_dir={out}", *overrides)
     environment = {"RLFR_FAULT": fault} if fault else {}
     try:
-        python(*arguments, **environment) if ranks == 1 else torchrun(ranks, *arguments, **environment)
+        python(*arguments, **environment) if ranks == 1 else torchrun(
+            ranks, *arguments, **environment
+        )
     except AssertionError:
         if not fails:
             raise
@@ -49,13 +51,17 @@ def train(config, out, ranks, *overrides, fault=None, fails=False):
 
 @pytest.fixture(scope="module")
 def runs(model_folder, tmp_path_factory):
-    """Four steps on two ranks at stage 3, undisturbed and killed in step 4, after the checkpoint of step 2."""
+    """Four steps on two ranks at stage 3, undisturbed and killed in step 4, after the checkpoint of
+    step 2.
+    """
     folder = tmp_path_factory.mktemp("checkpoints")
     make_data(folder)
     config = make_config(folder, model_folder("qwen2_5_vl"))
     train(config, folder / "whole", 2, "deepspeed.zero_stage=3")
     train(config, folder / "killed", 2, "deepspeed.zero_stage=3", fault="reward:4:kill", fails=True)
-    assert [p.name for p in (folder / "killed/checkpoints").glob("global_step_*")] == ["global_step_2"]
+    assert [p.name for p in (folder / "killed/checkpoints").glob("global_step_*")] == [
+        "global_step_2"
+    ]
     return folder, config
 
 
@@ -69,7 +75,10 @@ def test_two_ranks_resume_to_the_bit(runs):
     folder, config = runs
     out = killed(runs, "by_two")
     train(config, out, 2, "deepspeed.zero_stage=3")
-    assert equal(contents(out / "checkpoints/global_step_4"), contents(folder / "whole/checkpoints/global_step_4"))
+    assert equal(
+        contents(out / "checkpoints/global_step_4"),
+        contents(folder / "whole/checkpoints/global_step_4"),
+    )
 
 
 def test_one_process_resumes_what_two_ranks_wrote(runs):
@@ -82,13 +91,29 @@ def test_one_process_resumes_what_two_ranks_wrote(runs):
     with torch.no_grad():
         for name, parameter in learner.policy.trained().items():
             parameter.copy_(written[f"policy/{name}"])
-    for stem, optimizer in (("optimizer", learner.optimizer), ("flow_optimizer", learner.flow_optimizer)):
-        optimizer.load_entries(ShardReader(folder / "killed/checkpoints/global_step_2", stem).find, state["updates"][stem])
+    for stem, optimizer in (
+        ("optimizer", learner.optimizer),
+        ("flow_optimizer", learner.flow_optimizer),
+    ):
+        optimizer.load_entries(
+            ShardReader(folder / "killed/checkpoints/global_step_2", stem).find,
+            state["updates"][stem],
+        )
         again = dict(optimizer.entries())
-        assert equal(again, {name.partition("/")[2]: t for name, t in written.items() if name.startswith(f"{stem}/")})
+        assert equal(
+            again,
+            {
+                name.partition("/")[2]: t
+                for name, t in written.items()
+                if name.startswith(f"{stem}/")
+            },
+        )
     out = killed(runs, "by_one")
     train(config, out, 1)
-    ours, theirs = contents(out / "checkpoints/global_step_4"), contents(folder / "whole/checkpoints/global_step_4")
+    ours, theirs = (
+        contents(out / "checkpoints/global_step_4"),
+        contents(folder / "whole/checkpoints/global_step_4"),
+    )
     assert ours.keys() == theirs.keys()
     for name in ours:
         if name.startswith("policy/"):
@@ -104,7 +129,10 @@ def test_two_ranks_resume_what_one_process_and_another_stage_wrote(runs):
     train(config, folder / "single", 2, "deepspeed.zero_stage=2")
     state = json.loads((folder / "single/checkpoints/global_step_4/state.json").read_text())
     assert (state["ranks"], state["updates"]) == (2, {"optimizer": 4, "flow_optimizer": 4})
-    ours, theirs = contents(folder / "single/checkpoints/global_step_4"), contents(folder / "whole/checkpoints/global_step_4")
+    ours, theirs = (
+        contents(folder / "single/checkpoints/global_step_4"),
+        contents(folder / "whole/checkpoints/global_step_4"),
+    )
     assert ours.keys() == theirs.keys()
 
 
@@ -116,14 +144,21 @@ def test_bfloat16_with_master_weights_resumes_to_the_bit(runs, model_folder, sta
     train(config, folder / f"bf16_{stage}", 2, *settings)
     train(config, folder / f"bf16_{stage}_killed", 2, *settings, fault="reward:4:kill", fails=True)
     train(config, folder / f"bf16_{stage}_killed", 2, *settings)
-    ours, theirs = (contents(folder / name / "checkpoints/global_step_4") for name in (f"bf16_{stage}", f"bf16_{stage}_killed"))
+    ours, theirs = (
+        contents(folder / name / "checkpoints/global_step_4")
+        for name in (f"bf16_{stage}", f"bf16_{stage}_killed")
+    )
     assert equal(ours, theirs)
     assert any(name.startswith("optimizer/master/") for name in ours)
 
 
 def greedy(policy, prompts, cfg):
-    sampling = SamplingConfig(group_size=1, temperature=0.0, max_new_tokens=16, seed_key=("greedy",), ignore_eos=True)
-    return [g.rollouts[0].token_ids for g in HFEngine(cfg.rollout, policy).sample(prompts, sampling)]
+    sampling = SamplingConfig(
+        group_size=1, temperature=0.0, max_new_tokens=16, seed_key=("greedy",), ignore_eos=True
+    )
+    return [
+        g.rollouts[0].token_ids for g in HFEngine(cfg.rollout, policy).sample(prompts, sampling)
+    ]
 
 
 def test_an_export_is_the_trained_model(runs, tmp_path):
@@ -135,8 +170,12 @@ def test_an_export_is_the_trained_model(runs, tmp_path):
     for name, tensor in contents(checkpoint).items():
         if name.startswith("policy/"):
             assert torch.equal(names[name.removeprefix("policy/")], tensor), name
-    by_run = AutoModelForImageTextToText.from_pretrained(folder / "whole/hf/global_step_4", dtype=torch.float32)
-    assert all(torch.equal(a, b) for a, b in zip(plain.parameters(), by_run.parameters(), strict=True))
+    by_run = AutoModelForImageTextToText.from_pretrained(
+        folder / "whole/hf/global_step_4", dtype=torch.float32
+    )
+    assert all(
+        torch.equal(a, b) for a, b in zip(plain.parameters(), by_run.parameters(), strict=True)
+    )
     with pytest.raises(UserError, match="exists already"):
         export_checkpoint(folder / "whole", tmp_path / "model")
 
@@ -158,13 +197,21 @@ def test_an_export_gives_the_same_greedy_tokens_everywhere(runs, tmp_path):
     from rlfr_vlm.rollout.vllm_engine import VllmEngine
 
     engine = VllmEngine(cfg, policy)
-    sampling = SamplingConfig(group_size=1, temperature=0.0, max_new_tokens=16, seed_key=("greedy",), ignore_eos=True)
+    sampling = SamplingConfig(
+        group_size=1, temperature=0.0, max_new_tokens=16, seed_key=("greedy",), ignore_eos=True
+    )
     assert [g.rollouts[0].token_ids for g in engine.sample(prompts, sampling)] == expected
     engine.close()
-    plain = AutoModelForImageTextToText.from_pretrained(tmp_path / "model", dtype=torch.float32, attn_implementation="sdpa").eval()
+    plain = AutoModelForImageTextToText.from_pretrained(
+        tmp_path / "model", dtype=torch.float32, attn_implementation="sdpa"
+    ).eval()
     for prompt, tokens in zip(prompts, expected, strict=True):
         ids = torch.tensor([prompt.token_ids])
-        extra = {"mm_token_type_ids": torch.eq(ids, policy.image_token_id).int()} if prompt.vision else {}
+        extra = (
+            {"mm_token_type_ids": torch.eq(ids, policy.image_token_id).int()}
+            if prompt.vision
+            else {}
+        )
         banned = [[token] for token in policy.banned_token_ids]
         output = plain.generate(
             input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=16, min_new_tokens=16, do_sample=False, num_beams=1,

@@ -18,8 +18,13 @@ def config(model_folder, tmp_path_factory):
     folder = tmp_path_factory.mktemp("looks")
     make_data(folder)
     mixed_rows(folder)
-    sections = {"rollout": {"engine": "hf", "num_prompts": 4, "group_size": 2, "max_new_tokens": 6}, "data": {"shuffle": False}}
-    return make_config(folder, model_folder("qwen2_5_vl"), train={"steps": 2, "save_steps": 2}, **sections)
+    sections = {
+        "rollout": {"engine": "hf", "num_prompts": 4, "group_size": 2, "max_new_tokens": 6},
+        "data": {"shuffle": False},
+    }
+    return make_config(
+        folder, model_folder("qwen2_5_vl"), train={"steps": 2, "save_steps": 2}, **sections
+    )
 
 
 def settings(config, name, *overrides):
@@ -29,15 +34,27 @@ def settings(config, name, *overrides):
 def records(config, name, step=1):
     run = config.parent / name
     metrics = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    timeless = [{key: value for key, value in line.items() if not key.startswith(("timing_s/", "perf/"))} for line in metrics]
-    return metrics, timeless, [json.loads(line) for line in (run / f"rollouts/step_{step:06d}.jsonl").read_text().splitlines()]
+    timeless = [
+        {key: value for key, value in line.items() if not key.startswith(("timing_s/", "perf/"))}
+        for line in metrics
+    ]
+    return (
+        metrics,
+        timeless,
+        [
+            json.loads(line)
+            for line in (run / f"rollouts/step_{step:06d}.jsonl").read_text().splitlines()
+        ],
+    )
 
 
 @pytest.fixture(scope="module")
 def logged(config):
     """The same run with 0, 1 and 3 groups' attention on record."""
     for count in (0, 1, 3):
-        commands.train(load_config(config, settings(config, f"log{count}", f"train.log_attention={count}")))
+        commands.train(
+            load_config(config, settings(config, f"log{count}", f"train.log_attention={count}"))
+        )
     return config
 
 
@@ -61,7 +78,10 @@ def test_the_first_groups_with_pictures_carry_attention(logged):
 
 
 def test_numbers_and_weights_are_the_same_to_the_bit(logged):
-    (with_clock, expected, before), others = records(logged, "log0"), [records(logged, f"log{count}") for count in (1, 3)]
+    (with_clock, expected, before), others = (
+        records(logged, "log0"),
+        [records(logged, f"log{count}") for count in (1, 3)],
+    )
     assert "timing_s/attention" not in with_clock[0]
     for clock, metrics, rows in others:
         assert metrics == expected
@@ -72,7 +92,10 @@ def test_numbers_and_weights_are_the_same_to_the_bit(logged):
 
 
 def test_a_run_may_go_on_with_another_setting(config):
-    one, other = (load_config(config, settings(config, "run", f"train.log_attention={count}")) for count in (0, 2))
+    one, other = (
+        load_config(config, settings(config, "run", f"train.log_attention={count}"))
+        for count in (0, 2)
+    )
     assert config_hash(one) == config_hash(other)
 
 
@@ -82,7 +105,12 @@ def test_two_ranks_record_what_one_process_does(logged, stage):
     """The second rank's share has no picture at all: it goes through the vision tower all the same."""
     name = f"ranks{stage}"
     torchrun(
-        2, "rlfr_vlm.cli", "train", "--config", logged, *settings(logged, name, "train.log_attention=3", f"deepspeed.zero_stage={stage}")
+        2,
+        "rlfr_vlm.cli",
+        "train",
+        "--config",
+        logged,
+        *settings(logged, name, "train.log_attention=3", f"deepspeed.zero_stage={stage}"),
     )
     _, _, alone = records(logged, "log3")
     _, _, both = records(logged, name)
@@ -92,6 +120,11 @@ def test_two_ranks_record_what_one_process_does(logged, stage):
         if theirs["attention"] is None:
             assert ours["attention"] is None
         else:
-            assert ours["attention"]["share"] == pytest.approx(theirs["attention"]["share"], abs=2e-4)
-            found, expected = (zlib.decompress(base64.b64decode(row["attention"]["cells"])) for row in (ours, theirs))
+            assert ours["attention"]["share"] == pytest.approx(
+                theirs["attention"]["share"], abs=2e-4
+            )
+            found, expected = (
+                zlib.decompress(base64.b64decode(row["attention"]["cells"]))
+                for row in (ours, theirs)
+            )
             assert max(abs(a - b) for a, b in zip(found, expected, strict=True)) <= 1

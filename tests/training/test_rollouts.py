@@ -19,13 +19,22 @@ def run(config, *overrides):
     folder = train_rank(cfg, ALONE, lambda policy, _: HFEngine(cfg.rollout, policy, cfg.model))
     metrics = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     files = sorted((folder / "rollouts").glob("step_*.jsonl"))
-    return folder, metrics, [[json.loads(line) for line in file.read_text().splitlines()] for file in files]
+    return (
+        folder,
+        metrics,
+        [[json.loads(line) for line in file.read_text().splitlines()] for file in files],
+    )
 
 
 @pytest.fixture
 def config(model_folder, tmp_path):
     make_data(tmp_path)
-    return make_config(tmp_path, model_folder("qwen2_5_vl"), train={"steps": 4, "save_steps": 2}, optim={"lr": 1e-2})
+    return make_config(
+        tmp_path,
+        model_folder("qwen2_5_vl"),
+        train={"steps": 4, "save_steps": 2},
+        optim={"lr": 1e-2},
+    )
 
 
 def test_a_batch_is_never_older_than_one_step(config, tmp_path):
@@ -34,7 +43,9 @@ def test_a_batch_is_never_older_than_one_step(config, tmp_path):
     assert versions == [{0}, {0}, {1}, {2}]
     assert [m["step"] for m in metrics if "reward/mean" in m] == [1, 2, 3, 4]
     apart = [m["rollout/logprob_diff_mean"] for m in metrics if "reward/mean" in m]
-    assert apart[0] < 1e-5 < min(apart[1:])  # the policy has moved on, and the importance weights see it
+    assert (
+        apart[0] < 1e-5 < min(apart[1:])
+    )  # the policy has moved on, and the importance weights see it
     assert all("rollout/importance_mean" in m for m in metrics if "reward/mean" in m)
 
 
@@ -50,10 +61,16 @@ def test_in_step_it_is_the_same_as_ever(config, tmp_path):
 def test_what_was_sampled_ahead_is_sampled_again_after_a_restart(config, tmp_path):
     folder, _, whole = run(config, *AHEAD, f"output_dir={tmp_path / 'ahead'}")
     state = json.loads((folder / "checkpoints/global_step_2/state.json").read_text())
-    assert state["data_position"] == 4  # two steps of two prompts, though those of step 3 were drawn already
+    assert (
+        state["data_position"] == 4
+    )  # two steps of two prompts, though those of step 3 were drawn already
     for later in ("global_step_4", "latest"):
         path = folder / "checkpoints" / later
         path.rename(folder / f"removed_{later}")
     _, _, resumed = run(config, *AHEAD, f"output_dir={folder}")
-    assert [[line["prompt_id"] for line in lines] for lines in resumed] == [[line["prompt_id"] for line in lines] for lines in whole]
-    assert {line["policy_version"] for line in resumed[2]} == {2}  # the first step after a restart is not ahead
+    assert [[line["prompt_id"] for line in lines] for lines in resumed] == [
+        [line["prompt_id"] for line in lines] for lines in whole
+    ]
+    assert {line["policy_version"] for line in resumed[2]} == {
+        2
+    }  # the first step after a restart is not ahead

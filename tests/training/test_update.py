@@ -35,7 +35,9 @@ def config(folder, flow=None, **sections):
 
 
 def setup(cfg, verdicts=VERDICTS):
-    """A policy, its learner and one batch of graded responses; the same for the same folder whatever the other settings are."""
+    """A policy, its learner and one batch of graded responses; the same for the same folder
+    whatever the other settings are.
+    """
     policy = Policy(cfg.model)
     learner = make_learner(cfg, policy)
     if learner.field is not None:  # away from zero, so that the field has an opinion
@@ -44,7 +46,12 @@ def setup(cfg, verdicts=VERDICTS):
             for parameter in learner.field.network.parameters():
                 parameter.add_(0.02 * torch.randn(parameter.shape, generator=generator))
     renderer = Renderer(policy, DataConfig(), "rows.jsonl")
-    prompts = [renderer.encode(parse_row({"id": str(i), "prompt": f"{i} + {i}?", "answer": "1"}, "r", DataConfig())) for i in range(3)]
+    prompts = [
+        renderer.encode(
+            parse_row({"id": str(i), "prompt": f"{i} + {i}?", "answer": "1"}, "r", DataConfig())
+        )
+        for i in range(3)
+    ]
     groups = HFEngine(cfg.rollout, policy).sample(
         prompts, SamplingConfig(group_size=4, temperature=1.0, max_new_tokens=12, seed_key=(0, 1))
     )
@@ -78,7 +85,11 @@ def test_online_update_changes_the_field_and_not_the_policys_gradient(model_fold
     folder = model_folder("qwen2")
     after = []
     for enabled in (True, False):
-        cfg = config(folder, flow={"online": {"enabled": enabled}}, model={"gradient_checkpointing": checkpointing})
+        cfg = config(
+            folder,
+            flow={"online": {"enabled": enabled}},
+            model={"gradient_checkpointing": checkpointing},
+        )
         learner, samples = setup(cfg)
         before = weights(learner.field.network)
         update(cfg, learner, samples)
@@ -108,17 +119,32 @@ def test_the_field_learns_the_latents_it_follows(model_folder):
 def test_micro_batches_do_not_change_the_update(model_folder, aggregation):
     results = []
     for budget in (10_000, 40):
-        cfg = config(model_folder("qwen2"), flow={}, train={"tokens_per_microbatch": budget}, algorithm={"loss_aggregation": aggregation})
+        cfg = config(
+            model_folder("qwen2"),
+            flow={},
+            train={"tokens_per_microbatch": budget},
+            algorithm={"loss_aggregation": aggregation},
+        )
         learner, samples = setup(cfg)
         metrics, records = update(cfg, learner, samples)
-        results.append((metrics, records, weights(learner.policy.model), weights(learner.field.network)))
+        results.append(
+            (metrics, records, weights(learner.policy.model), weights(learner.field.network))
+        )
     (metrics_a, records_a, policy_a, field_a), (metrics_b, records_b, policy_b, field_b) = results
     assert metrics_a == pytest.approx(metrics_b, rel=1e-3, abs=1e-5)
-    assert all(a.flow_rewards == pytest.approx(b.flow_rewards, abs=1e-6) for a, b in zip(records_a, records_b, strict=True))
+    assert all(
+        a.flow_rewards == pytest.approx(b.flow_rewards, abs=1e-6)
+        for a, b in zip(records_a, records_b, strict=True)
+    )
     # AdamW's first step is the sign of the gradient, so compare where that is not rounding noise
-    close = [torch.isclose(policy_a[n], policy_b[n], atol=1e-4).float().mean().item() for n in policy_a]
+    close = [
+        torch.isclose(policy_a[n], policy_b[n], atol=1e-4).float().mean().item() for n in policy_a
+    ]
     assert min(close) > 0.97
-    assert min(torch.isclose(field_a[n], field_b[n], atol=1e-5).float().mean().item() for n in field_a) > 0.97
+    assert (
+        min(torch.isclose(field_a[n], field_b[n], atol=1e-5).float().mean().item() for n in field_a)
+        > 0.97
+    )
 
 
 def test_scores_from_the_own_forward_equal_those_of_a_scoring_pass(model_folder):
@@ -128,7 +154,9 @@ def test_scores_from_the_own_forward_equal_those_of_a_scoring_pass(model_folder)
     _, own = update(cfg, learner, samples)
     for sample, record in zip(scored, own, strict=True):
         assert sample.scores.deviations.tolist() == pytest.approx(record.deviations, rel=1e-4)
-        assert sample.scores.logprobs.tolist() == pytest.approx(list(sample.rollout.logprobs), abs=1e-4)
+        assert sample.scores.logprobs.tolist() == pytest.approx(
+            list(sample.rollout.logprobs), abs=1e-4
+        )
 
 
 def test_later_updates_keep_the_old_logprobs(model_folder):

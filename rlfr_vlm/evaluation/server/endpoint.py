@@ -1,4 +1,6 @@
-"""A client of OpenAI-compatible chat servers: many requests at a time, each of which ends in a reply or in a named failure."""
+"""A client of OpenAI-compatible chat servers: many requests at a time, each of which ends in a
+reply or in a named failure.
+"""
 
 from __future__ import annotations
 
@@ -37,9 +39,13 @@ __all__ = ["ChatReply", "ChatRequest", "Endpoint", "Failure", "data_url"]
 
 MAX_BODY = 2**20  # bytes of a reply
 MAX_WORDS = 300  # characters of a server's words in ours
-BACKOFF_SECONDS = 1.0  # before the second attempt, doubled before each further one, give or take a quarter
+BACKOFF_SECONDS = (
+    1.0  # before the second attempt, doubled before each further one, give or take a quarter
+)
 MAX_WAIT = 60.0  # seconds between two attempts, whatever Retry-After says
-BREAKER = 8  # requests given up in a row (or `concurrency`, if that is more) after which the server is not asked again
+# requests given up in a row (or `concurrency`, if that is more) after which the server is not asked
+# again
+BREAKER = 8
 RETRIED = (408, 409, 429)  # and 5xx
 HOPELESS = (401, 403, 404)  # for every other request as well
 PROBE_RETRIES = 2
@@ -49,15 +55,24 @@ T = TypeVar("T")
 
 
 class Endpoint:
-    """A server and how patiently it is asked. After many requests given up in a row every further one fails at once, until `probe`."""
+    """A server and how patiently it is asked. After many requests given up in a row every further
+    one fails at once, until `probe`.
+    """
 
     def __init__(self, cfg: EndpointConfig) -> None:
-        """Nothing is sent. Raises UserError for an address that is missing or unsafe, a missing model name or a missing key."""
+        """Nothing is sent. Raises UserError for an address that is missing or unsafe, a missing
+        model name or a missing key.
+        """
         self.cfg = cfg
         self.name = "eval.judge" if isinstance(cfg, JudgeConfig) else "eval.endpoint"
-        self.api_base, self.loopback = checked_address(cfg.api_base or os.environ.get("OPENAI_API_BASE"), self.name)
+        self.api_base, self.loopback = checked_address(
+            cfg.api_base or os.environ.get("OPENAI_API_BASE"), self.name
+        )
         if not cfg.model:
-            raise UserError(f"{self.name}.model: name the model as the server knows it ({self.api_base}/models lists them)")
+            raise UserError(
+                f"{self.name}.model: name the model as the server knows it ({self.api_base}/models "
+                "lists them)"
+            )
         self.model = cfg.model
         self._given_up = 0
         self._key()
@@ -68,9 +83,11 @@ class Endpoint:
         return self._given_up >= max(BREAKER, self.cfg.concurrency)
 
     def chat(self, requests: Iterable[ChatRequest]) -> Iterator[tuple[int, ChatReply | Failure]]:
-        """(position, outcome) of every request, in order of completion. Requests are drawn as they are needed, in the caller's thread.
+        """(position, outcome) of every request, in order of completion. Requests are drawn as they
+        are needed, in the caller's thread.
 
-        A slot is free again once the caller asks for the next outcome: whatever ends this process, at most `concurrency` replies are lost.
+        A slot is free again once the caller asks for the next outcome: whatever ends this process,
+        at most `concurrency` replies are lost.
         """
         numbered = enumerate(requests)
         outcomes: queue.SimpleQueue[tuple[int, Any]] = queue.SimpleQueue()
@@ -78,7 +95,9 @@ class Endpoint:
         with self._session() as (loop, client):
             while True:
                 for index, request in islice(numbered, 2 * self.cfg.concurrency - pending):
-                    future = asyncio.run_coroutine_threadsafe(self._ask(client, request, self.cfg.retries, slots), loop)
+                    future = asyncio.run_coroutine_threadsafe(
+                        self._ask(client, request, self.cfg.retries, slots), loop
+                    )
                     future.add_done_callback(lambda done, index=index: outcomes.put((index, done)))  # type: ignore[misc]
                     pending += 1
                 if not pending:
@@ -89,7 +108,9 @@ class Endpoint:
                 loop.call_soon_threadsafe(slots.release)
 
     def probe(self) -> None:
-        """Ask for the models and for one token, so that a run does not find out later. Raises UserError saying what to do."""
+        """Ask for the models and for one token, so that a run does not find out later. Raises
+        UserError saying what to do.
+        """
         self._given_up = 0
         with self._session() as (loop, client):
             problem = asyncio.run_coroutine_threadsafe(self._problem(client), loop).result()
@@ -102,11 +123,16 @@ class Endpoint:
         retries = min(self.cfg.retries, PROBE_RETRIES)
         models, _ = await self._patiently(client, "GET", "/models", None, read_models, retries)
         served = [] if isinstance(models, Fault) else models  # not every server lets one see a list
-        unlisted = f"does not serve `{self.model}` but {', '.join(served[:20])}; set {self.name}.model to one of these"
+        unlisted = (
+            f"does not serve `{self.model}` but {', '.join(served[:20])}; set "
+            f"{self.name}.model to one of these"
+        )
         fault: Fault | Failure
         if isinstance(models, Fault) and models.kind in ("connection", "timeout"):
             fault = models
-        elif served and self.loopback and self.model not in served:  # some local servers answer to any name
+        elif (
+            served and self.loopback and self.model not in served
+        ):  # some local servers answer to any name
             return unlisted
         else:
             hello = ChatRequest(({"role": "user", "content": "Say yes."},), max_tokens=1)
@@ -116,7 +142,8 @@ class Endpoint:
             fault = reply
         if fault.kind in ("connection", "timeout"):
             return (
-                f"cannot be reached ({fault.message}); start that server, correct {self.name}.api_base, or set {self.name}.serve to a model"
+                f"cannot be reached ({fault.message}); start that server, correct "
+                f"{self.name}.api_base, or set {self.name}.serve to a model"
             )
         if fault.status in (401, 403):
             has = (
@@ -129,11 +156,19 @@ class Endpoint:
             return f"{unlisted} ({fault.message})"
         return f"did not answer a test request to `{self.model}`: {fault.message}"
 
-    async def _ask(self, client: httpx.AsyncClient, request: ChatRequest, retries: int, slots: asyncio.Semaphore) -> ChatReply | Failure:
+    async def _ask(
+        self,
+        client: httpx.AsyncClient,
+        request: ChatRequest,
+        retries: int,
+        slots: asyncio.Semaphore,
+    ) -> ChatReply | Failure:
         """One request with all its attempts. Its slot is the caller's to give back."""
         await slots.acquire()
         start = time.monotonic()
-        outcome, attempts = await self._patiently(client, "POST", "/chat/completions", request.body(self.model), read_reply, retries)
+        outcome, attempts = await self._patiently(
+            client, "POST", "/chat/completions", request.body(self.model), read_reply, retries
+        )
         seconds = time.monotonic() - start
         if isinstance(outcome, ChatReply):
             self._given_up = 0
@@ -142,10 +177,21 @@ class Endpoint:
         return Failure(outcome.kind, outcome.message, attempts, seconds, outcome.status)
 
     async def _patiently(
-        self, client: httpx.AsyncClient, method: str, path: str, body: bytes | None, read: Callable[[bytes], T | Fault], retries: int
+        self,
+        client: httpx.AsyncClient,
+        method: str,
+        path: str,
+        body: bytes | None,
+        read: Callable[[bytes], T | Fault],
+        retries: int,
     ) -> tuple[T | Fault, int]:
-        """What `read` makes of the reply, or the last attempt's fault; and the number of attempts."""
-        outcome: T | Fault = Fault("breaker", f"{self.api_base} is not asked any more: {self._given_up} requests in a row failed")
+        """What `read` makes of the reply, or the last attempt's fault; and the number of
+        attempts.
+        """
+        outcome: T | Fault = Fault(
+            "breaker",
+            f"{self.api_base} is not asked any more: {self._given_up} requests in a row failed",
+        )
         attempts = 0
         while not self.down:
             received = await self._send(client, method, path, body)
@@ -156,10 +202,15 @@ class Endpoint:
             await asyncio.sleep(wait_seconds(attempts, outcome.after))
         return outcome, attempts
 
-    async def _send(self, client: httpx.AsyncClient, method: str, path: str, content: bytes | None) -> bytes | Fault:
+    async def _send(
+        self, client: httpx.AsyncClient, method: str, path: str, content: bytes | None
+    ) -> bytes | Fault:
         """The body of a good reply to one attempt, within the time and the size that it has."""
         try:
-            async with asyncio.timeout(self.cfg.timeout), client.stream(method, self.api_base + path, content=content) as response:
+            async with (
+                asyncio.timeout(self.cfg.timeout),
+                client.stream(method, self.api_base + path, content=content) as response,
+            ):
                 body = await _read_body(response)
         except TimeoutError:
             return Fault("timeout", f"no complete reply within {self.cfg.timeout:g} s", retry=True)
@@ -169,31 +220,51 @@ class Endpoint:
         if 300 <= status < 400:
             return Fault(
                 "refused",
-                f"HTTP {status}: a redirect, which is not followed; set {self.name}.api_base to where the server is",
+                f"HTTP {status}: a redirect, which is not followed; set {self.name}.api_base to "
+                "where the server is",
                 status=status,
             )
         if status >= 400:
-            message, again = f"HTTP {status}: {self._short(server_words(body or b''))}", status in RETRIED or status >= 500
-            return Fault("status" if again else "refused", message, again, status, retry_after(response.headers.get("retry-after")))
+            message, again = (
+                f"HTTP {status}: {self._short(server_words(body or b''))}",
+                status in RETRIED or status >= 500,
+            )
+            return Fault(
+                "status" if again else "refused",
+                message,
+                again,
+                status,
+                retry_after(response.headers.get("retry-after")),
+            )
         if body is None:
-            return Fault("body", f"a reply above {MAX_BODY >> 20} MiB, or a compressed one", retry=True)
+            return Fault(
+                "body", f"a reply above {MAX_BODY >> 20} MiB, or a compressed one", retry=True
+            )
         return body
 
     def _key(self) -> Secret | None:
-        """The key from the environment. UserError where one is needed and missing, or cannot be sent."""
+        """The key from the environment. UserError where one is needed and missing, or cannot be
+        sent.
+        """
         value = "" if self.cfg.serve else os.environ.get(self.cfg.key_env, "").strip()
         if not value and not self.loopback:
-            raise UserError(f"{self.name}.key_env: {self.api_base} needs a key; put it into the environment variable {self.cfg.key_env}")
+            raise UserError(
+                f"{self.name}.key_env: {self.api_base} needs a key; put it into the environment "
+                f"variable {self.cfg.key_env}"
+            )
         if not re.fullmatch(r"[!-~]*", value):
             raise UserError(
-                f"{self.name}.key_env: the environment variable {self.cfg.key_env} holds no key but something with spaces or odd letters"
+                f"{self.name}.key_env: the environment variable {self.cfg.key_env} holds no key "
+                "but something with spaces or odd letters"
             )
         return Secret(value) if value else None
 
     def _short(self, words: str) -> str:
         """Somebody else's words on one line, cut, and without the key in case they repeat it."""
         key = os.environ.get(self.cfg.key_env, "").strip()
-        return " ".join((words.replace(key, "<key>") if len(key) >= 8 else words).split())[:MAX_WORDS]
+        return " ".join((words.replace(key, "<key>") if len(key) >= 8 else words).split())[
+            :MAX_WORDS
+        ]
 
     def _client(self) -> httpx.AsyncClient:
         key = self._key()
@@ -210,12 +281,18 @@ class Endpoint:
             verify=self.api_base.startswith("https:"),  # reading certificates takes a while
             timeout=None,  # an attempt has one deadline for everything, see _send
             limits=httpx.Limits(max_connections=self.cfg.concurrency),
-            headers={"Content-Type": "application/json", "Accept-Encoding": "identity", "User-Agent": "rlfr-vlm"},
+            headers={
+                "Content-Type": "application/json",
+                "Accept-Encoding": "identity",
+                "User-Agent": "rlfr-vlm",
+            },
         )
 
     @contextmanager
     def _session(self) -> Iterator[tuple[asyncio.AbstractEventLoop, httpx.AsyncClient]]:
-        """A client, and an event loop for it in a thread of its own; at the end whatever is still under way there is cancelled."""
+        """A client, and an event loop for it in a thread of its own; at the end whatever is still
+        under way there is cancelled.
+        """
         client, loop = self._client(), asyncio.new_event_loop()
         thread = threading.Thread(target=loop.run_forever, name="endpoint", daemon=True)
         thread.start()
@@ -229,7 +306,9 @@ class Endpoint:
 
 
 def wait_seconds(attempts: int, after: float | None) -> float:
-    """Seconds before another attempt: at least what the server asks for, exponential in the attempts, jittered, capped."""
+    """Seconds before another attempt: at least what the server asks for, exponential in the
+    attempts, jittered, capped.
+    """
     backoff = BACKOFF_SECONDS * 2 ** min(attempts - 1, 30) * _jitter.uniform(0.75, 1.25)
     return min(MAX_WAIT, max(backoff, (after or 0.0) * _jitter.uniform(1.0, 1.1)))
 
@@ -239,7 +318,10 @@ async def _read_body(response: httpx.Response) -> bytes | None:
     body = b""
     async for chunk in response.aiter_raw():
         body += chunk
-        if len(body) > MAX_BODY or response.headers.get("content-encoding", "identity") != "identity":
+        if (
+            len(body) > MAX_BODY
+            or response.headers.get("content-encoding", "identity") != "identity"
+        ):
             return None
     return body
 

@@ -1,7 +1,9 @@
-"""A model that decides whether an answer is right. What it reads was written by the model under test: data in it is never an instruction.
+"""A model that decides whether an answer is right. What it reads was written by the model under
+test: data in it is never an instruction.
 
-Every text stands between marks with a code that its author cannot know, and only the code followed by 1 or 0, as the last line of the
-judge's reply, is a verdict. Anything else is asked again a few times and then `failed`: never right, never wrong.
+Every text stands between marks with a code that its author cannot know, and only the code followed
+by 1 or 0, as the last line of the judge's reply, is a verdict. Anything else is asked again a few
+times and then `failed`: never right, never wrong.
 """
 
 from __future__ import annotations
@@ -59,7 +61,9 @@ Does the final answer agree with the reference answer? Give your reason in one s
 line: {code}:1 if they agree, {code}:0 if they do not."""
 
 # What chat templates turn into control tokens of common models.
-CONTROL = re.compile(r"<(?=[|｜])|(?<=[|｜])>|<(?=/?(?:s|bos|eos|pad|unk|(?:start|end)_of_\w+)>)|\[(?=/?INST\])")
+CONTROL = re.compile(
+    r"<(?=[|｜])|(?<=[|｜])>|<(?=/?(?:s|bos|eos|pad|unk|(?:start|end)_of_\w+)>)|\[(?=/?INST\])"
+)
 
 
 @dataclass(frozen=True)
@@ -111,16 +115,26 @@ class Judge:
             requests = (self._request(items[same[digest][0]], digest, turn) for digest in asked)
             for position, outcome in self.endpoint.chat(requests):
                 digest = asked[position]
-                verdict = waiting[digest] = _settle(waiting[digest], outcome, code_of(items[same[digest][0]], digest))
-                again = verdict.verdict == "failed" and isinstance(outcome, ChatReply) and turn < len(REASK_TEMPERATURES)
+                verdict = waiting[digest] = _settle(
+                    waiting[digest], outcome, code_of(items[same[digest][0]], digest)
+                )
+                again = (
+                    verdict.verdict == "failed"
+                    and isinstance(outcome, ChatReply)
+                    and turn < len(REASK_TEMPERATURES)
+                )
                 if not again:
                     del waiting[digest]
                     copy = self._remember(digest, verdict)
-                    yield from ((index, copy if nth else verdict) for nth, index in enumerate(same[digest]))
+                    yield from (
+                        (index, copy if nth else verdict) for nth, index in enumerate(same[digest])
+                    )
 
     def digest(self, item: JudgeItem) -> str:
         """Of all that a verdict depends on: the settings and what is shown."""
-        return hashlib.sha256(json.dumps([self.settings, _shown(item)], sort_keys=True).encode()).hexdigest()
+        return hashlib.sha256(
+            json.dumps([self.settings, _shown(item)], sort_keys=True).encode()
+        ).hexdigest()
 
     def messages(self, item: JudgeItem, digest: str) -> tuple[dict[str, Any], ...]:
         """What the judge is asked."""
@@ -130,7 +144,12 @@ class Judge:
     def _request(self, item: JudgeItem, digest: str, turn: int) -> ChatRequest:
         temperature = max(self.cfg.temperature, (0.0, *REASK_TEMPERATURES)[turn])
         seed = int(digest[:7], 16) + turn if turn else None  # not every server takes one
-        return ChatRequest(self.messages(item, digest), temperature=temperature, max_tokens=self.cfg.max_tokens, seed=seed)
+        return ChatRequest(
+            self.messages(item, digest),
+            temperature=temperature,
+            max_tokens=self.cfg.max_tokens,
+            seed=seed,
+        )
 
     def _remember(self, digest: str, verdict: JudgeVerdict) -> JudgeVerdict:
         """Keep a verdict that is none of failed; the verdict as it is known from now on."""
@@ -140,12 +159,24 @@ class Judge:
             if self.path is not None:
                 self.path.parent.mkdir(parents=True, exist_ok=True)
                 with self.path.open("a") as file:
-                    file.write(json.dumps({"digest": digest, "verdict": verdict.verdict, "reply": verdict.reply, **self.settings}) + "\n")
+                    file.write(
+                        json.dumps(
+                            {
+                                "digest": digest,
+                                "verdict": verdict.verdict,
+                                "reply": verdict.reply,
+                                **self.settings,
+                            }
+                        )
+                        + "\n"
+                    )
         return known
 
 
 def code_of(item: JudgeItem, digest: str) -> str:
-    """The code of one item's marks and verdict: follows from the digest, and stands in none of the texts."""
+    """The code of one item's marks and verdict: follows from the digest, and stands in none of the
+    texts.
+    """
     texts = "\n".join(_shown(item).values()).lower()
     while True:
         number, letters = int(digest, 16), ""
@@ -158,7 +189,9 @@ def code_of(item: JudgeItem, digest: str) -> str:
 
 
 def read_verdict(reply: str, code: str) -> bool | None:
-    """Whether the reply's last line is the code with 1 or with 0; None where it is neither, or where the reply holds both."""
+    """Whether the reply's last line is the code with 1 or with 0; None where it is neither, or
+    where the reply holds both.
+    """
     plain = re.sub(r"""[ \t*_`#>"'.\[\]]""", "", reply.rpartition("</think>")[2].lower()).strip()
     last = re.fullmatch(rf"{code}:([01])", plain.rpartition("\n")[2].strip())
     if last is None or len(set(re.findall(rf"{code}\s*:\s*([01])", plain))) != 1:
@@ -168,22 +201,40 @@ def read_verdict(reply: str, code: str) -> bool | None:
 
 def prompt_digest() -> str:
     """Of everything that shapes what a judge is asked, besides its settings."""
-    parts = [SYSTEM, USER, CONTROL.pattern, REASK_TEMPERATURES, MAX_QUESTION, MAX_ANSWER, MAX_TAIL, CODE_LETTERS, CODE_LENGTH]
+    parts = [
+        SYSTEM,
+        USER,
+        CONTROL.pattern,
+        REASK_TEMPERATURES,
+        MAX_QUESTION,
+        MAX_ANSWER,
+        MAX_TAIL,
+        CODE_LETTERS,
+        CODE_LENGTH,
+    ]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
 
 
 def load_judge(name: str) -> JudgeConfig:
-    """A judge of the package by its name or by the path of a YAML. Raises UserError naming the known ones, or the field."""
+    """A judge of the package by its name or by the path of a YAML. Raises UserError naming the
+    known ones, or the field.
+    """
     path = Path(name) if name.endswith((".yaml", ".yml")) else JUDGES / f"{name}.yaml"
     if not path.is_file():
         known = ", ".join(sorted(p.stem for p in JUDGES.glob("*.yaml")))
-        raise UserError(f"eval.judge: there is no `{name}`; known: {known}; or give the path of a YAML that defines one")
+        raise UserError(
+            f"eval.judge: there is no `{name}`; known: {known}; or give the path of a YAML that "
+            "defines one"
+        )
     try:
         return JudgeConfig.model_validate(yaml.safe_load(path.read_text()))
     except yaml.YAMLError as error:
         raise UserError(f"judge {path}: not YAML: {' '.join(str(error).split())}") from None
     except ValidationError as error:
-        raise UserError(f"judge {path}: " + "; ".join(f"`{'.'.join(map(str, p['loc']))}`: {p['msg']}" for p in error.errors())) from None
+        raise UserError(
+            f"judge {path}: "
+            + "; ".join(f"`{'.'.join(map(str, p['loc']))}`: {p['msg']}" for p in error.errors())
+        ) from None
 
 
 def _shown(item: JudgeItem) -> dict[str, str]:
@@ -201,16 +252,22 @@ def _settle(before: JudgeVerdict, outcome: ChatReply | Failure, code: str) -> Ju
     """What is known after another reply or failure."""
     attempts, seconds = before.attempts + outcome.attempts, before.seconds + outcome.seconds
     if isinstance(outcome, Failure):
-        return JudgeVerdict("failed", before.reply, attempts, seconds, f"{outcome.kind}: {outcome.message}")
+        return JudgeVerdict(
+            "failed", before.reply, attempts, seconds, f"{outcome.kind}: {outcome.message}"
+        )
     agreed = read_verdict(outcome.text, code)
     if outcome.finish_reason == "length" or agreed is None:
         cut = " (cut at eval.judge.max_tokens)" if outcome.finish_reason == "length" else ""
-        return JudgeVerdict("failed", outcome.text, attempts, seconds, f"no verdict in the reply{cut}")
+        return JudgeVerdict(
+            "failed", outcome.text, attempts, seconds, f"no verdict in the reply{cut}"
+        )
     return JudgeVerdict("correct" if agreed else "wrong", outcome.text, attempts, seconds)
 
 
 def _read_cache(path: Path) -> dict[str, JudgeVerdict]:
-    """Verdicts of earlier runs. A line that a kill tore is passed over, and ended, so that the next one stands alone."""
+    """Verdicts of earlier runs. A line that a kill tore is passed over, and ended, so that the next
+    one stands alone.
+    """
     known: dict[str, JudgeVerdict] = {}
     if not path.exists():
         return known

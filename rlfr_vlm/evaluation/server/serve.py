@@ -1,4 +1,6 @@
-"""A vLLM server on loopback for as long as it is needed: it outlives neither its use nor the death of its user."""
+"""A vLLM server on loopback for as long as it is needed: it outlives neither its use nor the death
+of its user.
+"""
 
 from __future__ import annotations
 
@@ -26,9 +28,36 @@ STOP_SECONDS = 15.0  # between SIGTERM and SIGKILL
 LOG_LINES = 8  # of vLLM's in an error
 STARTS = 3  # each on another port, in case somebody takes the one that was free
 
-# What the server gets of the environment: no key, no token, no address of a proxy (which may hold a password).
-NAMES = ("PATH", "HOME", "USER", "LANG", "LC_ALL", "TMPDIR", "LD_LIBRARY_PATH", "LD_PRELOAD", "VIRTUAL_ENV", "CC", "CXX")
-PREFIXES = ("PYTHON", "VLLM_", "HF_", "CUDA", "NVIDIA_", "NCCL_", "OMP_", "MKL_", "TORCH", "TRITON_", "XDG_", "TOKENIZERS_", "SSL_CERT_")
+# What the server gets of the environment: no key, no token, no address of a proxy (which may hold a
+# password).
+NAMES = (
+    "PATH",
+    "HOME",
+    "USER",
+    "LANG",
+    "LC_ALL",
+    "TMPDIR",
+    "LD_LIBRARY_PATH",
+    "LD_PRELOAD",
+    "VIRTUAL_ENV",
+    "CC",
+    "CXX",
+)
+PREFIXES = (
+    "PYTHON",
+    "VLLM_",
+    "HF_",
+    "CUDA",
+    "NVIDIA_",
+    "NCCL_",
+    "OMP_",
+    "MKL_",
+    "TORCH",
+    "TRITON_",
+    "XDG_",
+    "TOKENIZERS_",
+    "SSL_CERT_",
+)
 SECRET = re.compile(r"(^|_)(KEYS?|TOKENS?|SECRETS?|PASSWORD|PASSWD|CREDENTIALS?|AUTH)(_|$)")
 
 
@@ -46,27 +75,39 @@ def serve(
     start_seconds: float = START_SECONDS,
     log: Path | None = None,
 ) -> Iterator[str]:
-    """Serve the model at a folder or hub name under `name` (default: its last part); gives http://127.0.0.1:PORT/v1.
+    """Serve the model at a folder or hub name under `name` (default: its last part); gives
+    http://127.0.0.1:PORT/v1.
 
-    kv_cache_gib is the KV cache on CPU, gpu_memory_utilization the share of a GPU (less, where others already use it). `log` receives vLLM's
-    messages. Raises UserError with the last of them where it does not start.
+    kv_cache_gib is the KV cache on CPU, gpu_memory_utilization the share of a GPU (less, where
+    others already use it). `log` receives vLLM's messages. Raises UserError with the last of them
+    where it does not start.
     """
     if importlib.util.find_spec("vllm") is None:  # looks, does not import
-        raise UserError(f"serve {model}: vLLM is not installed; install it (extra `vllm`, or `cpu`), or set api_base to a running server")
+        raise UserError(
+            f"serve {model}: vLLM is not installed; install it (extra `vllm`, or `cpu`), or set "
+            "api_base to a running server"
+        )
     options = {
         "--model": model,
         "--served-model-name": name or Path(model).name,
         "--host": "127.0.0.1",
         "--max-num-seqs": str(max_num_seqs),
         "--dtype": dtype,
-        "--generation-config": "vllm",  # neutral defaults, not the model's: what shapes the sampling stands in the requests
+        # neutral defaults, not the model's: what shapes the sampling stands in the requests
+        "--generation-config": "vllm",
         "--uvicorn-log-level": "warning",
-        "--max-model-len": str(max_model_len or "auto"),  # auto: the model's, or what the cache holds where that is less
+        "--max-model-len": str(
+            max_model_len or "auto"
+        ),  # auto: the model's, or what the cache holds where that is less
         **_memory(kv_cache_gib, gpu_memory_utilization),
     }
-    command = [part for option in options.items() for part in option] + ["--enforce-eager"] * enforce_eager
+    command = [part for option in options.items() for part in option] + [
+        "--enforce-eager"
+    ] * enforce_eager
     with tempfile.TemporaryDirectory(prefix="rlfr-serve-") as folder:
-        process, api_base = _start(command, log or Path(folder) / "vllm.log", time.monotonic() + start_seconds)
+        process, api_base = _start(
+            command, log or Path(folder) / "vllm.log", time.monotonic() + start_seconds
+        )
         try:
             yield api_base
         finally:
@@ -74,12 +115,23 @@ def serve(
 
 
 def environment() -> dict[str, str]:
-    """What a server is given of this process's environment, and what keeps it on loopback and silent to the world."""
-    kept = {k: v for k, v in os.environ.items() if (k in NAMES or k.startswith(PREFIXES)) and not SECRET.search(k)}
-    loopback = next((interface for _, interface in socket.if_nameindex() if interface.startswith("lo")), "lo")
-    defaults = {"VLLM_CPU_OMP_THREADS_BIND": "nobind"}  # else its threads share one core with whoever else is bound there
+    """What a server is given of this process's environment, and what keeps it on loopback and
+    silent to the world.
+    """
+    kept = {
+        k: v
+        for k, v in os.environ.items()
+        if (k in NAMES or k.startswith(PREFIXES)) and not SECRET.search(k)
+    }
+    loopback = next(
+        (interface for _, interface in socket.if_nameindex() if interface.startswith("lo")), "lo"
+    )
+    defaults = {
+        "VLLM_CPU_OMP_THREADS_BIND": "nobind"
+    }  # else its threads share one core with whoever else is bound there
     fixed = {
-        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the engine is a process either way; on CPU this saves it another (half of the start)
+        # the engine is a process either way; on CPU this saves it another (half of the start)
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
         "VLLM_NO_USAGE_STATS": "1",
         "VLLM_HOST_IP": "127.0.0.1",
         "GLOO_SOCKET_IFNAME": loopback,
@@ -103,18 +155,33 @@ def _start(command: list[str], log: Path, deadline: float) -> tuple[subprocess.P
     model = command[1]
     for _ in range(STARTS):
         port = _free_port()
-        server = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", *command, "--port", str(port)]
+        server = [
+            sys.executable,
+            "-m",
+            "vllm.entrypoints.openai.api_server",
+            *command,
+            "--port",
+            str(port),
+        ]
         keeping = [sys.executable, "-I", keeper.__file__, str(os.getpid()), str(STOP_SECONDS)]
         with log.open("wb") as output:
             process = subprocess.Popen(
-                [*keeping, *server], stdin=subprocess.PIPE, stdout=output, stderr=output, start_new_session=True, env=environment()
+                [*keeping, *server],
+                stdin=subprocess.PIPE,
+                stdout=output,
+                stderr=output,
+                start_new_session=True,
+                env=environment(),
             )
         try:
             while not _ended(process):
                 if _healthy(port):
                     return process, f"http://127.0.0.1:{port}/v1"
                 if time.monotonic() > deadline:
-                    raise UserError(f"serve {model}: vLLM was not ready in time; it last said: {_last_words(log)}")
+                    raise UserError(
+                        f"serve {model}: vLLM was not ready in time; it last said: "
+                        f"{_last_words(log)}"
+                    )
                 time.sleep(0.2)
         except BaseException:
             _stop(process)
@@ -133,7 +200,10 @@ def _free_port() -> int:
 
 def _healthy(port: int) -> bool:
     try:
-        return httpx.get(f"http://127.0.0.1:{port}/health", trust_env=False, timeout=2.0).status_code == 200
+        return (
+            httpx.get(f"http://127.0.0.1:{port}/health", trust_env=False, timeout=2.0).status_code
+            == 200
+        )
     except httpx.HTTPError:
         return False
 
@@ -157,8 +227,15 @@ def _stop(process: subprocess.Popen[bytes]) -> None:
 
 def _last_words(log: Path) -> str:
     """The errors in vLLM's log with the lines that explain them, once each, or its last lines."""
-    text = re.sub(r"(?m)^\(\w+ pid=\d+\) ?|^ERROR [\d: -]+\[\S+\] ?", "", log.read_text(errors="replace"))
+    text = re.sub(
+        r"(?m)^\(\w+ pid=\d+\) ?|^ERROR [\d: -]+\[\S+\] ?", "", log.read_text(errors="replace")
+    )
     lines = [line.strip()[:300] for line in text.splitlines() if line.strip()]
     errors = [n for n, line in enumerate(lines) if re.match(r"[\w.]*(Error|Exception)\b", line)]
-    words = [line for n in errors for line in lines[n : n + 3] if not line.startswith(("Traceback", "File "))]
+    words = [
+        line
+        for n in errors
+        for line in lines[n : n + 3]
+        if not line.startswith(("Traceback", "File "))
+    ]
     return " | ".join(list(dict.fromkeys(words or lines))[-LOG_LINES:]) or "nothing"

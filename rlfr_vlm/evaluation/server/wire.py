@@ -1,4 +1,6 @@
-"""What goes to a chat server and comes back: requests, replies, failures, the address and the key. Nothing here sends."""
+"""What goes to a chat server and comes back: requests, replies, failures, the address and the key.
+Nothing here sends.
+"""
 
 from __future__ import annotations
 
@@ -28,20 +30,28 @@ FailureKind = Literal["timeout", "connection", "status", "body", "refused", "bre
 
 @dataclass(frozen=True)
 class ChatRequest:
-    """One conversation to be continued. Content is text, or parts of {"type": "text"} and {"type": "image_url"} (see `data_url`)."""
+    """One conversation to be continued. Content is text, or parts of {"type": "text"} and {"type":
+    "image_url"} (see `data_url`).
+    """
 
     messages: Sequence[dict[str, Any]]
     temperature: float | None = None  # None: the server's default, here and below
     top_p: float | None = None
     max_tokens: int | None = None
     seed: int | None = None
-    extra: dict[str, Any] = field(default_factory=dict)  # further fields of the request, as they are
+    extra: dict[str, Any] = field(
+        default_factory=dict
+    )  # further fields of the request, as they are
 
     def body(self, model: str) -> bytes:
         """As it is sent."""
-        settings = {name: getattr(self, name) for name in ("temperature", "top_p", "max_tokens", "seed")}
+        settings = {
+            name: getattr(self, name) for name in ("temperature", "top_p", "max_tokens", "seed")
+        }
         given = {name: value for name, value in settings.items() if value is not None}
-        return json.dumps({"model": model, "messages": self.messages, **given, **self.extra}).encode()
+        return json.dumps(
+            {"model": model, "messages": self.messages, **given, **self.extra}
+        ).encode()
 
 
 @dataclass(frozen=True)
@@ -58,7 +68,9 @@ class ChatReply:
 
 @dataclass(frozen=True)
 class Failure:
-    """Why there is no reply: `refused` was not tried again, `breaker` was given up with the server."""
+    """Why there is no reply: `refused` was not tried again, `breaker` was given up with the
+    server.
+    """
 
     kind: FailureKind
     message: str
@@ -79,7 +91,9 @@ class Fault:
 
 
 class Secret:
-    """A key that shows itself only where it is asked to: not in repr, str, format, vars, pickles, or tracebacks with local variables."""
+    """A key that shows itself only where it is asked to: not in repr, str, format, vars, pickles,
+    or tracebacks with local variables.
+    """
 
     __slots__ = ("reveal",)
 
@@ -94,16 +108,20 @@ class Secret:
 
 
 def checked_address(given: str | None, name: str) -> tuple[str, bool]:
-    """(base address, whether it is this machine). UserError where it is missing, would send in the clear, or has secrets in it."""
+    """(base address, whether it is this machine). UserError where it is missing, would send in the
+    clear, or has secrets in it.
+    """
     if not given:
         raise UserError(
-            f"{name}.api_base: no server is named; set it to http(s)://HOST:PORT/v1, set OPENAI_API_BASE, or set {name}.serve to a model"
+            f"{name}.api_base: no server is named; set it to http(s)://HOST:PORT/v1, set "
+            f"OPENAI_API_BASE, or set {name}.serve to a model"
         )
     base = given.strip().rstrip("/").removesuffix("/chat/completions")
     parts = urlsplit(base)
     if parts.username or parts.password or parts.query or parts.fragment:
         raise UserError(
-            f"{name}.api_base: an address with a user, password, `?` or `#` in it; the key belongs into {name}.key_env's variable"
+            f"{name}.api_base: an address with a user, password, `?` or `#` in it; the key belongs "
+            f"into {name}.key_env's variable"
         )
     if parts.scheme not in ("http", "https") or not parts.hostname:
         raise UserError(f"{name}.api_base: `{base}` is not of the form http(s)://HOST:PORT/v1")
@@ -111,7 +129,8 @@ def checked_address(given: str | None, name: str) -> tuple[str, bool]:
     if parts.scheme == "http" and not loopback:
         tunnel = f"ssh -L 8000:127.0.0.1:{parts.port or 80} {parts.hostname}"
         raise UserError(
-            f"{name}.api_base: {base} would send prompts and key in the clear; use https, or a tunnel: `{tunnel}` and http://127.0.0.1:8000/v1"
+            f"{name}.api_base: {base} would send prompts and key in the clear; use https, or a "
+            f"tunnel: `{tunnel}` and http://127.0.0.1:8000/v1"
         )
     return base, loopback
 
@@ -124,9 +143,13 @@ def is_loopback(host: str) -> bool:
 
 
 def data_url(image: Image) -> str:
-    """A picture as it stands in {"type": "image_url", "image_url": {"url": ...}}: PNG, every pixel as it is."""
+    """A picture as it stands in {"type": "image_url", "image_url": {"url": ...}}: PNG, every pixel
+    as it is.
+    """
     target = io.BytesIO()
-    (image if image.mode in ("1", "L", "LA", "P", "RGB", "RGBA") else image.convert("RGB")).save(target, "PNG")
+    (image if image.mode in ("1", "L", "LA", "P", "RGB", "RGBA") else image.convert("RGB")).save(
+        target, "PNG"
+    )
     return "data:image/png;base64," + base64.b64encode(target.getvalue()).decode()
 
 
@@ -168,8 +191,17 @@ def read_reply(body: bytes) -> ChatReply | Fault:
     if reason == "content_filter":
         return Fault("refused", "the server's content filter")
     if reason not in ("stop", "length") or (text is None and reason == "stop"):
-        return Fault("body", f"a completion that ended with `{reason}` and has {'no' if text is None else 'a'} text", retry=True)
-    return ChatReply(text or "", "length" if reason == "length" else "stop", usage.prompt_tokens, usage.completion_tokens)
+        return Fault(
+            "body",
+            f"a completion that ended with `{reason}` and has {'no' if text is None else 'a'} text",
+            retry=True,
+        )
+    return ChatReply(
+        text or "",
+        "length" if reason == "length" else "stop",
+        usage.prompt_tokens,
+        usage.completion_tokens,
+    )
 
 
 def read_models(body: bytes) -> list[str] | Fault:
@@ -208,4 +240,7 @@ def retry_after(header: str | None) -> float | None:
         when = parsedate_to_datetime(header)
     except (ValueError, OverflowError):
         return None
-    return max(0.0, ((when if when.tzinfo else when.replace(tzinfo=UTC)) - datetime.now(UTC)).total_seconds())
+    return max(
+        0.0,
+        ((when if when.tzinfo else when.replace(tzinfo=UTC)) - datetime.now(UTC)).total_seconds(),
+    )

@@ -1,11 +1,15 @@
-"""Image benchmarks through VLMEvalKit (ms-vlmeval): its data sets, prompts and scoring; our model, ledger and judge endpoint.
+"""Image benchmarks through VLMEvalKit (ms-vlmeval): its data sets, prompts and scoring; our model,
+ledger and judge endpoint.
 
-A benchmark with `vlmeval: NAME` is asked with VLMEvalKit's own prompt (`dataset.build_prompt`; `system` and `suffix` of the definition come on
-top where they are set) through the ordinary responder and ledger: one line a sample, nothing asked twice. The responses then go, as the table
-that its `evaluate` expects, through its own scoring, whose verdict on every row comes back into the ledger. Its score table is kept beside it.
+A benchmark with `vlmeval: NAME` is asked with VLMEvalKit's own prompt (`dataset.build_prompt`;
+    `system` and `suffix` of the definition come on
+top where they are set) through the ordinary responder and ledger: one line a sample, nothing asked
+twice. The responses then go, as the table that its `evaluate` expects, through its own scoring,
+whose verdict on every row comes back into the ledger. Its score table is kept beside it.
 
-VLMEvalKit runs in a process of its own (`vlm_process`), so that its environment, logging and crashes stay there, and with its guards. Its data
-folder is one of ours, named after the content of the TSV.
+VLMEvalKit runs in a process of its own (`vlm_process`), so that its environment, logging and
+crashes stay there, and with its guards. Its data folder is one of ours, named after the content of
+the TSV.
 """
 
 from __future__ import annotations
@@ -34,9 +38,20 @@ from rlfr_vlm.evaluation.ledger import Ledger, Verdict
 from rlfr_vlm.evaluation.vlm.guards import GUARDS
 from rlfr_vlm.types import Prompt
 
-FOREIGN = re.compile(r"LOCAL_LLM|(OPENAI|AZURE|BOYUE)_.*|.*_API_(KEY|BASE)|BOYUE|VERBOSE|PRINT_VANILLA|EVAL_FORMAT|INTERNAL|SPLIT_THINK")
-COLUMNS = {  # what scoring reads, by the beginning of a data set's name, besides index, question and the picture
-    "MathVista": ("answer", "question_type", "answer_type", "choices", "answer_option", "task", "skills"),
+FOREIGN = re.compile(
+    r"LOCAL_LLM|(OPENAI|AZURE|BOYUE)_.*|.*_API_(KEY|BASE)|BOYUE|VERBOSE|PRINT_VANILLA|EVAL_FORMAT|INTERNAL|SPLIT_THINK"
+)
+# what scoring reads, by the beginning of a data set's name, besides index, question and the picture
+COLUMNS = {
+    "MathVista": (
+        "answer",
+        "question_type",
+        "answer_type",
+        "choices",
+        "answer_option",
+        "task",
+        "skills",
+    ),
     "MathVision": ("answer", "choices", "category"),
     "MathVerse": ("answer", "question_for_eval", "metadata", "problem_version"),
     "LogicVista": ("answer", "skill"),
@@ -47,13 +62,15 @@ COLUMNS = {  # what scoring reads, by the beginning of a data set's name, beside
 }
 
 
-# -- problems ----------------------------------------------------------------------------------------------------------
+# -- problems --------------------------------------------------------------------------------------
 
 
 def find_tsv(cfg: Config, benchmark: Benchmark, folder: Path) -> str:
-    """NAME.tsv in a data folder of ours: a link to the file under `eval.data_dir` or beside the definition, else what VLMEvalKit downloads.
+    """NAME.tsv in a data folder of ours: a link to the file under `eval.data_dir` or beside the
+    definition, else what VLMEvalKit downloads.
 
-    Raises UserError for a file that is not there, naming it, or without a column that scoring reads.
+    Raises UserError for a file that is not there, naming it, or without a column that scoring
+    reads.
     """
     name, wanted = str(benchmark.vlmeval), benchmark.file or f"{benchmark.vlmeval}.tsv"
     for place in ([Path(cfg.eval.data_dir)] if cfg.eval.data_dir else []) + [folder]:
@@ -69,14 +86,18 @@ def find_tsv(cfg: Config, benchmark: Benchmark, folder: Path) -> str:
             return str(link)
     if cfg.eval.data_dir is not None or benchmark.file is not None:
         where = Path(cfg.eval.data_dir or folder) / wanted
-        raise UserError(f"benchmark {benchmark.name}: {where} does not exist; put VLMEvalKit's {name}.tsv there")
+        raise UserError(
+            f"benchmark {benchmark.name}: {where} does not exist; put VLMEvalKit's {name}.tsv there"
+        )
     (data_root() / "downloaded").mkdir(parents=True, exist_ok=True)
     return str(data_root() / "downloaded" / f"{name}.tsv")
 
 
 def data_root() -> Path:
     """Where the data folders that VLMEvalKit is given lie, with the pictures that it unpacks."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "rlfr_vlm" / "vlmeval"
+    return (
+        Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "rlfr_vlm" / "vlmeval"
+    )
 
 
 @functools.cache
@@ -90,33 +111,56 @@ def check_columns(name: str, path: Path) -> None:
     """Raises UserError naming the columns that the TSV of a known data set lacks."""
     with path.open(newline="", encoding="utf-8-sig", errors="replace") as file:
         header = next(csv.reader(file, delimiter="\t"), [])
-    wanted = {"index", "question"}.union(*(columns for start, columns in COLUMNS.items() if name.startswith(start)))
-    missing = sorted(wanted - set(header)) + ([] if {"image", "image_path"} & set(header) else ["image"])
+    wanted = {"index", "question"}.union(
+        *(columns for start, columns in COLUMNS.items() if name.startswith(start))
+    )
+    missing = sorted(wanted - set(header)) + (
+        [] if {"image", "image_path"} & set(header) else ["image"]
+    )
     if missing:
-        raise UserError(f"{path}: no column {', '.join(f'`{m}`' for m in missing)}; VLMEvalKit's {name} needs it")
+        raise UserError(
+            f"{path}: no column {', '.join(f'`{m}`' for m in missing)}; VLMEvalKit's {name} needs "
+            "it"
+        )
 
 
 def load(benchmark: Benchmark, source: str) -> list[Problem]:
     """Its problems from what `find_tsv` found, asked as VLMEvalKit asks them."""
     tsv, problems = Path(source), []
     for row in kit().ask("load", name=benchmark.vlmeval, root=str(tsv.parent)):
-        parts = [{"type": "image"} if p["type"] == "image" else {"type": "text", "text": p["value"]} for p in row["parts"]]
+        parts = [
+            {"type": "image"} if p["type"] == "image" else {"type": "text", "text": p["value"]}
+            for p in row["parts"]
+        ]
         parts += [{"type": "text", "text": benchmark.suffix}] if benchmark.suffix else []
         messages: list[dict[str, Any]] = [{"role": "user", "content": parts}]
         if benchmark.system:
-            messages.insert(0, {"role": "system", "content": [{"type": "text", "text": benchmark.system}]})
+            messages.insert(
+                0, {"role": "system", "content": [{"type": "text", "text": benchmark.system}]}
+            )
         images = tuple(p["value"] for p in row["parts"] if p["type"] == "image")
-        prompt = Prompt(row["id"], tuple(messages), images, row["answer"], data_source=row["source"], origin=f"{tsv.name}:{row['id']}")
+        prompt = Prompt(
+            row["id"],
+            tuple(messages),
+            images,
+            row["answer"],
+            data_source=row["source"],
+            origin=f"{tsv.name}:{row['id']}",
+        )
         problems.append(Problem(prompt, (row["answer"],)))
     return problems
 
 
-# -- a run -------------------------------------------------------------------------------------------------------------
+# -- a run -----------------------------------------------------------------------------------------
 
 
 def run_vlm(run: runner.BenchmarkRun) -> dict[str, Any]:
-    """As `run_benchmark`, graded by VLMEvalKit; also writes vlmeval_score.json and its tables. Returns the summary."""
-    no_rules = run.cfg.eval.model_copy(update={"grading": "judge"})  # those of training say nothing here
+    """As `run_benchmark`, graded by VLMEvalKit; also writes vlmeval_score.json and its tables.
+    Returns the summary.
+    """
+    no_rules = run.cfg.eval.model_copy(
+        update={"grading": "judge"}
+    )  # those of training say nothing here
     asking = replace(run, cfg=run.cfg.model_copy(update={"eval": no_rules}))
     protocol = runner.protocol(run) | {"grading": grading(run)}
     ledger = Ledger(run.folder, protocol)
@@ -135,7 +179,11 @@ def run_vlm(run: runner.BenchmarkRun) -> dict[str, Any]:
     os.replace(path, run.folder / "summary.json")
     lost = summary["num_unanswered"] + sum(summary["verdicts"][v] for v in ("failed", "unjudged"))
     if summary["accuracy"] is None and not all(s["complete"] for s in scores):
-        why = "run the same command again to ask for them" if run.judge is not None else "VLMEvalKit needs a judge for them: --judge NAME"
+        why = (
+            "run the same command again to ask for them"
+            if run.judge is not None
+            else "VLMEvalKit needs a judge for them: --judge NAME"
+        )
         errors = "".join(f"; {s['error']}" for s in scores if s["error"])
         raise StoppedError(
             f"{run.benchmark.name}: {lost} of {len(run.samples)} responses or verdicts are missing "
@@ -152,15 +200,24 @@ def grading(run: runner.BenchmarkRun) -> dict[str, Any]:
 
 
 def grade(run: runner.BenchmarkRun, ledger: Ledger, k: int) -> dict[str, Any]:
-    """VLMEvalKit's verdicts on the k-th sample of every problem into the ledger; returns its score."""
-    answers = {p.prompt.id: ledger.answers[p.prompt.id, k] for p in run.problems if (p.prompt.id, k) in ledger.answers}
+    """VLMEvalKit's verdicts on the k-th sample of every problem into the ledger; returns its
+    score.
+    """
+    answers = {
+        p.prompt.id: ledger.answers[p.prompt.id, k]
+        for p in run.problems
+        if (p.prompt.id, k) in ledger.answers
+    }
     waiting = ledger.ungraded([(name, k) for name in answers])
     path = run.folder / f"vlmeval_score{f'-{k}' if k else ''}.json"
     if not waiting and path.exists():
         return json.loads(path.read_text())
     judge, settings = run.judge, grading(run)
     if judge is not None and answers:
-        run.say(f"{run.benchmark.name}  VLMEvalKit scores {len(answers)} responses with judge {judge.endpoint.model}")
+        run.say(
+            f"{run.benchmark.name}  VLMEvalKit scores {len(answers)} responses with judge "
+            f"{judge.endpoint.model}"
+        )
     start = time.perf_counter()
     result = kit().ask(
         "score",
@@ -175,34 +232,69 @@ def grade(run: runner.BenchmarkRun, ledger: Ledger, k: int) -> dict[str, Any]:
     verdicts = []
     for name, _ in waiting:
         row = result["rows"][name]
-        asked = settings["judge"] and row["asked"] and {"verdict": row["verdict"], "reply": row["reply"], **settings["judge"]}
-        rule = row["verdict"] if not row["asked"] and row["verdict"] in ("correct", "wrong") else None
-        verdicts.append(Verdict(name, k, row["verdict"], row["prediction"], row["reason"], rule, asked or None, seconds))
+        asked = (
+            settings["judge"]
+            and row["asked"]
+            and {"verdict": row["verdict"], "reply": row["reply"], **settings["judge"]}
+        )
+        rule = (
+            row["verdict"] if not row["asked"] and row["verdict"] in ("correct", "wrong") else None
+        )
+        verdicts.append(
+            Verdict(
+                name,
+                k,
+                row["verdict"],
+                row["prediction"],
+                row["reason"],
+                rule,
+                asked or None,
+                seconds,
+            )
+        )
     ledger.append(verdicts)
-    score = {"dataset": settings["prompt"], "num_scored": result["scored"], "num_samples": len(run.problems), **result["score"]}
-    score["complete"] = score["value"] is not None and result["scored"] >= (1 - run.cfg.eval.max_failed_frac) * len(run.problems)
+    score = {
+        "dataset": settings["prompt"],
+        "num_scored": result["scored"],
+        "num_samples": len(run.problems),
+        **result["score"],
+    }
+    score["complete"] = score["value"] is not None and result["scored"] >= (
+        1 - run.cfg.eval.max_failed_frac
+    ) * len(run.problems)
     path.write_text(json.dumps(score, indent=1))
     return score
 
 
-# -- the process that VLMEvalKit runs in, seen from here -----------------------------------------------------------------
+# -- the process that VLMEvalKit runs in, seen from here -------------------------------------------
 
 
 class Kit:
     """A process with VLMEvalKit in it: one JSON line in, one out."""
 
     def __init__(self) -> None:
-        """Raises UserError where it is not installed, or would read settings from a file inside the installation."""
+        """Raises UserError where it is not installed, or would read settings from a file inside the
+        installation.
+        """
         spec = importlib.util.find_spec("vlmeval")
         if spec is None or spec.origin is None:
             raise UserError("VLMEvalKit is not installed: pip install 'rlfr-vlm[eval]'")
         if (env := Path(spec.origin).parents[1] / ".env").exists():
-            raise UserError(f"{env}: VLMEvalKit lets this file override the judge and its address; remove it")
+            raise UserError(
+                f"{env}: VLMEvalKit lets this file override the judge and its address; remove it"
+            )
         self.log = tempfile.TemporaryFile("w+")  # noqa: SIM115
         own = {k: v for k, v in os.environ.items() if not FOREIGN.fullmatch(k)}
         own |= {"PRED_FORMAT": "tsv", "CUDA_VISIBLE_DEVICES": "", "MPLBACKEND": "Agg"}
         command = [sys.executable, "-m", "rlfr_vlm.evaluation.vlm.process"]
-        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.log, env=own, text=True)
+        self.process = subprocess.Popen(
+            command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self.log,
+            env=own,
+            text=True,
+        )
 
     def ask(self, command: str, **order: Any) -> Any:
         """Carry out a command there. Raises UserError with its words where it cannot."""
@@ -215,7 +307,9 @@ class Kit:
             line = ""
         if not line:
             self.log.seek(0)
-            raise UserError(f"VLMEvalKit's process ended with {self.process.wait()}: {self.log.read()[-2000:]}")
+            raise UserError(
+                f"VLMEvalKit's process ended with {self.process.wait()}: {self.log.read()[-2000:]}"
+            )
         reply = json.loads(line)
         if "error" in reply:
             raise UserError(f"VLMEvalKit, {order['name']}: {reply['error']}")

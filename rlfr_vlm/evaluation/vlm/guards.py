@@ -1,4 +1,6 @@
-"""What stands between VLMEvalKit and the answers of a model, a judge's reply that does not come, and this machine (see `vlm_process`)."""
+"""What stands between VLMEvalKit and the answers of a model, a judge's reply that does not come,
+and this machine (see `vlm_process`).
+"""
 
 from __future__ import annotations
 
@@ -21,11 +23,15 @@ FAILED = "Failed to obtain answer via API."
 
 
 class Lost(BaseException):
-    """A row needs a judge's word and did not get it. No Exception: nobody's `except` may turn it into a verdict."""
+    """A row needs a judge's word and did not get it. No Exception: nobody's `except` may turn it
+    into a verdict.
+    """
 
 
 class Judging:
-    """The judge of one scoring: what it said, by row, kept on disk, and the rows that it left without a word."""
+    """The judge of one scoring: what it said, by row, kept on disk, and the rows that it left
+    without a word.
+    """
 
     def __init__(self, endpoint: Endpoint | None, path: Path, rows: Mapping[str, str]) -> None:
         self.endpoint, self.path, self.rows = endpoint, path, rows
@@ -60,14 +66,21 @@ class Judging:
             request = ChatRequest(messages, temperature=temperature, max_tokens=max_tokens)
             _, outcome = next(iter(self.endpoint.chat([request])))
             if isinstance(outcome, Failure) or not outcome.text.strip():
-                raise self.lose(row, f"{outcome.kind}: {outcome.message}" if isinstance(outcome, Failure) else "empty reply")
+                raise self.lose(
+                    row,
+                    f"{outcome.kind}: {outcome.message}"
+                    if isinstance(outcome, Failure)
+                    else "empty reply",
+                )
             self.write({"said": {key: outcome.text.strip()}})
             self.known[key] = outcome.text.strip()
         self.said.setdefault(row or "", []).append((key, self.known[key]))
         return self.known[key]
 
     def lose(self, row: str | None, reason: str) -> Lost:
-        """No verdict on this row: what was said about it does not count, and is asked again another time."""
+        """No verdict on this row: what was said about it does not count, and is asked again another
+        time.
+        """
         with self.lock:
             self.lost[row or ""] = reason
         if keys := [key for key, _ in self.said.pop(row or "", ())]:
@@ -86,43 +99,83 @@ class StandIn:
     """What VLMEvalKit takes for its judge's client."""
 
     def __init__(
-        self, judging: Judging, max_tokens: int = 2048, temperature: float = 0.0, system_prompt: str | None = None, **_: Any
+        self,
+        judging: Judging,
+        max_tokens: int = 2048,
+        temperature: float = 0.0,
+        system_prompt: str | None = None,
+        **_: Any,
     ) -> None:
-        self.judging, self.max_tokens, self.temperature, self.system_prompt = judging, max_tokens, temperature, system_prompt
+        self.judging, self.max_tokens, self.temperature, self.system_prompt = (
+            judging,
+            max_tokens,
+            temperature,
+            system_prompt,
+        )
         self.fail_msg, self.model = FAILED, "judge"
 
     def working(self) -> bool:
         """Probed before it came here."""
         return True
 
-    def generate(self, message: Any, temperature: float | None = None, max_tokens: int | None = None, **_: Any) -> str:
+    def generate(
+        self,
+        message: Any,
+        temperature: float | None = None,
+        max_tokens: int | None = None,
+        **_: Any,
+    ) -> str:
         """The judge's words on a text, or on parts of text."""
-        parts = [message] if isinstance(message, str) else [p if isinstance(p, str) else p["value"] for p in message]
+        parts = (
+            [message]
+            if isinstance(message, str)
+            else [p if isinstance(p, str) else p["value"] for p in message]
+        )
         system = [{"role": "system", "content": self.system_prompt}] if self.system_prompt else []
         messages = [*system, {"role": "user", "content": "\n".join(parts)}]
-        return self.judging.ask(messages, self.temperature if temperature is None else temperature, max_tokens or self.max_tokens)
+        return self.judging.ask(
+            messages,
+            self.temperature if temperature is None else temperature,
+            max_tokens or self.max_tokens,
+        )
 
 
 def asking_row(rows: Mapping[str, str]) -> str | None:
-    """The row that VLMEvalKit is at: the nearest caller's variable that has an `index` among the rows."""
+    """The row that VLMEvalKit is at: the nearest caller's variable that has an `index` among the
+    rows.
+    """
     frame = sys._getframe(1)
     while frame.f_back is not None:
         frame = frame.f_back
         for value in list(frame.f_locals.values()):
-            if hasattr(value, "keys") and not isinstance(value, type) and "index" in value and str(value["index"]) in rows:
+            if (
+                hasattr(value, "keys")
+                and not isinstance(value, type)
+                and "index" in value
+                and str(value["index"]) in rows
+            ):
                 return str(value["index"])
     return None
 
 
 OPERATIONS: dict[type, Callable[..., Any]] = {
-    ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv, ast.Mod: operator.mod,
-    ast.FloorDiv: operator.floordiv, ast.Pow: operator.pow, ast.USub: operator.neg, ast.UAdd: operator.pos,
-}  # fmt: skip
+    ast.Add: operator.add,
+    ast.Sub: operator.sub,
+    ast.Mult: operator.mul,
+    ast.Div: operator.truediv,
+    ast.Mod: operator.mod,
+    ast.FloorDiv: operator.floordiv,
+    ast.Pow: operator.pow,
+    ast.USub: operator.neg,
+    ast.UAdd: operator.pos,
+}
 UNREADABLE = (ValueError, SyntaxError, TypeError, ArithmeticError, RecursionError, MemoryError)
 
 
 def arithmetic(source: Any) -> Any:
-    """What `eval` makes of a literal or of arithmetic on numbers. Raises ValueError, or another of UNREADABLE, for anything else."""
+    """What `eval` makes of a literal or of arithmetic on numbers. Raises ValueError, or another of
+    UNREADABLE, for anything else.
+    """
     if not isinstance(source, str):
         raise TypeError("only text is read")
     tree = ast.parse(source.strip(), mode="eval").body
@@ -146,14 +199,19 @@ def _number(node: ast.expr) -> Any:
 
 
 def guarded(builtin: Callable[..., Any], instead: Callable[[Any], Any]) -> Callable[..., Any]:
-    """`eval` or `exec`, with something else in its place for VLMEvalKit; sympy may make numbers with it, which is how it reads their text."""
+    """`eval` or `exec`, with something else in its place for VLMEvalKit; sympy may make numbers
+    with it, which is how it reads their text.
+    """
 
     def careful(source: Any, /, *scope: Any, **more: Any) -> Any:
         caller = sys._getframe(1)
         package = str(caller.f_globals.get("__name__")).partition(".")[0]
         if package == "vlmeval":
             return instead(source)
-        if package in ("sympy", "latex2sympy2", "latex2sympy2_extended") and source != "from sympy import *":
+        if (
+            package in ("sympy", "latex2sympy2", "latex2sympy2_extended")
+            and source != "from sympy import *"
+        ):
             check_numbers(source)
         return builtin(source, *(scope or (caller.f_globals, caller.f_locals)), **more)
 
@@ -161,14 +219,27 @@ def guarded(builtin: Callable[..., Any], instead: Callable[[Any], Any]) -> Calla
 
 
 def check_numbers(source: Any) -> None:
-    """Raises PermissionError where the text is more than arithmetic on `Integer(..)` and its like."""
-    for node in ast.walk(ast.parse(source.strip(), mode="eval")) if isinstance(source, str) else [None]:
+    """Raises PermissionError where the text is more than arithmetic on `Integer(..)` and its
+    like.
+    """
+    for node in (
+        ast.walk(ast.parse(source.strip(), mode="eval")) if isinstance(source, str) else [None]
+    ):
         number = isinstance(node, ast.Name) and node.id in ("Integer", "Float", "Rational")
         call = isinstance(node, ast.Call) and isinstance(node.func, ast.Name)
         if not (
             number
             or call
-            or isinstance(node, ast.Expression | ast.Constant | ast.BinOp | ast.UnaryOp | ast.operator | ast.unaryop | ast.Load)
+            or isinstance(
+                node,
+                ast.Expression
+                | ast.Constant
+                | ast.BinOp
+                | ast.UnaryOp
+                | ast.operator
+                | ast.unaryop
+                | ast.Load,
+            )
         ):
             refuse(source)
 
@@ -179,7 +250,9 @@ def refuse(source: Any) -> None:
 
 
 def bounded_equal(original: Callable[[Any, Any], bool]) -> Callable[[Any, Any], bool]:
-    """MathVision's comparison: numbers here, short LaTeX there (a child process, killed after 30 s), long text only where it is the same."""
+    """MathVision's comparison: numbers here, short LaTeX there (a child process, killed after 30
+    s), long text only where it is the same.
+    """
 
     def is_equal(answer: Any, gold: Any) -> bool:
         answer, gold = str(answer).strip().lower(), str(gold).strip().lower()
@@ -199,7 +272,10 @@ def with_text_answers(original: Callable[..., Any]) -> Callable[..., Any]:
     def post_check(line: Any, prefetch: bool = False) -> Any:
         if line["question_type"] == "multi_choice" or line["answer_type"] not in ("text", "list"):
             return original(line, prefetch)
-        answer, gold = str(line["prediction" if prefetch else "res"]).strip(), str(line["answer"]).strip()
+        answer, gold = (
+            str(line["prediction" if prefetch else "res"]).strip(),
+            str(line["answer"]).strip(),
+        )
         try:
             same = answer.lower() == gold.lower() or arithmetic(answer) == arithmetic(gold)
         except UNREADABLE:
@@ -210,7 +286,9 @@ def with_text_answers(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def with_an_answer(original: Callable[..., dict[str, Any]]) -> Callable[..., dict[str, Any]]:
-    """DynaMath's check, for which the empty text is part of every gold text, and which one answer of an odd type ends for all rows."""
+    """DynaMath's check, for which the empty text is part of every gold text, and which one answer
+    of an odd type ends for all rows.
+    """
 
     def auxeval(model: Any, line: Any) -> dict[str, Any]:
         try:
@@ -224,14 +302,18 @@ def with_an_answer(original: Callable[..., dict[str, Any]]) -> Callable[..., dic
 
 
 class NoDice:
-    """`random` for multiple choice: where an option would be drawn for an answer that the judge could not match, the row has no verdict."""
+    """`random` for multiple choice: where an option would be drawn for an answer that the judge
+    could not match, the row has no verdict.
+    """
 
     def __init__(self, judging: Judging) -> None:
         self.judging = judging
 
     def choice(self, options: Any) -> Any:
         """Raises Lost."""
-        raise self.judging.lose(asking_row(self.judging.rows), "the judge named none of the options")
+        raise self.judging.lose(
+            asking_row(self.judging.rows), "the judge named none of the options"
+        )
 
     def __getattr__(self, name: str) -> Any:
         return getattr(random, name)

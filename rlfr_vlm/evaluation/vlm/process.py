@@ -1,14 +1,20 @@
-"""The process that VLMEvalKit runs in (see `vlm`), and the only place where it is imported. One JSON line in, one out.
+"""The process that VLMEvalKit runs in (see `vlm`), and the only place where it is imported. One
+JSON line in, one out.
 
 What is different here from VLMEvalKit as it is installed (`vlm_guards`):
 
-- no text is ever executed: its `eval` reads literals and arithmetic, sympy's only numbers, its `exec` is refused;
-- its judge is a stand-in that asks through our endpoint (retries, circuit breaker, the key in no log and no file, no proxy on loopback, none of
-  its environment variables) and keeps every reply on disk. A row whose judge did not answer is taken out and reported as `failed`; it is
-  never scored as wrong, and no random option is drawn for it. Without a judge, rows that need one are `unjudged`;
+- no text is ever executed: its `eval` reads literals and arithmetic, sympy's only numbers, its
+    `exec` is refused;
+- its judge is a stand-in that asks through our endpoint (retries, circuit breaker, the key in no
+    log and no file, no proxy on loopback, none of
+  its environment variables) and keeps every reply on disk. A row whose judge did not answer is
+  taken out and reported as `failed`; it is
+  never scored as wrong, and no random option is drawn for it. Without a judge, rows that need one
+  are `unjudged`;
 - MathVista's free-form text and list answers can be right, and an empty DynaMath answer cannot;
 - predictions are neither cut at a spreadsheet's limit nor read as missing values;
-- a TSV of the user's is taken as it is; one that VLMEvalKit downloads is checked against its MD5, and comes over a verified connection.
+- a TSV of the user's is taken as it is; one that VLMEvalKit downloads is checked against its MD5,
+    and comes over a verified connection.
 """
 
 from __future__ import annotations
@@ -48,7 +54,11 @@ PASSES = 3  # times that a row is tried whose judge did not answer
 MAX_PASSES = 50
 DATA_ROOT = "LMUData"  # environment variable
 KEY = "RLFR_VLM_JUDGE_KEY"  # the judge's key here, out of reach of VLMEvalKit's own clients
-HEADLINES = {"WeMath": "Score (Strict)", "DynaMath": "Worst Case|Overall", "MMMU_DEV_VAL": "split=validation|Overall"}  # ends of names
+HEADLINES = {
+    "WeMath": "Score (Strict)",
+    "DynaMath": "Worst Case|Overall",
+    "MMMU_DEV_VAL": "split=validation|Overall",
+}  # ends of names
 VERDICTS = ("hit", "score", "correct", "match")  # columns of its result tables
 EXTRACTS, LOGS = ("extracted", "extract", "res", "opt"), ("log", "log_score")
 MAX_LOG = 2000  # characters
@@ -81,7 +91,9 @@ def install_judge(judging: Judging) -> None:
 
 @functools.cache
 def build(name: str, root: str) -> Any:
-    """The data set of a data folder. A TSV that is a link is the user's own, any other is (or will be) a download. Raises ValueError."""
+    """The data set of a data folder. A TSV that is a link is the user's own, any other is (or will
+    be) a download. Raises ValueError.
+    """
     import vlmeval.dataset as kit
 
     os.environ[DATA_ROOT] = root
@@ -92,7 +104,11 @@ def build(name: str, root: str) -> Any:
     if not own and name not in kit.SUPPORTED_DATASETS:
         raise ValueError("unknown; put its TSV under eval.data_dir")
     dataset = kit.build_dataset(name)
-    if dataset is None or getattr(dataset, "MODALITY", "") != "IMAGE" or getattr(dataset, "TYPE", "") == "MT":
+    if (
+        dataset is None
+        or getattr(dataset, "MODALITY", "") != "IMAGE"
+        or getattr(dataset, "TYPE", "") == "MT"
+    ):
         raise ValueError("not a data set of single questions on pictures")
     return dataset
 
@@ -105,17 +121,26 @@ def load(order: dict[str, Any]) -> list[dict[str, Any]]:
         dataset, rows = build(order["name"], order["root"]), []
         for position in range(len(dataset.data)):
             line = dataset.data.iloc[position]
-            parts = [{"type": p["type"], "value": str(p["value"])} for p in dataset.build_prompt(line)]
+            parts = [
+                {"type": p["type"], "value": str(p["value"])} for p in dataset.build_prompt(line)
+            ]
             if odd := {p["type"] for p in parts} - {"text", "image"}:
                 raise ValueError(f"its prompts have {', '.join(sorted(odd))}")
-            source = next((str(line[c]) for c in ("task", "category", "skill", "subject") if c in line), order["name"])
+            source = next(
+                (str(line[c]) for c in ("task", "category", "skill", "subject") if c in line),
+                order["name"],
+            )
             answer = str(line["answer"]) if "answer" in line else ""
-            rows.append({"id": str(line["index"]), "parts": parts, "answer": answer, "source": source})
+            rows.append(
+                {"id": str(line["index"]), "parts": parts, "answer": answer, "source": source}
+            )
     return rows
 
 
 def score(order: dict[str, Any]) -> dict[str, Any]:
-    """VLMEvalKit's verdict on every prediction, and its table over those that it could judge; its files go into the order's folder."""
+    """VLMEvalKit's verdict on every prediction, and its table over those that it could judge; its
+    files go into the order's folder.
+    """
     folder, endpoint = Path(order["folder"]), None
     folder.mkdir(parents=True, exist_ok=True)
     if order["judge"] is not None:
@@ -137,34 +162,60 @@ def score(order: dict[str, Any]) -> dict[str, Any]:
         if not judging.lost:
             break
         if "" in judging.lost:
-            rows, table, error = {}, None, f"a judge call failed, for which row is not known: {judging.lost['']}"
+            rows, table, error = (
+                {},
+                None,
+                f"a judge call failed, for which row is not known: {judging.lost['']}",
+            )
             break
         if endpoint is None or endpoint.down or turn >= PASSES:
             lost |= judging.lost
             left = {name: text for name, text in left.items() if name not in lost}
         rows, table, error = {}, None, f"verdicts were still missing after {turn} passes"
     return {
-        "rows": {name: verdict(name, rows.get(name), lost, error, judging) for name in order["predictions"]},
+        "rows": {
+            name: verdict(name, rows.get(name), lost, error, judging)
+            for name in order["predictions"]
+        },
         "scored": len(left) if table is not None else 0,
         "score": {**headline(order, table), "table": records(table), "error": error},
     }
 
 
-def verdict(name: str, row: dict[str, Any] | None, lost: Mapping[str, str], error: str, judging: Judging) -> dict[str, Any]:
+def verdict(
+    name: str, row: dict[str, Any] | None, lost: Mapping[str, str], error: str, judging: Judging
+) -> dict[str, Any]:
     """What became of a prediction."""
     said = [text for _, text in judging.said.get(name, ())]
-    found: dict[str, Any] = {"prediction": "", "reason": "", "asked": bool(said) or (name in lost and judging.endpoint is not None)}
+    found: dict[str, Any] = {
+        "prediction": "",
+        "reason": "",
+        "asked": bool(said) or (name in lost and judging.endpoint is not None),
+    }
     if name in lost:
-        found |= {"verdict": "unjudged" if judging.endpoint is None else "failed", "reason": lost[name]}
+        found |= {
+            "verdict": "unjudged" if judging.endpoint is None else "failed",
+            "reason": lost[name],
+        }
     elif row is None or row["correct"] is None:
-        found |= {"verdict": "failed" if error else "unjudged", "reason": error or "VLMEvalKit gives no verdict on single rows of this set"}
+        found |= {
+            "verdict": "failed" if error else "unjudged",
+            "reason": error or "VLMEvalKit gives no verdict on single rows of this set",
+        }
     else:
-        found |= {"verdict": "correct" if row["correct"] else "wrong", "prediction": row["prediction"]}
+        found |= {
+            "verdict": "correct" if row["correct"] else "wrong",
+            "prediction": row["prediction"],
+        }
     return found | {"reply": "\n".join(said)[-MAX_LOG:]}
 
 
-def one_pass(order: dict[str, Any], left: Mapping[str, str], judging: Judging, threads: int) -> tuple[dict[str, Any], Any, str]:
-    """Its `evaluate` in a fresh folder: (row by id, table, error). Rows that the judge left without a word are in `judging.lost`."""
+def one_pass(
+    order: dict[str, Any], left: Mapping[str, str], judging: Judging, threads: int
+) -> tuple[dict[str, Any], Any, str]:
+    """Its `evaluate` in a fresh folder: (row by id, table, error). Rows that the judge left without
+    a word are in `judging.lost`.
+    """
     dataset, name = build(order["name"], order["root"]), order["name"]
     work = Path(tempfile.mkdtemp(prefix="vlmeval-"))
     os.chdir(work)
@@ -180,7 +231,8 @@ def one_pass(order: dict[str, Any], left: Mapping[str, str], judging: Judging, t
             result = dataset.evaluate(own, model="judge", nproc=threads)
         except Lost:
             return {}, None, ""
-        except Exception as failure:  # anything may happen in a hundred scoring functions: no score, and the reason
+        # anything may happen in a hundred scoring functions: no score, and the reason
+        except Exception as failure:
             traceback.print_exc()
             error = f"{type(failure).__name__}: {failure}"
         rows = read_verdicts(name, work, own)
@@ -206,7 +258,9 @@ def readable(text: str) -> str:
 
 
 def read_verdicts(name: str, work: Path, own: str) -> dict[str, dict[str, Any]]:
-    """Row by id from the newest result table that has verdicts: whether correct (None: not told), the answer as extracted, the log."""
+    """Row by id from the newest result table that has verdicts: whether correct (None: not told),
+    the answer as extracted, the log.
+    """
     import pandas as pd
     from vlmeval.dataset.utils import mathv, mathvista, multiple_choice, visulogic
     from vlmeval.utils import can_infer
@@ -215,12 +269,26 @@ def read_verdicts(name: str, work: Path, own: str) -> dict[str, dict[str, Any]]:
         data = pd.read_csv(work / own, sep="\t")
         found = [visulogic.extract_answer(text)[0] for text in data["prediction"]]
         read = zip(data["index"], found, data["answer"], strict=True)
-        return {str(i): {"correct": a == gold, "prediction": a.replace("Z", ""), "log": "", "unparsed": False} for i, a, gold in read}
-    check = {"MathVista": mathvista.post_check, "MathVision": mathv.post_check}.get(name.partition("_")[0])
+        return {
+            str(i): {
+                "correct": a == gold,
+                "prediction": a.replace("Z", ""),
+                "log": "",
+                "unparsed": False,
+            }
+            for i, a, gold in read
+        }
+    check = {"MathVista": mathvista.post_check, "MathVision": mathv.post_check}.get(
+        name.partition("_")[0]
+    )
     for path in sorted(work.glob("*.tsv"), key=lambda p: p.stat().st_mtime, reverse=True):
         data = pd.read_csv(path, sep="\t")
         column = next((c for c in VERDICTS if c in data), None)
-        if path.name == own or "index" not in data or (column is None and (check is None or "res" not in data)):
+        if (
+            path.name == own
+            or "index" not in data
+            or (column is None and (check is None or "res" not in data))
+        ):
             continue
         rows = {}
         for _, line in data.iterrows():
@@ -228,7 +296,12 @@ def read_verdicts(name: str, work: Path, own: str) -> dict[str, dict[str, Any]]:
             extract = next((line[c] for c in EXTRACTS if c in line), "")
             log = str(next((line[c] for c in LOGS if c in line), ""))
             if log.startswith("Match Log: "):  # multiple choice: what the option was read from
-                extract = can_infer(log.removeprefix("Match Log: ").strip(), multiple_choice.build_choices(line)) or ""
+                extract = (
+                    can_infer(
+                        log.removeprefix("Match Log: ").strip(), multiple_choice.build_choices(line)
+                    )
+                    or ""
+                )
             rows[str(line["index"])] = {
                 "correct": bool(value) if value in (0, 1) else None,
                 "prediction": "" if pd.isna(extract) else str(extract),
@@ -243,11 +316,17 @@ def records(table: Any) -> Any:
     """A score table as JSON."""
     import pandas as pd
 
-    return json.loads(table.to_json(orient="records") if isinstance(table, pd.DataFrame) else json.dumps(table, default=str))
+    return json.loads(
+        table.to_json(orient="records")
+        if isinstance(table, pd.DataFrame)
+        else json.dumps(table, default=str)
+    )
 
 
 def headline(order: dict[str, Any], table: Any) -> dict[str, Any]:
-    """The number of a table that is reported, in the unit of the table, and what it is called there."""
+    """The number of a table that is reported, in the unit of the table, and what it is called
+    there.
+    """
     from vlmeval.smp.status_report import flatten_summary_metrics
 
     if table is None:
@@ -257,7 +336,9 @@ def headline(order: dict[str, Any], table: Any) -> dict[str, Any]:
         return {"metric": wanted, "value": float(str(table[wanted].iloc[0]).rstrip("%"))}
     flat = flatten_summary_metrics(table)
     key = next((k for k in flat if wanted and k.endswith(wanted)), None)
-    named = {key: flat[key]} if key else build(order["name"], order["root"]).report_primary_metric(flat)
+    named = (
+        {key: flat[key]} if key else build(order["name"], order["root"]).report_primary_metric(flat)
+    )
     metric, value = next(iter(named.items()), (None, None))
     return {"metric": metric, "value": value}
 
