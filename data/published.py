@@ -127,9 +127,8 @@ class Part:
     folder.
     """
 
-    convert: Callable[
-        [Row], Row | str
-    ]  # a row -> a row with columns that the loader knows, or why it cannot be used
+    # a row -> a row with columns that the loader knows, or why it cannot be used
+    convert: Callable[[Row], Row | str]
     files: str = "."
 
 
@@ -139,9 +138,8 @@ class Recipe:
 
     hub: str
     parts: dict[Role, Part]
-    archives: bool = (
-        False  # rows or pictures lie in archives and folders of their own: only from a local copy
-    )
+    # rows or pictures lie in archives and folders of their own: only from a local copy
+    archives: bool = False
     meta: bool = False  # a folder's meta.json lists the files of rows and where their pictures are
 
 
@@ -169,9 +167,8 @@ RECIPES = {
     "geometry3k": Recipe("hiyouga/geometry3k", {"rl": Part(as_published, "{split}-")}),
 }
 
-Found = tuple[
-    str, Row | None, str, list[Path]
-]  # where, the row, the problem where there is none, folders of its pictures
+# where, the row, the problem where there is none, folders of its pictures
+Found = tuple[str, Row | None, str, list[Path]]
 
 
 def find_rows(recipe: Recipe, files: str, source: str, media: Sequence[Path]) -> Iterator[Found]:
@@ -301,12 +298,10 @@ class Built:
     bad: BadRows
     written: int = 0
     repeats: int = 0
-    responses: Counter[str] = field(
-        default_factory=Counter
-    )  # by where they come from, for rows that offer several
-    seen: dict[bytes, dict[str, str]] = field(
-        default_factory=dict
-    )  # hash of question, pictures and response -> answer -> where
+    # by where they come from, for rows that offer several
+    responses: Counter[str] = field(default_factory=Counter)
+    # hash of question, pictures and response -> answer -> where
+    seen: dict[bytes, dict[str, str]] = field(default_factory=dict)
     ids: set[str] = field(default_factory=set)
 
     def line(self, row: Row, where: str, number: int, roots: Sequence[Path]) -> Row | None:

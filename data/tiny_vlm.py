@@ -69,9 +69,8 @@ CHAT_TEMPLATE = """\
 {{ '<|im_start|>assistant\n' }}
 {%- endif -%}"""
 
-INIT_RANGE = (
-    0.06  # at hidden size 128, Qwen's 0.02 takes more than three times the steps to learn to read
-)
+# at hidden size 128, Qwen's 0.02 takes more than three times the steps to learn to read
+INIT_RANGE = 0.06
 # share of the training steps before the teacher turns sloppy: with noise from the start nothing is
 # learnt for long
 CAREFUL = 0.8

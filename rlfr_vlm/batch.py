@@ -16,9 +16,8 @@ from rlfr_vlm.types import Outcome, Rollout, RolloutGroup
 
 MIN_STD = 1e-6  # below it, differences are rounding noise of equal rewards
 
-AttentionRecord = dict[
-    tuple[int, int], dict[str, Any]
-]  # (position of the group, sample index) -> the field `attention` of the response's row
+# (position of the group, sample index) -> the field `attention` of the response's row
+AttentionRecord = dict[tuple[int, int], dict[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -148,9 +147,8 @@ class Sample:
     outcome_credit: float
     seed: int  # of its flow noise
     position: int = 0  # of its group among all groups of the step, whichever rank has them
-    scores: Scores | None = (
-        None  # None: taken from the update's own forward, which for one on-policy step is the same
-    )
+    # None: taken from the update's own forward, which for one on-policy step is the same
+    scores: Scores | None = None
     credit: Credit | None = None
 
     @property

@@ -29,9 +29,8 @@ def build_parser() -> argparse.ArgumentParser:
         prog="rlfr-vlm",
         description="Post-train language and vision-language models with GRPO and flow rewards.",
     )
-    parser.add_argument(
-        "--local_rank", type=int, help=argparse.SUPPRESS
-    )  # deepspeed's launcher passes it; the environment says it too
+    # deepspeed's launcher passes it; the environment says it too
+    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
     for name, text in CONFIG_VERBS.items():
         verb = verbs.add_parser(name, help=text, description=text)

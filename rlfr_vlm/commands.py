@@ -315,12 +315,10 @@ def train_rank(
         while True:
             try:
                 return _train_once(with_roll_backs(cfg, ranks), ranks, make)
-            except (
-                RolledBack
-            ):  # said already; leaving this block lets go of what the traceback holds
-                cfg = cfg.model_copy(
-                    update={"resume": True}
-                )  # what is gone on from was made by this command
+            # said already; leaving this block lets go of what the traceback holds
+            except RolledBack:
+                # what is gone on from was made by this command
+                cfg = cfg.model_copy(update={"resume": True})
                 if ranks.first:
                     _forget_bad_rows(cfg)  # they are met again
             gc.collect()

@@ -293,9 +293,8 @@ def _override(tree: dict[str, Any], assignment: str) -> None:
         value = yaml.safe_load(text)
     except yaml.YAMLError as error:
         raise UserError(f"override `{assignment}`: the value is not YAML") from error
-    if (
-        isinstance(value, str) and value == text
-    ):  # YAML 1.1 reads 1e-4 as text; what is quoted is meant as text
+    # YAML 1.1 reads 1e-4 as text; what is quoted is meant as text
+    if isinstance(value, str) and value == text:
         with contextlib.suppress(ValueError):
             value = float(value)
     node[leaf] = value

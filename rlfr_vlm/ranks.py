@@ -73,9 +73,8 @@ class Ranks:
         """Note where this rank is, for the others' error messages."""
         self._place = place
         if self._store is not None:
-            with suppress(
-                RuntimeError
-            ):  # the store died with rank 0: the collective that follows says so
+            # the store died with rank 0: the collective that follows says so
+            with suppress(RuntimeError):
                 self._store.set(f"at/{self.rank}", place)
 
     def gather(self, value: T, place: str) -> list[T]:

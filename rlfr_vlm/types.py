@@ -40,9 +40,8 @@ class Prompt:
     answer: str
     response: str | None = None  # an expert solution, where the row has one
     data_source: str = ""
-    extra: dict[str, Any] = field(
-        default_factory=dict
-    )  # columns that are none of ours, for custom reward functions
+    # columns that are none of ours, for custom reward functions
+    extra: dict[str, Any] = field(default_factory=dict)
     origin: str = ""  # `file:line`, for error messages
 
     @property
@@ -119,13 +118,11 @@ class PolicyOutput:
 
     logprobs: Tensor  # [N] float32, at the batch's temperature, with gradient
     entropy: Tensor | None  # [N] float32, nats, no gradient
-    latents: (
-        Latents | None
-    )  # outputs of the hooked layers at the tokens and their contexts, detached
+    # outputs of the hooked layers at the tokens and their contexts, detached
+    latents: Latents | None
     hidden: Tensor  # [N, D] last states that predict the tokens, with gradient
-    prompt_means: Tensor | None = (
-        None  # [B, D] float32, mean last state of each response's prompt, with gradient
-    )
+    # [B, D] float32, mean last state of each response's prompt, with gradient
+    prompt_means: Tensor | None = None
 
 
 def request_seed(*parts: int | str) -> int:

@@ -33,14 +33,12 @@ def run_alone(task: str, name: str, steps: int, extra: tuple[str, ...]) -> dict[
     cfg, _ = method_config(
         task, name, "initial", max(DEFAULTS[task].items())[1], steps, 0, folder, extra
     )
-    reward = cfg.reward.model_copy(
-        update={"wrong": 1.0}
-    )  # beyond what a config allows: then every group is without an outcome's advantage
+    # beyond what a config allows: then every group is without an outcome's advantage
+    reward = cfg.reward.model_copy(update={"wrong": 1.0})
     commands.train(cfg.model_copy(update={"reward": reward}))
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    held = [
-        next(line["reward/accuracy"] for line in lines if "reward/accuracy" in line)
-    ]  # of the first rollouts
+    # of the first rollouts
+    held = [next(line["reward/accuracy"] for line in lines if "reward/accuracy" in line)]
     held += [line["val/accuracy"] for line in lines if "val/accuracy" in line]
     said = [json.loads(line) for line in (folder / "events.jsonl").read_text().splitlines()]
     answers = [

@@ -60,9 +60,8 @@ def run(task: str, cfg: Config) -> dict[str, object]:
     """
     start = time.perf_counter()
     expert = commands.expert_prompts(cfg)
-    train, _, bad = commands.rl_prompts(
-        cfg.model_copy(update={"flow": None})
-    )  # the field is fitted below
+    # the field is fitted below
+    train, _, bad = commands.rl_prompts(cfg.model_copy(update={"flow": None}))
     heldout = commands.heldout_prompts(cfg)
     assert cfg.flow is not None
     with commands.workbench(cfg) as bench:

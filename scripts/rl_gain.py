@@ -180,9 +180,8 @@ def method_config(
         *own,
     ]
     plain = ("flow=null",) if "flow=null" in METHODS[name] else ()
-    extra = tuple(
-        s for s in extra if not (plain and s.startswith("flow"))
-    )  # or there would be a flow again
+    # or there would be a flow again
+    extra = tuple(s for s in extra if not (plain and s.startswith("flow")))
     base = ROOT / "scripts" / f"rl_gain_{task}.yaml"
     cfg = load_config(base, (*plain, *settings, *extra))
     if start == "supervised":

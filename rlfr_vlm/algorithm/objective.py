@@ -103,9 +103,8 @@ def _final_advantages(
     if (shaping := cfg.shaping.entropy) is not None:
         assert output.entropy is not None
         advantages = shape_by_entropy(advantages, output.entropy, shaping.alpha, shaping.kappa)
-    if (
-        cfg.algorithm.importance_cap is not None
-    ):  # the loss is linear in the advantage: weighing one weighs the other
+    # the loss is linear in the advantage: weighing one weighs the other
+    if cfg.algorithm.importance_cap is not None:
         advantages = advantages * truncated_importance(
             scores.logprobs,
             rollout_logprobs(samples, advantages.device),

@@ -37,9 +37,8 @@ UNREADABLE = (
     zlib.error,
 )
 
-BASE64 = re.compile(
-    r"(?:[A-Za-z0-9+/]{4}){16,}(?:[A-Za-z0-9+/]{2}==|[A-Za-z0-9+/]{3}=)?"
-)  # at least 48 bytes
+# at least 48 bytes
+BASE64 = re.compile(r"(?:[A-Za-z0-9+/]{4}){16,}(?:[A-Za-z0-9+/]{2}==|[A-Za-z0-9+/]{3}=)?")
 
 
 class ImageError(Exception):
@@ -78,9 +77,8 @@ def open_header(
     except Image.DecompressionBombError as error:
         raise ImageError(f"{name} is not a readable picture: {error}", "image_pixels") from None
     except UnidentifiedImageError:
-        raise ImageError(
-            f"{name} is not a readable picture"
-        ) from None  # Pillow says no more than the address of its buffer
+        # Pillow says no more than the address of its buffer
+        raise ImageError(f"{name} is not a readable picture") from None
     except UNREADABLE as error:
         raise ImageError(f"{name} is not a readable picture: {error}") from None
     if image.width * image.height > MAX_PIXELS:

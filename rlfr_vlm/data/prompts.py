@@ -37,9 +37,8 @@ ROLES = {
 
 LONE_SURROGATE = re.compile("[\ud800-\udfff]")
 UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
-MAX_NESTING = (
-    100  # of objects and lists in one another; a row needs six, and what walks over it is recursive
-)
+# of objects and lists in one another; a row needs six, and what walks over it is recursive
+MAX_NESTING = 100
 
 
 def printable(text: str) -> str:
@@ -131,9 +130,8 @@ def read_rows(source: str) -> Iterator[tuple[str, dict[str, Any] | None, Unreada
         yield from _hub_rows(source)
     elif path.suffix == ".jsonl":
         with path.open("rb") as file:
-            for number, line in enumerate(
-                file, 1
-            ):  # split at \n only: the line separators of Unicode may stand in strings
+            # split at \n only: the line separators of Unicode may stand in strings
+            for number, line in enumerate(file, 1):
                 line = line.removeprefix(codecs.BOM_UTF8) if number == 1 else line
                 if line.strip():
                     yield (f"{path.name}:{number}", *_json_row(line))
@@ -223,17 +221,15 @@ def _hub_rows(source: str) -> Iterator[tuple[str, dict[str, Any] | None, Unreada
     name, _, subset = full_name.partition(":")
     try:
         rows = load_dataset(name, subset or None, split=split or "train")
-    except (
-        Exception
-    ) as error:  # the hub client raises many kinds; all mean that the data set is not to be had
+    # the hub client raises many kinds; all mean that the data set is not to be had
+    except Exception as error:
         raise UserError(
             f"data set {source} cannot be loaded: {' '.join(str(error).split())[:300]}"
         ) from error
     number = 0
     for table in rows.with_format("arrow").iter(batch_size=256):
-        for row in embed_table_storage(
-            table
-        ).to_pylist():  # pictures stay the bytes that were published, undecoded
+        # pictures stay the bytes that were published, undecoded
+        for row in embed_table_storage(table).to_pylist():
             yield f"{source}[{number}]", row, None
             number += 1
 

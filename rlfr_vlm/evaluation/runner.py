@@ -164,9 +164,8 @@ def answer(run: BenchmarkRun, ledger: Ledger) -> None:
     that rules alone can give.
     """
     missing = ledger.unanswered(run.samples)
-    grade_by_rules(
-        run, ledger, ledger.ungraded(run.samples)
-    )  # answered before a kill, not yet graded
+    # answered before a kill, not yet graded
+    grade_by_rules(run, ledger, ledger.ungraded(run.samples))
     done = len(run.samples) - len(missing)
     lost: list[Unanswered] = []
     for part in run.responder.respond(missing, run.by_id, run.benchmark):

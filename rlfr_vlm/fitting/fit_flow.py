@@ -42,9 +42,8 @@ Rows = list[dict[str, float | int | str]]
 class FitData:
     """What a fit learns from."""
 
-    prompts: Sequence[
-        Prompt
-    ]  # rows with an expert solution; none where only responses are asked for
+    # rows with an expert solution; none where only responses are asked for
+    prompts: Sequence[Prompt]
     renderer: Renderer  # of these rows
     bad: BadRows
     responses: Sequence[GradedGroup] = ()  # of the policy itself

@@ -34,9 +34,8 @@ def store_latents(
     used, full = 0, False
     with path.open("wb") as file:
         for part in _computed(policy, field, rollouts, token_budget):
-            states = (
-                part.latents.states.transpose(0, 1).contiguous().cpu()
-            )  # rows first, so that they can be appended
+            # rows first, so that they can be appended
+            states = part.latents.states.transpose(0, 1).contiguous().cpu()
             if full := bool(parts) and used + states.nbytes > max_bytes:
                 break
             used += states.nbytes

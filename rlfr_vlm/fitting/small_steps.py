@@ -24,9 +24,8 @@ from rlfr_vlm.types import request_seed
 
 LOOK_TOKENS = 4096
 
-Stored = tuple[
-    StoredLatents, Mapping[str, Tensor]
-]  # latents, and the tokens that each network learns from
+# latents, and the tokens that each network learns from
+Stored = tuple[StoredLatents, Mapping[str, Tensor]]
 
 
 @dataclass

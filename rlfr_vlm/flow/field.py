@@ -164,9 +164,8 @@ class FlowField:
                 )
         self.network = network.to(device)
         if spec.contrast != "none" and contrast is None:
-            contrast = copy.deepcopy(
-                network
-            )  # from the same weights the difference starts at exactly 0
+            # from the same weights the difference starts at exactly 0
+            contrast = copy.deepcopy(network)
         self.contrast = None if contrast is None else contrast.to(device)
         self.device = torch.device(device)
         self.types = types
@@ -371,9 +370,8 @@ class FlowField:
 
     def _read(self, states: Tensor, rows: Tensor) -> Tensor:
         """Rows of latents as the networks see them. [L, R, D] -> [L, n, D] float32."""
-        found = (
-            states[:, rows.to(states.device)].to(self.device).float()
-        )  # index_select would copy all of a file's view first
+        # index_select would copy all of a file's view first
+        found = states[:, rows.to(states.device)].to(self.device).float()
         if self.spec.standardise:
             if self.scale is None:
                 raise ValueError(

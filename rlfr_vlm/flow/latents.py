@@ -48,9 +48,8 @@ def capture_latents(layers: Sequence[nn.Module], rows: Tensor | None) -> Iterato
             handle.remove()
 
 
-Side = tuple[
-    ContextMode, int
-]  # where a target's context stands: its mode, and how many tokens away
+# where a target's context stands: its mode, and how many tokens away
+Side = tuple[ContextMode, int]
 
 
 @dataclass(frozen=True)

@@ -216,9 +216,8 @@ def check_network(
                 "float16"
             )
     entry = f"{prefix}input_proj.weight"
-    width, size = (
-        state[entry].shape if state[entry].ndim == 2 else (hidden_size or 1,) * 2
-    )  # else: mis-shaped, as said below
+    # else: mis-shaped, as said below
+    width, size = state[entry].shape if state[entry].ndim == 2 else (hidden_size or 1,) * 2
     if hidden_size is not None and size != hidden_size:
         raise UserError(
             f"{path}: `{entry}` reads latents of size {size}, but {model} has hidden_size "

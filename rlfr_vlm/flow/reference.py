@@ -7,9 +7,8 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-LOGIT_NORMAL = (
-    1 + 2 * math.exp(0.5) + math.exp(2)
-)  # mean of 1 / t^2 = (1 + e^-z)^2 over t = sigmoid(z), z standard normal
+# mean of 1 / t^2 = (1 + e^-z)^2 over t = sigmoid(z), z standard normal
+LOGIT_NORMAL = 1 + 2 * math.exp(0.5) + math.exp(2)
 
 
 def unfit_loss(times: Sequence[float], drawn: str = "reward") -> float:

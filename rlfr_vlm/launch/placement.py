@@ -96,9 +96,8 @@ def private_folder() -> Iterator[Path]:
 
     Afterwards every process that was started in this environment is gone, and so is the folder.
     """
-    parent = Path(
-        "/tmp" if len(tempfile.gettempdir()) > 24 else tempfile.gettempdir()
-    )  # names of sockets have at most 107 letters
+    # names of sockets have at most 107 letters
+    parent = Path("/tmp" if len(tempfile.gettempdir()) > 24 else tempfile.gettempdir())
     remove_orphans(parent)
     folder = Path(tempfile.mkdtemp(prefix=PREFIX, dir=parent))
     token = folder / "token"

@@ -160,9 +160,8 @@ def _own_cluster(cfg: Config) -> Iterator[None]:
 def _other_cluster(address: str) -> Iterator[None]:
     """A cluster that somebody else started, and that stays."""
     host, port = find_cluster(address)
-    if host.startswith(LOOPBACK) and not answers(
-        own_address(), port
-    ):  # listens on loopback alone, as the one above
+    # listens on loopback alone, as the one above
+    if host.startswith(LOOPBACK) and not answers(own_address(), port):
         os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
     os.environ |= {"RAY_COLOR_PREFIX": "0", "RAY_DEDUP_LOGS": "0", "RAY_NUM_REDIS_GET_RETRIES": "3"}
     import ray

@@ -15,9 +15,8 @@ from rlfr_vlm.flow.latents import Latents
 from rlfr_vlm.flow.stored import StoredLatents
 from rlfr_vlm.types import request_seed
 
-Key = tuple[
-    int, int, int, int
-]  # update, position of the group, sample, whether it is right: in the order of all ranks
+# update, position of the group, sample, whether it is right: in the order of all ranks
+Key = tuple[int, int, int, int]
 
 
 @dataclass(frozen=True)

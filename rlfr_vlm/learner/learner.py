@@ -34,9 +34,8 @@ class Learner:
     head: nn.Module | None = None  # of values (PPO), or log Z (FlowRL)
     head_optimizer: PolicyOptimizer | None = None
     contrast_optimizer: PolicyOptimizer | None = None  # of the field's contrast
-    window: LatentWindow | None = (
-        None  # what the field learns from in small steps; None: each update's own latents
-    )
+    # what the field learns from in small steps; None: each update's own latents
+    window: LatentWindow | None = None
     field_start: Tensor | None = None  # a sample of the field's weights as the run began with them
     ranks: Ranks = ALONE  # who learns together: each has its share of every batch
 

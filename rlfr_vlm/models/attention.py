@@ -23,9 +23,8 @@ from rlfr_vlm.errors import UserError
 
 IMPLEMENTATION = "rlfr_packed"
 SHORT_KEYS = 512  # up to here the scores of a sequence fit the cache
-WATCHED_WEIGHTS = (
-    2**24
-)  # attention weights, over all heads, that exist at once where someone watches
+# attention weights, over all heads, that exist at once where someone watches
+WATCHED_WEIGHTS = 2**24
 
 
 class Layout(Protocol):
@@ -251,9 +250,8 @@ def weights_on(query: Tensor, key: Tensor, columns: Tensor, scale: float) -> Ten
         rows = query[:, first : first + step].float()
         count = rows.shape[1]
         scores = (rows.reshape(kv_heads, -1, size) @ keys).view(heads, count, num_keys) * scale
-        hidden = (
-            position > position[num_keys - num_queries + first :][:count, None]
-        )  # [count, K]: tokens that come later
+        # [count, K]: tokens that come later
+        hidden = position > position[num_keys - num_queries + first :][:count, None]
         parts.append(
             scores.masked_fill_(hidden, float("-inf")).softmax(-1).mean(0).index_select(1, columns)
         )

@@ -82,9 +82,8 @@ def _watch(batch: PackedBatch, response: int, columns: Tensor) -> Watch:
         int(batch.prompt_start[response]), int(batch.prompt_end[response]), device=device
     )
     start, length = int(batch.starts[response]), int(batch.lengths[response])
-    read = torch.arange(
-        start, start + length - 1, device=device
-    )  # nothing is predicted from the last token
+    # nothing is predicted from the last token
+    read = torch.arange(start, start + length - 1, device=device)
     return Watch(torch.cat([prompt, read]), length, columns.to(device))
 
 

@@ -22,9 +22,8 @@ class PackedBatch:
     vision: dict[str, Tensor]  # of the prompts in order, concatenated
     response_ids: Tensor  # [N]
     response_rows: Tensor  # [N] where each response token stands
-    predict_rows: (
-        Tensor  # [N] whose state predicts it: the token before, for the first one the prompt's last
-    )
+    # [N] whose state predicts it: the token before, for the first one the prompt's last
+    predict_rows: Tensor
     lengths: Tensor  # [B] response tokens
     prompt_start: Tensor  # [B] first row of the response's prompt
     prompt_end: Tensor  # [B] one past its last row

@@ -207,9 +207,8 @@ class Policy:
         self.module = PackedModel(self.model, self.layers, self.family.position_axes, self._banned)
         self.has_weights = weights
         self.weights_as_stored = cfg.lora is None  # whole, and without adapters
-        self.sharded = (
-            False  # whether each rank holds a part of every weight only, which a forward gathers
-        )
+        # whether each rank holds a part of every weight only, which a forward gathers
+        self.sharded = False
         # Places where a backend that shards puts itself in between.
         self.run: Callable[..., Any] = self.module
         self.whole: Callable[[Sequence[nn.Parameter]], AbstractContextManager[Any]] = lambda _: (
@@ -370,9 +369,8 @@ class Policy:
         whole model in host memory meanwhile.
         """
         if self.device.type == "cpu":
-            os.environ.setdefault(
-                "DS_ACCELERATOR", "cpu"
-            )  # saving imports DeepSpeed where it is installed, which else warns on standard output
+            # saving imports DeepSpeed where it is installed, which else warns on standard output
+            os.environ.setdefault("DS_ACCELERATOR", "cpu")
         if self.weights_as_stored:
             if write:
                 self.model.save_pretrained(folder)
@@ -401,9 +399,8 @@ def find_device(name: str) -> torch.device:
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if name == "cpu":
-        os.environ.setdefault(
-            "DS_ACCELERATOR", "cpu"
-        )  # transformers imports DeepSpeed where it is installed, which else warns
+        # transformers imports DeepSpeed where it is installed, which else warns
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
     try:
         device = torch.device(name)
         torch.empty(0, device=device)
@@ -452,9 +449,8 @@ def empty_model(path: str, config: Any, dtype: torch.dtype, vision: bool) -> Any
     builder = AutoModelForImageTextToText if vision else AutoModelForCausalLM
     with torch.device("meta"):
         model = builder.from_config(config, dtype=dtype)
-    with suppress(
-        OSError
-    ):  # it names tokens that end a response; where there is none, the model's config does
+    # it names tokens that end a response; where there is none, the model's config does
+    with suppress(OSError):
         model.generation_config = GenerationConfig.from_pretrained(path)
     return model
 

@@ -89,9 +89,8 @@ def _trainer(cfg: Config, shape: ModelShape, machine: Machine) -> dict[str, Part
     updates = [{**static, **engine, **parts} for parts in _updates(cfg, shape, machine, gradients)]
     phases = {ROLLOUT: rollout, UPDATE: max(updates, key=lambda parts: sum(parts.values()))}
     if machine.kind == "cpu":
-        kept = (
-            {"gradients": gradients} if cfg.deepspeed is not None else {}
-        )  # DeepSpeed keeps its buffers
+        # DeepSpeed keeps its buffers
+        kept = {"gradients": gradients} if cfg.deepspeed is not None else {}
         kept["held by the allocator"] = updates[0]["held by the allocator"] if kept else 0.0
         phases[SAVING] = {
             **static,
@@ -141,9 +140,8 @@ def _updates(cfg: Config, shape: ModelShape, machine: Machine, gradients: float)
     )
     after = {"gradients": gradients} | ({"flow gradients": field} if field else {})
     found = [_forward(cfg, shape, first, kind)]
-    after["held by the allocator"] = found[0][
-        "held by the allocator"
-    ]  # it keeps what the largest micro-batch had
+    # it keeps what the largest micro-batch had
+    after["held by the allocator"] = found[0]["held by the allocator"]
     if total > first.tokens:
         rest = int(total - first.tokens) + cfg.data.max_prompt_tokens
         later = _forward(
@@ -260,9 +258,8 @@ def _hf_engine(cfg: Config, shape: ModelShape, machine: Machine) -> Parts:
     return {
         "KV cache": copies * each * requests * capacity
         + each * prompts * cfg.data.max_prompt_tokens,
-        "sampling": max(
-            24.0 * requests * shape.vocab, prefill + vision
-        ),  # float32 logits and log-probs, float64 sums; or the prompts
+        # float32 logits and log-probs, float64 sums; or the prompts
+        "sampling": max(24.0 * requests * shape.vocab, prefill + vision),
     }
 
 
@@ -296,9 +293,8 @@ def _host(cfg: Config, shape: ModelShape, machine: Machine) -> dict[str, Parts]:
     weights = float(element(cfg) * shape.parameters)
     run = {"processes": processes, "graders": graders, "encoded prompts": prompts}
     run |= {f"offloaded {name}": ranks * size for name, size in offloaded.items()}
-    saving = max(
-        weights, ranks * _copies(cfg, shape, machine)
-    )  # the exported model, or the ranks' parts of a checkpoint
+    # the exported model, or the ranks' parts of a checkpoint
+    saving = max(weights, ranks * _copies(cfg, shape, machine))
     return {
         "loading": {**run, "weights being loaded": ranks * weights},
         SAVING: {**run, "copies being written": saving},

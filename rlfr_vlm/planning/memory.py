@@ -138,9 +138,8 @@ def bytes_per_trained(cfg: Config) -> tuple[int, int]:
     half = cfg.model.dtype == "bfloat16"
     precise = not half or cfg.model.master_weights
     gradient = 4 if precise else 2
-    master = (
-        4 if cfg.deepspeed is not None or (half and precise) else 0
-    )  # DeepSpeed keeps float32 copies of float32 weights too
+    # DeepSpeed keeps float32 copies of float32 weights too
+    master = 4 if cfg.deepspeed is not None or (half and precise) else 0
     moments = 0 if cfg.optim.name == "sgd" else 2 * gradient
     return gradient, master + moments
 
@@ -235,9 +234,8 @@ def _attention(shape: ModelShape, batch: MicroBatch, kind: str, size: int) -> fl
     """Gathered queries, keys, values, the output, and on CPU what the masks or probabilities
     take.
     """
-    if (
-        kind == "cuda" and size == 2
-    ):  # flash attention over ragged sequences, keys and values repeated for each query head
+    # flash attention over ragged sequences, keys and values repeated for each query head
+    if kind == "cuda" and size == 2:
         return 2 * size * shape.queries * (batch.tokens + batch.keys)
     total = 2 * size * shape.keys * batch.keys
     last = batch.prompt + batch.response

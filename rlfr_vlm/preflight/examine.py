@@ -35,9 +35,8 @@ MAX_ASPECT = 200  # where no model says it; the processors' own limit
 CLEAR_SHARE = 0.01  # of a picture's pixels that may be transparent
 CACHED_PICTURES = 4096
 ORIENTATION = 0x0112  # EXIF
-COMMON_SPECIAL = re.compile(
-    r"<\|[A-Za-z_]{2,40}\|>"
-)  # where no model says which tokens are special
+# where no model says which tokens are special
+COMMON_SPECIAL = re.compile(r"<\|[A-Za-z_]{2,40}\|>")
 
 
 @dataclass(frozen=True)
@@ -84,9 +83,8 @@ class Examiner:
         if self.need == "answer" and self.cfg.reward.function is None:
             notices += answer_notices(prompt, text)
         if self.need == "response" and prompt.response:
-            vision = self.renderer is not None and self.renderer.vision_text.search(
-                prompt.response
-            )  # an error, told below
+            # an error, told below
+            vision = self.renderer is not None and self.renderer.vision_text.search(prompt.response)
             notices += response_notices(
                 prompt.response,
                 self.cfg.reward,
@@ -206,9 +204,8 @@ class Examiner:
             notices.append(
                 ("image_transparent", f"{100 * clear:.0f} % of the picture is transparent")
             )
-        notices += header_notices(
-            image
-        )  # last: to count frames moves the picture on, and a damaged one need not come back
+        # last: to count frames moves the picture on, and a damaged one need not come back
+        notices += header_notices(image)
         return Picture(
             pixels.size, digest_of(repr(pixels.size).encode() + pixels.tobytes()), tuple(notices)
         )
@@ -248,9 +245,8 @@ def make_examiners(cfg: Config, sources: dict[Role, str], with_model: bool) -> d
     """
     policy = None
     if with_model:
-        from rlfr_vlm.models.policy import (
-            Policy,
-        )  # here: without a model nobody waits for its libraries
+        # here: without a model nobody waits for its libraries
+        from rlfr_vlm.models.policy import Policy
 
         reader = {"device": "cpu", "lora": None, "gradient_checkpointing": "off"}
         policy = Policy(cfg.model.model_copy(update=reader), weights=False)

@@ -38,9 +38,8 @@ class Facts:
     tokens: int | None = None  # of the prompt, pictures included
     text: bytes = b""  # digest of the question
     text_length: int = 0
-    pictures: tuple[bytes, ...] | None = (
-        None  # digests of their pixels; None where one cannot be opened
-    )
+    # digests of their pixels; None where one cannot be opened
+    pictures: tuple[bytes, ...] | None = None
     sizes: tuple[tuple[int, int], ...] = ()
     num_pictures: int = 0
     marked: bool = True  # whether the row says where its pictures go

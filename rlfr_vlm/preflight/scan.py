@@ -58,17 +58,14 @@ class FileScan:
     findings: list[Finding] = field(default_factory=list)
     bad: set[int] = field(default_factory=set)  # lines with an error
     clean_rows: int = 0
-    problems: dict[bytes, tuple[str, str]] = field(
-        default_factory=dict
-    )  # question and pictures -> where, gold answer
+    # question and pictures -> where, gold answer
+    problems: dict[bytes, tuple[str, str]] = field(default_factory=dict)
     pictures: dict[bytes, str] = field(default_factory=dict)  # pixels -> where
-    texts: dict[bytes, tuple[int, int, str, str]] = field(
-        default_factory=dict
-    )  # question -> times, line, id, where; of long ones
+    # question -> times, line, id, where; of long ones
+    texts: dict[bytes, tuple[int, int, str, str]] = field(default_factory=dict)
     ids: dict[str, str] = field(default_factory=dict)
-    unmarked: list[tuple[int, str]] = field(
-        default_factory=list
-    )  # rows that do not say where their pictures go
+    # rows that do not say where their pictures go
+    unmarked: list[tuple[int, str]] = field(default_factory=list)
     marked: int = 0
 
     def add(
@@ -163,9 +160,8 @@ class _Reading:
     pending: deque[tuple[list[Facts], Future[list[list[tuple[str, str]]]]]] = field(
         default_factory=deque
     )
-    golds: dict[str, tuple[str, str]] = field(
-        default_factory=dict
-    )  # gold answers seen -> why unreadable, why unreachable
+    # gold answers seen -> why unreadable, why unreachable
+    golds: dict[str, tuple[str, str]] = field(default_factory=dict)
 
     def note(self, line: int | None, row_id: str, kind: str, reason: str) -> None:
         """A defect of a row, or of the file; reasons need not say the row again."""

@@ -83,17 +83,15 @@ class Workers:
         self._context.set_forkserver_preload(LIBRARIES if with_model else LIBRARIES[:1])
         # which the server needs, and whose start would unmask the signal
         resource_tracker.ensure_running()
-        masked = signal.pthread_sigmask(
-            signal.SIG_BLOCK, {signal.SIGINT}
-        )  # which the server and its workers inherit: Ctrl-C is for us
+        # which the server and its workers inherit: Ctrl-C is for us
+        masked = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
         forkserver.ensure_running()
         signal.pthread_sigmask(signal.SIG_SETMASK, masked)
         self._arguments = (cfg, sources, with_model)
         self._row_seconds = row_seconds
         self.lost: list[str] = []  # what happened to processes that died or hung
-        self.failure: UserError | None = (
-            None  # why none of them can go on, as for a model that does not load
-        )
+        # why none of them can go on, as for a model that does not load
+        self.failure: UserError | None = None
         self._workers = [self._start() for _ in range(count)]
 
     def __enter__(self) -> Workers:

@@ -77,9 +77,8 @@ class AttentionBudget:
             for response in group.responses:
                 found = self._check(response, len(group.images))
                 cost = _cost(found)
-                if found is not None and cost > (
-                    self.left if room == step else room
-                ):  # the first one may take more than the step's share
+                # the first one may take more than the step's share
+                if found is not None and cost > (self.left if room == step else room):
                     self.num_left_out += 1
                     found, cost = None, 0
                 self.left, room = self.left - cost, room - cost

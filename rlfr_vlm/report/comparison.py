@@ -33,9 +33,8 @@ class Compared:
     files: RunFiles
     problems: tuple[Problem, ...]
     hours: tuple[float | None, ...]  # of training up to the end of each step of `files.metrics`
-    settings: dict[
-        str, Any
-    ]  # the config without OWN, its own folder in paths written as {output_dir}
+    # the config without OWN, its own folder in paths written as {output_dir}
+    settings: dict[str, Any]
     versus: Versus | None = None  # None: the first run
 
     @property

@@ -98,9 +98,8 @@ class EvaluatedProblem:
 class Headline:
     """What a benchmark's verdicts say so far."""
 
-    accuracy: (
-        Estimate | None
-    )  # over counted samples; None: none is counted, or the evaluation gave no score
+    # over counted samples; None: none is counted, or the evaluation gave no score
+    accuracy: Estimate | None
     provisional: bool  # not the numbers that summary.json holds
     withheld: bool  # the evaluation gave no score, because too many samples have no verdict
     counts: dict[str, int]  # by VERDICTS

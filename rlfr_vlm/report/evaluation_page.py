@@ -307,9 +307,8 @@ class _Pictures:
             max(PICTURE_RANGE[0], PICTURE_BYTES * 3 // 4 // max(1, each)), PICTURE_RANGE[1]
         )
         left_out = []
-        with ThreadPoolExecutor(
-            min(8, os.cpu_count() or 1)
-        ) as pool:  # Pillow's work runs in parallel
+        # Pillow's work runs in parallel
+        with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
             for start in range(0, len(wanted), BATCH):
                 left_out += self._take_all(wanted[start : start + BATCH], pool)
         missing = [image for (_, image), key in self.keys.items() if key is None]

@@ -39,9 +39,8 @@ class TokenRow:
     token: str
     reward: float  # summed over its occurrences
     count: int
-    in_right: (
-        float | None
-    )  # share of the window's right responses that contain it; None without any
+    # share of the window's right responses that contain it; None without any
+    in_right: float | None
     in_wrong: float | None
     place: Place  # of its strongest reward of that sign, on the page where possible
 
@@ -56,9 +55,8 @@ class _Window:
     right: Counter[str] = field(default_factory=Counter)  # responses
     wrong: Counter[str] = field(default_factory=Counter)
     rewards: dict[str, float] = field(default_factory=dict)
-    places: dict[tuple[str, bool], tuple[tuple[bool, float], Place]] = field(
-        default_factory=dict
-    )  # (token, rewarded) -> best so far
+    # (token, rewarded) -> best so far
+    places: dict[tuple[str, bool], tuple[tuple[bool, float], Place]] = field(default_factory=dict)
 
 
 class TokenCensus:

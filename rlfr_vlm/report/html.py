@@ -19,9 +19,8 @@ from rlfr_vlm.report.rollout_data import RolloutData
 from rlfr_vlm.report.run_files import Evaluation, Metrics, RunFiles, read_run
 from rlfr_vlm.report.template import asset, json_block, page, plotly_script, text_block, write_page
 
-ROLLOUT_BYTES = (
-    9_000_000  # of rollouts and pictures; with plotly's 4.8 MB the page stays below 15 MB
-)
+# of rollouts and pictures; with plotly's 4.8 MB the page stays below 15 MB
+ROLLOUT_BYTES = 9_000_000
 CURVE_POINTS = 3000  # longer curves are thinned
 MAX_PROBLEMS = 50  # shown one by one
 EVALUATION_PAGE = "evaluation.html"  # of the benchmarks that a training run holds

@@ -301,9 +301,8 @@ def _discriminant(right: _Moments, wrong: _Moments) -> Matrix:
     count, size = right.count + wrong.count, len(right.sum)
     within = (right.scatter + wrong.scatter) / (count - 2)
     shrink = size / (count + size)
-    level = max(
-        float(np.trace(within)) / size, 1e-12
-    )  # x is near 1 in size: 1e-12 only keeps equal latents solvable
+    # x is near 1 in size: 1e-12 only keeps equal latents solvable
+    level = max(float(np.trace(within)) / size, 1e-12)
     difference: Matrix = right.sum / right.count - wrong.sum / wrong.count
     shrunk = (1 - shrink) * within + (shrink * level + 1e-12) * np.eye(size)
     return np.asarray(np.linalg.solve(shrunk, difference), dtype=np.float64)

@@ -47,9 +47,8 @@ def _smaller(picture: Image.Image, most_bytes: int, side: int) -> bytes:
     )
     probe = picture.copy()
     probe.thumbnail((LEAST_SIDE, LEAST_SIDE))
-    excess = (
-        len(_webp(probe)) / most_bytes
-    )  # of the smallest version; a larger one takes fewer bytes per pixel
+    # of the smallest version; a larger one takes fewer bytes per pixel
+    excess = len(_webp(probe)) / most_bytes
     side = min(side, max(LEAST_SIDE, int(1.15 * max(probe.size) / math.sqrt(excess))))
     while True:
         picture.thumbnail((side, side))

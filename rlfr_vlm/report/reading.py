@@ -12,9 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, Literal
 
-MAX_BYTES = (
-    64_000_000  # of a line, or of a file that is read whole; what is longer is no record of a run
-)
+# of a line, or of a file that is read whole; what is longer is no record of a run
+MAX_BYTES = 64_000_000
 
 # What it means that a file of a run is not there, and what to do.
 ABSENT = {
@@ -213,9 +212,8 @@ def is_number(value: Any) -> bool:
 
 def as_number(value: Any) -> float | None:
     """A finite float, or None."""
-    if type(value) is not float and not is_number(
-        value
-    ):  # the first test alone spares most of the time
+    # the first test alone spares most of the time
+    if type(value) is not float and not is_number(value):
         return None
     try:
         value = float(value)

@@ -50,9 +50,8 @@ class RolloutData:
     num_attention_left_out: int  # more of them, for want of room
 
 
-Census = Callable[
-    [int, Sequence[Group], int], None
-]  # is told of each step, its groups, and how many of the first of them are on the page
+# is told of each step, its groups, and how many of the first of them are on the page
+Census = Callable[[int, Sequence[Group], int], None]
 
 
 def pack_rollouts(
@@ -217,9 +216,8 @@ class _Range:
 
     def add(self, values: tuple[float | None, ...]) -> None:
         with np.errstate(over="ignore"):  # numbers too large for float32 become inf
-            self.parts.append(
-                np.array(values, dtype=np.float64).astype(np.float32)
-            )  # None becomes nan
+            # None becomes nan
+            self.parts.append(np.array(values, dtype=np.float64).astype(np.float32))
 
     def scale(self, name: str) -> Scale | None:
         """The range that holds all but the outermost percent; None without values."""
@@ -250,9 +248,8 @@ class _Pictures:
     def __init__(self, folder: Path) -> None:
         self.root = folder.resolve()
         self.urls: dict[str, str] = {}
-        self._loaded: dict[
-            str, tuple[str, str] | None
-        ] = {}  # path as written -> (key, data URL), None where there is no picture
+        # path as written -> (key, data URL), None where there is no picture
+        self._loaded: dict[str, tuple[str, str] | None] = {}
 
     def cost(self, image: str) -> int:
         """Bytes the page would grow by."""

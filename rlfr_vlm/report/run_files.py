@@ -94,9 +94,8 @@ class Response:
     tokens: tuple[str, ...]
     traces: dict[str, tuple[float | None, ...]]  # keys: those of QUANTITIES that were recorded
     attention: Any = None  # as written, whatever it is: see report/attention.py
-    latent: NDArray[np.float32] | None = field(
-        default=None, compare=False
-    )  # as written: of any length, nan for what is no number
+    # as written: of any length, nan for what is no number
+    latent: NDArray[np.float32] | None = field(default=None, compare=False)
 
 
 @dataclass(frozen=True)
@@ -256,9 +255,8 @@ def _latent(values: Any) -> NDArray[np.float32] | None:
     if not isinstance(values, list):
         return None
     with np.errstate(over="ignore"):  # numbers too large for float32 become inf
-        return np.array([as_number(value) for value in values], dtype=np.float64).astype(
-            np.float32
-        )  # None becomes nan
+        # None becomes nan
+        return np.array([as_number(value) for value in values], dtype=np.float64).astype(np.float32)
 
 
 def _config(path: Path, problems: list[Problem]) -> tuple[str, dict[str, Any]]:

@@ -73,9 +73,8 @@ class Pages:
         """The stamp of the newest page, which is built again first where files have changed and the
         last time is long enough ago.
         """
-        if self._lock.acquire(
-            blocking=False
-        ):  # while one is built, the others are told of the last one
+        # while one is built, the others are told of the last one
+        if self._lock.acquire(blocking=False):
             try:
                 self._refresh()
             finally:

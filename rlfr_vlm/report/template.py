@@ -39,18 +39,16 @@ def page(
         "data": "\n".join(data),
         **scripts,
     }
-    return re.sub(
-        r"\{\{(\w+)\}\}", lambda match: parts[match[1]], frame
-    )  # one pass: data is never searched for placeholders
+    # one pass: data is never searched for placeholders
+    return re.sub(r"\{\{(\w+)\}\}", lambda match: parts[match[1]], frame)
 
 
 def write_page(path: Path, text: str) -> Path:
     """Write it whole or not at all. Raises UserError where it cannot be written; a full disk stays
     an OSError.
     """
-    unfinished = path.with_name(
-        f"{path.name}.{os.getpid()}.tmp"
-    )  # two writers, such as a run and a user, do not mix
+    # two writers, such as a run and a user, do not mix
+    unfinished = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
         unfinished.write_text(text, encoding="utf-8")
         os.replace(unfinished, path)

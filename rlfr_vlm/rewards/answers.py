@@ -459,9 +459,8 @@ def _parse(value: str) -> Any | None:
     from latex2sympy2_extended import NormalizationConfig
     from math_verify.parser import LatexExtractionConfig, parse
 
-    logging.getLogger("math_verify").setLevel(
-        logging.ERROR
-    )  # it warns that its timeouts are off; our process limits stand in for them
+    # it warns that its timeouts are off; our process limits stand in for them
+    logging.getLogger("math_verify").setLevel(logging.ERROR)
     normalise = NormalizationConfig(
         basic_latex=True, units=False, malformed_operators=True, nits=True, boxed="none"
     )
@@ -570,9 +569,8 @@ def _same_region(gold: str, prediction: str) -> bool | None:
             (bool(_OR_SIGN.search(value)), bool(_AND_SIGN.search(value)))
             for value in (gold, prediction)
         ]
-        return (
-            False if {(True, False), (False, True)} == set(joined) else None
-        )  # to math-verify both are commas
+        # to math-verify both are commas
+        return False if {(True, False), (False, True)} == set(joined) else None
     return (first[1] == second[1] or not first[1] or not second[1]) and bool(
         first[0].symmetric_difference(second[0]).is_empty
     )

@@ -66,9 +66,8 @@ class Graded:
     """One graded response."""
 
     verdict: Verdict
-    prediction: (
-        str  # the answer as extracted, cut at MAX_ANSWER + 1 characters; "" if there is none
-    )
+    # the answer as extracted, cut at MAX_ANSWER + 1 characters; "" if there is none
+    prediction: str
     reason: str = ""  # of an error
 
 
@@ -137,18 +136,15 @@ def _serve(parent: int, cpu_seconds: float, memory: int) -> None:
     """The worker's life: a line in, a line out, until the parent closes the pipe or is gone."""
     import select
 
-    signal.signal(
-        signal.SIGINT, signal.SIG_IGN
-    )  # Ctrl-C and SIGTERM go to the whole process group: the parent decides
+    # Ctrl-C and SIGTERM go to the whole process group: the parent decides
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    signal.signal(
-        signal.SIGPROF, signal.SIG_DFL
-    )  # the kernel's own end of a process: needs no interpreter
+    # the kernel's own end of a process: needs no interpreter
+    signal.signal(signal.SIGPROF, signal.SIG_DFL)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGPROF})
     replies = os.dup(1)
-    grade_answer(
-        r"\frac{1}{2}", "(x+1)^2"
-    )  # imports and first tables, before anything is limited or measured
+    # imports and first tables, before anything is limited or measured
+    grade_answer(r"\frac{1}{2}", "(x+1)^2")
     quiet = os.open(os.devnull, os.O_WRONLY)
     os.dup2(quiet, 1)  # the parser prints
     os.dup2(quiet, 2)
@@ -171,13 +167,11 @@ def _serve(parent: int, cpu_seconds: float, memory: int) -> None:
         verdict, reason = _answer(request)
         signal.setitimer(signal.ITIMER_PROF, 0.0)
         grown = _peak_bytes() - start
-        if (
-            verdict == "wrong" and grown > memory // 2
-        ):  # math-verify takes a MemoryError for a difference
+        # math-verify takes a MemoryError for a difference
+        if verdict == "wrong" and grown > memory // 2:
             verdict, reason = "error", f"memory: the comparison needed more than {memory >> 21} MiB"
-        leaving = (
-            grown > memory // 4
-        )  # the peak would count against the next verdict; a new worker starts clean
+        # the peak would count against the next verdict; a new worker starts clean
+        leaving = grown > memory // 4
         os.write(replies, json.dumps([verdict, reason, leaving]).encode() + b"\n")
         if leaving:
             return
@@ -192,9 +186,8 @@ def _cpu_seconds(pid: int) -> float:
     """
     try:
         with open(f"/proc/{pid}/stat", "rb") as stat:
-            fields = (
-                stat.read().rpartition(b")")[2].split()
-            )  # behind the name, which may hold anything
+            # behind the name, which may hold anything
+            fields = stat.read().rpartition(b")")[2].split()
     except OSError:
         return 0.0
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
@@ -206,9 +199,8 @@ class _Worker:
     def __init__(self, cfg: GraderConfig) -> None:
         environment = {name: os.environ[name] for name in _ENVIRONMENT if name in os.environ}
         environment["PYTHONPATH"] = os.pathsep.join(os.path.abspath(entry) for entry in sys.path)
-        environment["PYTHONHASHSEED"] = (
-            "0"  # sympy's order of terms, and with it what it simplifies to, follows the hash
-        )
+        # sympy's order of terms, and with it what it simplifies to, follows the hash
+        environment["PYTHONHASHSEED"] = "0"
         arguments = [str(os.getpid()), str(cfg.cpu_seconds), str(cfg.memory_mib << 20)]
         self.process = subprocess.Popen(
             [sys.executable, "-P", "-m", "rlfr_vlm.rewards.grader", *arguments],
@@ -294,9 +286,8 @@ class Grader:
         self._lock = threading.Lock()
         self._pid = os.getpid()
         self._failed_starts = 0
-        self._workers = [
-            _Worker(cfg) for _ in range(cfg.workers)
-        ]  # they import while the caller goes on
+        # they import while the caller goes on
+        self._workers = [_Worker(cfg) for _ in range(cfg.workers)]
 
     def __enter__(self) -> Grader:
         return self
@@ -370,9 +361,8 @@ class Grader:
                         replies[item] = reply
             finally:
                 for slot, worker in enumerate(self._workers):
-                    if (
-                        worker.item is not None
-                    ):  # interrupted: its reply must not be taken for the next call's
+                    # interrupted: its reply must not be taken for the next call's
+                    if worker.item is not None:
                         worker.kill()
                         self._workers[slot] = _Worker(self.cfg)
         return [reply for reply in replies if reply is not None]

@@ -21,19 +21,16 @@ class SamplingConfig:
     group_size: int  # responses per prompt, G
     temperature: float  # 0: greedy; log-probs are then those at temperature 1
     max_new_tokens: int
-    stop: tuple[
-        str, ...
-    ] = ()  # strings that end a response, besides EOS; the tokens that complete one are kept
+    # strings that end a response, besides EOS; the tokens that complete one are kept
+    stop: tuple[str, ...] = ()
     ignore_eos: bool = False  # sample on through EOS
     # nucleus (evaluation); log-probs stay those of the full distribution with transformers, vLLM's
     # are of the nucleus
     top_p: float = 1.0
-    first_sample: int = (
-        0  # index of the first of the G responses: which of a problem's samples these are
-    )
-    seed_key: tuple[
-        int | str, ...
-    ]  # the request's seed is request_seed(*seed_key, prompt id, sample index)
+    # index of the first of the G responses: which of a problem's samples these are
+    first_sample: int = 0
+    # the request's seed is request_seed(*seed_key, prompt id, sample index)
+    seed_key: tuple[int | str, ...]
 
 
 def sample_indices(sampling: SamplingConfig) -> range:

@@ -164,9 +164,8 @@ class HFEngine:
         self.policy = policy
         self.sampler = policy
         self._arrivals: Arrivals | None = None
-        self._version: int | None = (
-            None  # of the copy's weights; none: the policy's are not there yet
-        )
+        # of the copy's weights; none: the policy's are not there yet
+        self._version: int | None = None
         if copy is not None:
             self.sampler = Policy(
                 copy.model_copy(update={"lora": None, "gradient_checkpointing": "off"})
@@ -334,9 +333,8 @@ class HFEngine:
             tokens = torch.searchsorted(
                 cumulative, (uniform * cumulative[:, -1])[:, None], right=True
             )[:, 0]
-            tokens = tokens.clamp(
-                max=cumulative.shape[1] - 1
-            )  # of NaN it is beyond the last one; its log-prob says so
+            # of NaN it is beyond the last one; its log-prob says so
+            tokens = tokens.clamp(max=cumulative.shape[1] - 1)
         else:
             logprobs = logits.log_softmax(-1)
             tokens = logits.argmax(-1)

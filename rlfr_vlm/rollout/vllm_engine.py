@@ -151,9 +151,8 @@ class VllmEngine:
         assert self.version is not None
         for prompt in prompts:
             length = len(prompt.token_ids)
-            if (
-                length + sampling.max_new_tokens > self.max_model_len
-            ):  # vLLM would shorten the response without a word
+            # vLLM would shorten the response without a word
+            if length + sampling.max_new_tokens > self.max_model_len:
                 raise UserError(
                     f"prompt `{prompt.prompt.id}`: its {length} tokens and "
                     f"{sampling.max_new_tokens} new ones exceed vLLM's limit of "
@@ -168,9 +167,8 @@ class VllmEngine:
             for prompt in prompts
             for index in sample_indices(sampling)
         ]
-        with (
-            undisturbed_generators()
-        ):  # vLLM draws from torch's own generator at every step, whatever the seeds
+        # vLLM draws from torch's own generator at every step, whatever the seeds
+        with undisturbed_generators():
             outputs = self.llm.generate(inputs, parameters, use_tqdm=False) if inputs else []
         rollouts = iter(outputs)
         return [
@@ -204,9 +202,8 @@ class VllmEngine:
             prompt=prompt,
             sample_index=index,
             token_ids=tokens,
-            logprobs=tuple(
-                completion.logprobs.logprobs[: len(tokens)]
-            ),  # flat: one per token, that of the sampled one
+            # flat: one per token, that of the sampled one
+            logprobs=tuple(completion.logprobs.logprobs[: len(tokens)]),
             text=self.policy.decode(tokens),
             finish_reason=completion.finish_reason,
             policy_version=version,
@@ -327,18 +324,16 @@ def placement(cfg: Config, policy: Policy) -> dict[str, Any]:
 
 def start(cfg: Config, policy: Policy, path: str, length: int) -> Any:
     """vLLM's LLM object. Raises UserError with vLLM's own words where it refuses the settings."""
-    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = (
-        "0"  # in this process: weights are reachable, and a dead engine cannot hang us
-    )
+    # in this process: weights are reachable, and a dead engine cannot hang us
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     for key, value in {
         "VLLM_LOGGING_LEVEL": "ERROR",
         "VLLM_NO_USAGE_STATS": "1",
         "VLLM_HOST_IP": "127.0.0.1",
     }.items():
         os.environ.setdefault(key, value)
-    if not (
-        dist.is_initialized() and dist.get_world_size() > 1
-    ):  # else its groups join the trainer's ranks, which may be elsewhere
+    # else its groups join the trainer's ranks, which may be elsewhere
+    if not (dist.is_initialized() and dist.get_world_size() > 1):
         os.environ["GLOO_SOCKET_IFNAME"] = next(
             (name for _, name in socket.if_nameindex() if name.startswith("lo")), "lo"
         )
@@ -352,13 +347,11 @@ def start(cfg: Config, policy: Policy, path: str, length: int) -> Any:
     options = placement(cfg, policy)
     if current_platform.is_cpu():
         options["kv_cache_memory_bytes"] = settings.kv_cache_gib * 2**30
-        current_platform.simple_compile_backend = (
-            "eager"  # else the sampler's helpers are compiled with a C++ compiler: 8 s at first use
-        )
+        # else the sampler's helpers are compiled with a C++ compiler: 8 s at first use
+        current_platform.simple_compile_backend = "eager"
         operators: Any = torch.ops._C
-        operators.init_cpu_memory_env = lambda nodes: (
-            None
-        )  # would bind the memory of the whole process to one NUMA node
+        # would bind the memory of the whole process to one NUMA node
+        operators.init_cpu_memory_env = lambda nodes: None
     else:
         options["gpu_memory_utilization"] = settings.gpu_memory_utilization
         options["enable_sleep_mode"] = sleeps(cfg, policy)

@@ -51,9 +51,8 @@ class Layout:
     """
 
     slots: dict[str, tuple[Slot, ...]]  # by the engine's parameter name
-    tied: dict[str, str] = field(
-        default_factory=dict
-    )  # trainer's tensors that share another one's storage
+    # trainer's tensors that share another one's storage
+    tied: dict[str, str] = field(default_factory=dict)
 
     def filled_by(self, bucket: Mapping[str, Tensor]) -> dict[str, tuple[Slot, ...]]:
         """The engine's tensors that this bucket fills.
@@ -239,9 +238,8 @@ def copy_weights(model: Any, layout: Layout, bucket: Mapping[str, Tensor]) -> No
     if not any(hasattr(module, "cpu_linear") for module in model.modules()):  # nothing is packed
         model.load_weights(iter(bucket.items()))
         return
-    staging = torch.empty(
-        0
-    )  # one buffer for all layers: fresh memory for each would cost as much as the packing
+    # one buffer for all layers: fresh memory for each would cost as much as the packing
+    staging = torch.empty(0)
     for target, slots in filled.items():
         parameter, parts = model.get_parameter(target), [bucket[slot.source] for slot in slots]
         if parameter.numel():

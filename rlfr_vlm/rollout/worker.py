@@ -130,9 +130,8 @@ class RolloutWorker:
         self.engine = make_engine(cfg.model_copy(update={"model": model}), self.policy)
         data = cfg.data.model_copy(update={"max_prompt_tokens": NO_LIMIT})
         self.renderer = Renderer(self.policy, data, cfg.data.train or "")
-        self._loading: tuple[str, int] | None = (
-            None  # the load under way, and how many buckets of it have come
-        )
+        # the load under way, and how many buckets of it have come
+        self._loading: tuple[str, int] | None = None
         self._sync_id: str | None = None
 
     def state(self) -> WorkerState:

@@ -18,9 +18,8 @@ SURPRISE_ERRORS, SURPRISE_NATS = (
     6.0,
     0.01,
 )  # standard errors and nats from which the tokens are not the policy's
-KEPT_MASS = (
-    0.97  # mean of p_trainer / p_engine below which a part of the policy's tokens is never sampled
-)
+# mean of p_trainer / p_engine below which a part of the policy's tokens is never sampled
+KEPT_MASS = 0.97
 UNLIKE = 5.0  # a gap so many times larger with pictures than without is the pictures'
 
 SAMPLING = (

@@ -63,9 +63,8 @@ class Event:
         return f"step {self.step}{since}: {self.monitor}: {self.what}{cause}. {self.do}"
 
 
-Check = Callable[
-    [Config, Sequence[Figures], str], Sign | None
-]  # config, steps so far, commonest refrain
+# config, steps so far, commonest refrain
+Check = Callable[[Config, Sequence[Figures], str], Sign | None]
 
 
 def check_non_finite(cfg: Config, rows: Sequence[Figures], _refrain: str) -> Sign | None:
@@ -559,12 +558,10 @@ class Monitors:
     def __init__(self, cfg: Config) -> None:
         self.cfg = cfg
         self.rows: list[Figures] = []
-        self.streaks: dict[str, int] = dict.fromkeys(
-            CHECKS, 0
-        )  # steps in a row that look wrong, or minus those that do not
-        self.quiet: dict[str, bool] = dict.fromkeys(
-            CHECKS, False
-        )  # it has spoken, and speaks again after as many good steps
+        # steps in a row that look wrong, or minus those that do not
+        self.streaks: dict[str, int] = dict.fromkeys(CHECKS, 0)
+        # it has spoken, and speaks again after as many good steps
+        self.quiet: dict[str, bool] = dict.fromkeys(CHECKS, False)
 
     def replay(self, rows: Sequence[Mapping[str, Any]], said: Collection[str] = ()) -> None:
         """See the steps before a resumed run's first. said: monitors that have warned of them;

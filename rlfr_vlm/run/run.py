@@ -70,9 +70,8 @@ class Run:
         if ranks.first:
             self.folder.mkdir(parents=True, exist_ok=True)  # the benchmark holds none
         self.console = console or Console(stderr=True, quiet=not ranks.first)
-        self._unsaved: dict[
-            int, DiskFullError
-        ] = {}  # steps since the last checkpoint whose saves failed
+        # steps since the last checkpoint whose saves failed
+        self._unsaved: dict[int, DiskFullError] = {}
         self._asked_to_stop = False
         self._previous_handler = signal.signal(signal.SIGTERM, self._on_sigterm)
         self._trackers: Trackers | None = None
@@ -167,9 +166,8 @@ class Run:
             )
             return False
         self._unsaved = {}
-        if not self.due(
-            step, self.cfg.eval.every
-        ):  # else the evaluation of this step comes next, and has more to show
+        # else the evaluation of this step comes next, and has more to show
+        if not self.due(step, self.cfg.eval.every):
             self._report()
         return True
 
@@ -322,12 +320,10 @@ class Run:
         if self._trackers is not None:
             self._trackers.write(step, metrics)
 
-    benchmarks: Callable[[Sampler, Path], dict[str, dict[str, Any]]] | None = (
-        None  # set by the command
-    )
-    report: Callable[[bool, bool], None] | None = (
-        None  # likewise; writes report.html, told whether the run ends, and whether in a hurry
-    )
+    # set by the command
+    benchmarks: Callable[[Sampler, Path], dict[str, dict[str, Any]]] | None = None
+    # likewise; writes report.html, told whether the run ends, and whether in a hurry
+    report: Callable[[bool, bool], None] | None = None
 
     def evaluate(self, step: int, engine: RolloutEngine) -> float:
         """Accuracy on the held-out problems and on the benchmarks, written to eval/ and to the

@@ -301,9 +301,8 @@ class WandB:
             "config": cfg.model_dump(mode="json"),
             "settings": settings,
         }
-        mode: Any = wandb.setup(
-            settings=silent
-        ).settings.mode  # that of WANDB_MODE or of `wandb offline`
+        # that of WANDB_MODE or of `wandb offline`
+        mode: Any = wandb.setup(settings=silent).settings.mode
         try:
             if mode == "online" and not wandb.login(prompt=False, verify=False):
                 say("W&B: no API key, so the run is kept offline")
@@ -350,9 +349,8 @@ class Trackio:
     """
 
     def __init__(self, cfg: Config, memory: Memory, say: Say, warn: Say) -> None:
-        os.environ.setdefault(
-            "TRACKIO_DIR", str(Path(cfg.output_dir).resolve() / "trackio")
-        )  # read when it is imported
+        # read when it is imported
+        os.environ.setdefault("TRACKIO_DIR", str(Path(cfg.output_dir).resolve() / "trackio"))
         import trackio
         from trackio.utils import TRACKIO_DIR
 

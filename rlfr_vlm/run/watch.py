@@ -44,9 +44,8 @@ class Watch:
         if not self.ranks.first:
             return
         keep_lines(self.folder / METRICS, lambda row: row["step"] <= step)
-        (
-            self.folder / EVENTS
-        ).touch()  # an empty file says that there were monitors, and that they saw nothing
+        # an empty file says that there were monitors, and that they saw nothing
+        (self.folder / EVENTS).touch()
         rows = kept_events(read_lines(self.folder / EVENTS), step, count_roll_backs(self.folder))
         _write_lines(self.folder / EVENTS, rows)
         self.monitors.replay(
@@ -105,9 +104,8 @@ class Watch:
         )
         for event in events:
             if event is not urgent:
-                self._say(
-                    replace(event, action="warn")
-                )  # what it would have done is done by the urgent one
+                # what it would have done is done by the urgent one
+                self._say(replace(event, action="warn"))
         if urgent is None:
             return
         if urgent.action == "roll_back":
@@ -213,9 +211,8 @@ def take_back(folder: Path, event: Event, number: int) -> None:
     for path in [*(folder / "eval").glob("step_*"), *(folder / "rollouts").glob("step_*")]:
         if (found := re.match(r"step_(\d+)", path.name)) and int(found[1]) > event.to:
             path.rename(path.with_name(f"rolled-back-{number}-{uuid.uuid4().hex[:8]}-{path.name}"))
-    before = [
-        row for row in read_lines(folder / ROLLED_BACK) if row.get("roll_back", 0) < number
-    ]  # a kill may have left some of this time
+    # a kill may have left some of this time
+    before = [row for row in read_lines(folder / ROLLED_BACK) if row.get("roll_back", 0) < number]
     taken = [
         {"roll_back": number, **row}
         for row in read_lines(folder / METRICS)
@@ -241,9 +238,8 @@ def kept_events(
     A roll-back beyond the count was cut short by a kill: it will come again.
     """
     kept: list[Mapping[str, Any]] = []
-    later: list[
-        Mapping[str, Any]
-    ] = []  # of steps that are to come again, unless a stop or a roll-back follows
+    # of steps that are to come again, unless a stop or a roll-back follows
+    later: list[Mapping[str, Any]] = []
     done = 0
     for row in rows:
         done += row.get("action") == "roll_back"

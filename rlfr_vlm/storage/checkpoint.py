@@ -25,9 +25,8 @@ if TYPE_CHECKING:
 
 MANIFEST = "manifest.json"
 PREFIX = "global_step_"
-REPLACED = (
-    ".tmp-replaced-"  # and the name of a checkpoint, while another of the same step takes its place
-)
+# and the name of a checkpoint, while another of the same step takes its place
+REPLACED = ".tmp-replaced-"
 RANK = "rank_"  # and its number: a folder inside a checkpoint
 INTACT = "free some; the older checkpoints are intact"
 
@@ -106,9 +105,8 @@ def _commit(root: Path, temporary: Path, final: Path, keep: int) -> None:
     others = [p for p in list_checkpoints(root) if p != final]
     for old in others[: -(keep - 1)]:
         if old.name not in spared:
-            old.rename(
-                root / f".tmp-old-{old.name}-{uuid.uuid4().hex[:8]}"
-            )  # half removed, it would look like a damaged one
+            # half removed, it would look like a damaged one
+            old.rename(root / f".tmp-old-{old.name}-{uuid.uuid4().hex[:8]}")
             faultpoint("checkpoint_prune")
     _clear_temporary(root)
 

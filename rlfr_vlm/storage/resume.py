@@ -86,9 +86,8 @@ def _described(folder: Path) -> dict[str, Any] | None:
     """
     try:
         state = json.loads((folder / STATE_FILE).read_text())
-        if "sha256" in json.loads(
-            (folder / MANIFEST).read_text()
-        ):  # those of older formats do not vouch for themselves
+        # those of older formats do not vouch for themselves
+        if "sha256" in json.loads((folder / MANIFEST).read_text()):
             verify_file(folder, STATE_FILE)
             verify_file(folder, ROWS_FILE)
     except (OSError, ValueError, AttributeError, CheckpointError):

@@ -57,9 +57,8 @@ def write_state(
     """
     ranks = learner.ranks
     own = rank_folder(folder, ranks.rank)
-    borrowed = (
-        learner.policy.run is not learner.policy.module
-    )  # a backend's: gathered for a moment, or a view of its buffer
+    # a backend's: gathered for a moment, or a view of its buffer
+    borrowed = learner.policy.run is not learner.policy.module
     with ShardWriter(own, "policy") as file:
         for place, (name, parameter) in enumerate(learner.policy.trained().items()):
             with learner.policy.whole([parameter]):

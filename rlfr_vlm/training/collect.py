@@ -79,9 +79,8 @@ def _round(
     """One round of sampling and grading of this rank's share, or what went wrong: the other ranks
     must hear of it.
     """
-    lenient = cfg.reward.model_copy(
-        update={"max_error_frac": 1.0}
-    )  # a round may be small: errors are counted over the step
+    # a round may be small: errors are counted over the step
+    lenient = cfg.reward.model_copy(update={"max_error_frac": 1.0})
     drawn = prompts.next(count)
     try:
         with timed("rollout", clock):

@@ -59,9 +59,8 @@ class Following:
             )
             for name in learner.field_optimizers
         }
-        self.followed = dict.fromkeys(
-            self.weights, 0.0
-        )  # weight of the tokens that each network has learnt from
+        # weight of the tokens that each network has learnt from
+        self.followed = dict.fromkeys(self.weights, 0.0)
 
     @property
     def updates(self) -> int:

@@ -61,9 +61,8 @@ def train(
                     with timed("score", clock):
                         samples = score_samples(cfg, learner, samples, clock)
 
-                looks = record_attention(
-                    cfg, learner, batch.kept, clock
-                )  # for the record: where in the pictures each token looked
+                # for the record: where in the pictures each token looked
+                looks = record_attention(cfg, learner, batch.kept, clock)
 
                 # 4. Policy updates; the flow follows the latents of selected responses, by default
                 # the correct ones.

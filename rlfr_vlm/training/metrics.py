@@ -49,9 +49,8 @@ class UpdateMetrics:
         self.sums: defaultdict[str, float] = defaultdict(float)
         self.largest = 0.0
         self.responses: list[ResponseMetrics] = []
-        self.by_token: defaultdict[str, float] = defaultdict(
-            float
-        )  # count, sum of token rewards, by token id and by place
+        # count, sum of token rewards, by token id and by place
+        self.by_token: defaultdict[str, float] = defaultdict(float)
 
     def add(self, values: dict[str, float]) -> None:
         """Shares that add up to the whole."""

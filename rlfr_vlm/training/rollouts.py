@@ -46,9 +46,8 @@ class Rollouts:
         self._ahead: Future[tuple[Collected, dict[str, float]]] | None = None
         if cfg.rollout.staleness:
             self._thread = ThreadPoolExecutor(1, "rollouts")
-            self.ranks = Ranks(
-                self.ranks.rank, self.ranks.size, self.ranks.timeout_s
-            )  # a process group of the thread's own
+            # a process group of the thread's own
+            self.ranks = Ranks(self.ranks.rank, self.ranks.size, self.ranks.timeout_s)
             prompts.ranks = self.ranks
 
     def next(self, step: int, clock: dict[str, float]) -> Collected:
@@ -74,9 +73,8 @@ class Rollouts:
         with timed("sync", clock):
             try:
                 self.engine.load_weights(self.learner.policy)
-            except (
-                NonFiniteError
-            ) as error:  # of this rank's weights: the others are about to sample
+            # of this rank's weights: the others are about to sample
+            except NonFiniteError as error:
                 problem = error
         self.learner.ranks.agree(problem, "weight sync")
         faultpoint("sync")

@@ -45,9 +45,8 @@ def update(
     num_tokens, num_sequences = ranks.total(
         [sum(s.length for s in samples), len(samples)], "size of the update"
     )
-    size = UpdateSize(
-        int(num_tokens), int(num_sequences)
-    )  # every mean divides by the whole update's, never by a micro-batch's
+    # every mean divides by the whole update's, never by a micro-batch's
+    size = UpdateSize(int(num_tokens), int(num_sequences))
     metrics, records = UpdateMetrics(cfg, size), list[TokenRecord]()
     following = None
     if cfg.flow is not None and learner.field is not None and learner.field_optimizers:
@@ -82,9 +81,8 @@ def update(
     result = metrics.result(ranks)
     selected = following.selected() if following is not None and learner.window is None else {}
     for name in selected:
-        if not selected[
-            name
-        ]:  # where nothing selected has a context there is no loss, not a loss of 0
+        # where nothing selected has a context there is no loss, not a loss of 0
+        if not selected[name]:
             result.pop(LOSSES[name], None)
     result |= _policy_step(learner, train_policy)
     if following is not None:

@@ -39,9 +39,8 @@ __all__ = ["ChatReply", "ChatRequest", "Endpoint", "Failure", "data_url"]
 
 MAX_BODY = 2**20  # bytes of a reply
 MAX_WORDS = 300  # characters of a server's words in ours
-BACKOFF_SECONDS = (
-    1.0  # before the second attempt, doubled before each further one, give or take a quarter
-)
+# before the second attempt, doubled before each further one, give or take a quarter
+BACKOFF_SECONDS = 1.0
 MAX_WAIT = 60.0  # seconds between two attempts, whatever Retry-After says
 # requests given up in a row (or `concurrency`, if that is more) after which the server is not asked
 # again
@@ -130,9 +129,8 @@ class Endpoint:
         fault: Fault | Failure
         if isinstance(models, Fault) and models.kind in ("connection", "timeout"):
             fault = models
-        elif (
-            served and self.loopback and self.model not in served
-        ):  # some local servers answer to any name
+        # some local servers answer to any name
+        elif served and self.loopback and self.model not in served:
             return unlisted
         else:
             hello = ChatRequest(({"role": "user", "content": "Say yes."},), max_tokens=1)

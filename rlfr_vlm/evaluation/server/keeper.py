@@ -26,9 +26,8 @@ def wanted(starter: int) -> bool:
 
 def main(starter: int, grace: float, command: list[str]) -> None:
     """Does not return: the last signal is for this process too."""
-    signal.signal(
-        signal.SIGTERM, lambda *_: None
-    )  # a handler, unlike SIG_IGN, is not handed on to the command
+    # a handler, unlike SIG_IGN, is not handed on to the command
+    signal.signal(signal.SIGTERM, lambda *_: None)
     child = subprocess.Popen(command, stdin=subprocess.DEVNULL)
     while child.poll() is None and wanted(starter):
         pass

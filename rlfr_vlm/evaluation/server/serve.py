@@ -96,9 +96,8 @@ def serve(
         # neutral defaults, not the model's: what shapes the sampling stands in the requests
         "--generation-config": "vllm",
         "--uvicorn-log-level": "warning",
-        "--max-model-len": str(
-            max_model_len or "auto"
-        ),  # auto: the model's, or what the cache holds where that is less
+        # auto: the model's, or what the cache holds where that is less
+        "--max-model-len": str(max_model_len or "auto"),
         **_memory(kv_cache_gib, gpu_memory_utilization),
     }
     command = [part for option in options.items() for part in option] + [

@@ -39,9 +39,8 @@ class ChatRequest:
     top_p: float | None = None
     max_tokens: int | None = None
     seed: int | None = None
-    extra: dict[str, Any] = field(
-        default_factory=dict
-    )  # further fields of the request, as they are
+    # further fields of the request, as they are
+    extra: dict[str, Any] = field(default_factory=dict)
 
     def body(self, model: str) -> bytes:
         """As it is sent."""

@@ -158,9 +158,8 @@ def run_vlm(run: runner.BenchmarkRun) -> dict[str, Any]:
     """As `run_benchmark`, graded by VLMEvalKit; also writes vlmeval_score.json and its tables.
     Returns the summary.
     """
-    no_rules = run.cfg.eval.model_copy(
-        update={"grading": "judge"}
-    )  # those of training say nothing here
+    # those of training say nothing here
+    no_rules = run.cfg.eval.model_copy(update={"grading": "judge"})
     asking = replace(run, cfg=run.cfg.model_copy(update={"eval": no_rules}))
     protocol = runner.protocol(run) | {"grading": grading(run)}
     ledger = Ledger(run.folder, protocol)
