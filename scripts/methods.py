@@ -42,6 +42,7 @@ METHODS: dict[str, tuple[str, ...]] = {
     "DAPO": ("algorithm.method=dapo", "flow=null"),
     "GSPO": ("algorithm.method=gspo", "flow=null"),
     "GMPO": ("algorithm.method=gmpo", "flow=null"),
+    "CISPO": ("algorithm.method=cispo", "flow=null"),
     "RLOO": ("algorithm.method=rloo", "flow=null"),
     "REINFORCE++": ("algorithm.method=reinforce_pp", "flow=null"),
     "PPO": ("algorithm.method=ppo", "algorithm.value.lr=1e-3", "flow=null"),

@@ -3,8 +3,8 @@
 import pytest
 
 from rlfr_vlm.config import config_hash, load_config, parse_config, to_yaml
+from rlfr_vlm.config.methods import METHODS
 from rlfr_vlm.errors import UserError
-from rlfr_vlm.methods import METHODS
 
 MINIMAL = {"output_dir": "out", "model": {"path": "m"}}
 

@@ -10,8 +10,8 @@ import rlfr_vlm
 
 ROOT = Path(rlfr_vlm.__file__).parent
 LEVELS = [
-    {"errors", "faults", "finite", "methods"},
-    {"config", "sections", "types"},
+    {"errors", "faults", "finite"},
+    {"config", "types"},
     {"ranks", "batch"},
     {"flow"},
     {"models", "rewards"},

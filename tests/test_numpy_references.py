@@ -126,6 +126,14 @@ def gspo(new, batch):
     return -total / len(new)
 
 
+def cispo(new, batch):
+    """arXiv:2506.13585, eq. 4 and 5 without a lower bound. The weight is that of the batch: it
+    stays as it is while `new` moves.
+    """
+    weight = np.minimum(np.exp(batch.new - batch.old), 1 + HIGH)
+    return -over_tokens(weight * batch.advantages * new, batch.mask)
+
+
 def gmpo(new, batch):
     """arXiv:2507.20673, eq. 4: the geometric mean of ratios, each clipped on the side that the sign
     of the advantage says.
@@ -216,6 +224,16 @@ def our_gspo(new, batch, rows):
     return losses.policy_loss(ratio, given, weights(batch, rows, "sequence"), LOW, HIGH)[0]
 
 
+def our_cispo(new, batch, rows):
+    return losses.cispo_loss(
+        new,
+        new - batch.flat(batch.old, rows),
+        batch.flat(batch.advantages, rows),
+        weights(batch, rows, "token"),
+        HIGH,
+    )[0]
+
+
 def our_gmpo(new, batch, rows):
     given = batch.flat(batch.repeated(batch.outcome), rows)
     lengths = torch.tensor(batch.lengths[rows])
@@ -282,6 +300,7 @@ PAIRS = {
     "dual_clip": Pair(
         lambda x, b: -over_tokens(surrogate(x, b, b.advantages, dual=DUAL), b.mask), our_clip("token", dual=DUAL)
     ),
+    "cispo": Pair(cispo, our_cispo),
     "gspo": Pair(gspo, our_gspo),
     "gmpo": Pair(gmpo, our_gmpo),
     "flowrl": Pair(flowrl, our_flowrl),

@@ -17,11 +17,11 @@ from rlfr_vlm.algorithm.objective import objective
 from rlfr_vlm.algorithm.selection import flow_weights
 from rlfr_vlm.batch import Credit, Scores, UpdateSize
 from rlfr_vlm.config import FlowOnlineConfig, ModelConfig, parse_config
+from rlfr_vlm.config.methods import METHODS
 from rlfr_vlm.errors import UserError
 from rlfr_vlm.flow.field import WEIGHTS_FILE, FlowField, FlowSpec
 from rlfr_vlm.flow.latents import LatentRequest, capture_latents
 from rlfr_vlm.flow.reward import flow_reward
-from rlfr_vlm.methods import METHODS
 from rlfr_vlm.models.heads import LogPartitionHead
 from rlfr_vlm.models.pack import pack
 from rlfr_vlm.models.policy import Policy
@@ -265,7 +265,7 @@ def test_fault_20_accuracy_decides_what_is_correct():
 def test_fault_26_the_batch_is_a_mean_over_sequences():
     """The same responses twice give the same loss, cut into micro-batches or not."""
     cfg = parse_config({**MINIMAL, "algorithm": {"method": "flowrl"}})
-    samples = [SimpleNamespace(length=n, advantage=a) for n, a in ((3, 1.0), (1, -0.5))]
+    samples = [SimpleNamespace(length=n, outcome_credit=a) for n, a in ((3, 1.0), (1, -0.5))]
 
     def loss(times, size):
         torch.manual_seed(0)

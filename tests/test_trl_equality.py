@@ -14,7 +14,13 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from rlfr_vlm.algorithm.advantages import group_advantages
-from rlfr_vlm.algorithm.losses import kl_estimate, policy_loss, sequence_log_ratio, token_weights
+from rlfr_vlm.algorithm.losses import (
+    cispo_loss,
+    kl_estimate,
+    policy_loss,
+    sequence_log_ratio,
+    token_weights,
+)
 from rlfr_vlm.config import ModelConfig
 from rlfr_vlm.models.pack import pack
 from rlfr_vlm.models.policy import Policy
@@ -119,7 +125,16 @@ def theirs(trainer, batch, cuts=(0, 8)):
     return total, {name: p.grad for name, p in trainer.model.named_parameters()}
 
 
-def ours(folder, batch, aggregation, temperature, beta, gspo=False, cuts=(0, 8)):
+def ours(
+    folder,
+    batch,
+    aggregation,
+    temperature,
+    beta,
+    gspo=False,
+    cuts=(0, 8),
+    cispo: float | None = None,
+):
     """The same from this package."""
     rollouts, *columns, advantages = batch
     policy, total = Policy(ModelConfig(path=folder, dtype="float32", device="cpu")), 0.0
@@ -130,9 +145,11 @@ def ours(folder, batch, aggregation, temperature, beta, gspo=False, cuts=(0, 8))
         old, ref = (torch.cat(part[start:end]) for part in parts)
         weights = token_weights(packed.lengths, aggregation, sum(LENGTHS), len(LENGTHS), MAX_TOKENS)
         log_ratio = sequence_log_ratio(logprobs - old, packed.lengths) if gspo else logprobs - old
-        loss, _ = policy_loss(
-            log_ratio, advantages[start:end].repeat_interleave(packed.lengths), weights, 0.2, 0.28
-        )
+        given = advantages[start:end].repeat_interleave(packed.lengths)
+        if cispo is None:
+            loss, _ = policy_loss(log_ratio, given, weights, 0.2, 0.28)
+        else:
+            loss, _ = cispo_loss(logprobs, log_ratio, given, weights, cispo)
         loss = loss + beta * (weights * kl_estimate(logprobs, ref, "k3")).sum()
         loss.backward()
         total += loss.item()
@@ -195,6 +212,15 @@ def test_gspo(trl, model_folder, tmp_path, batch):
     }
     expected = theirs(trainer_of(trl, folder, tmp_path, **settings), batch)
     assert_equal(ours(folder, batch, "sequence", 1.0, BETA, gspo=True), expected)
+
+
+@pytest.mark.parametrize("bound", [5.0, 1.2])
+def test_cispo(trl, model_folder, tmp_path, batch, bound):
+    """TRL's epsilon_high is the bound of the ratio itself."""
+    folder = model_folder("qwen2")
+    settings = {"loss_type": "cispo", "beta": BETA, "epsilon_high": bound}
+    expected = theirs(trainer_of(trl, folder, tmp_path, **settings), batch)
+    assert_equal(ours(folder, batch, "token", 1.0, BETA, cispo=bound - 1), expected)
 
 
 def test_advantages(trl, model_folder, tmp_path):

@@ -71,6 +71,26 @@ def policy_loss(
     }
 
 
+def cispo_loss(
+    logprobs: Tensor,
+    log_ratio: Tensor,
+    advantages: Tensor,
+    weights: Tensor,
+    clip_high: float = 4.0,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """REINFORCE with the importance weight clipped, not the update (CISPO, arXiv:2506.13585, eq. 4
+    and 5): a token with a large ratio keeps its gradient.
+
+    loss = -sum_t w_t sg(min(r_t, 1 + high)) A_t log pi_t;  sg: without gradient; no lower bound
+
+    All inputs [N] float; only `logprobs` carries gradient. Returns the weighted sum and its
+    metrics.
+    """
+    ratio = log_ratio.detach().exp()
+    loss = -(weights * ratio.clamp(max=1 + clip_high) * advantages * logprobs).sum()
+    return loss, {"actor/pg_clipfrac": (weights * (ratio > 1 + clip_high)).sum()}
+
+
 def sequence_log_ratio(log_ratio: Tensor, lengths: Tensor) -> Tensor:
     """GSPO's ratio in its per-token form (arXiv:2507.18071, eq. 7 and 14): log s_b = mean_t log r_t
     for every token of response b.

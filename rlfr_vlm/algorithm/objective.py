@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from rlfr_vlm.algorithm.losses import (
+    cispo_loss,
     flowrl_loss,
     gmpo_loss,
     kl_estimate,
@@ -44,53 +45,61 @@ def objective(
         size.num_sequences,
         cfg.rollout.max_new_tokens,
     )
-    log_ratio = output.logprobs - scores.logprobs
     advantages = _final_advantages(cfg, output, scores, credit, samples)
-    clips = (algorithm.clip_low, algorithm.clip_high)
-    if algorithm.loss == "clip":
-        loss, metrics = policy_loss(log_ratio, advantages, weights, *clips, algorithm.dual_clip)
-    elif algorithm.loss == "gspo":
-        loss, metrics = policy_loss(
-            sequence_log_ratio(log_ratio, lengths), advantages, weights, *clips, algorithm.dual_clip
-        )
-    elif algorithm.loss == "gmpo":
-        loss, metrics = gmpo_loss(log_ratio, advantages, lengths, size.num_sequences, *clips)
-    else:
-        assert (
-            head is not None and output.prompt_means is not None and scores.ref_logprobs is not None
-        )
-        outcome = torch.tensor([s.outcome_credit for s in samples], device=log_ratio.device)
-        loss, metrics = flowrl_loss(
-            output.logprobs,
-            scores.logprobs,
-            scores.ref_logprobs,
-            head(output.prompt_means),
-            outcome,
-            lengths,
-            size.num_sequences,
-            algorithm.flowrl.beta,
-            *clips,
-        )
+    loss, metrics = _policy_objective(
+        cfg, head, output, scores, advantages, samples, size, lengths, weights
+    )
     metrics["actor/pg_loss"] = loss.detach()
     if cfg.shaping.entropy is not None:
         metrics["shaping/entropy_bonus"] = (weights * (advantages - credit.advantages)).sum()
-    metrics["actor/ppo_kl"] = (weights * -log_ratio).sum().detach()
+    metrics["actor/ppo_kl"] = (weights * (scores.logprobs - output.logprobs)).sum().detach()
     if algorithm.kl.coef > 0:
         assert scores.ref_logprobs is not None
-        divergence = (
-            weights * kl_estimate(output.logprobs, scores.ref_logprobs, algorithm.kl.estimator)
-        ).sum()
+        kl = kl_estimate(output.logprobs, scores.ref_logprobs, algorithm.kl.estimator)
+        divergence = (weights * kl).sum()
         metrics["actor/kl"] = divergence.detach()
         if algorithm.kl.place == "loss":
             loss = loss + algorithm.kl.coef * divergence
     if algorithm.advantage == "gae":
         assert head is not None and scores.values is not None and credit.returns is not None
+        values = head(output.hidden)
         error, critic = value_loss(
-            head(output.hidden), scores.values, credit.returns, weights, algorithm.value.clip
+            values, scores.values, credit.returns, weights, algorithm.value.clip
         )
         metrics |= {**critic, "critic/vf_loss": error.detach()}
         loss = loss + algorithm.value.coef * error
     return loss, _as_means(cfg, metrics, size)
+
+
+def _policy_objective(
+    cfg: Config,
+    head: nn.Module | None,
+    output: PolicyOutput,
+    scores: Scores,
+    advantages: Tensor,
+    samples: Sequence[Sample],
+    size: UpdateSize,
+    lengths: Tensor,
+    weights: Tensor,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """The objective that `algorithm.loss` names. advantages, weights: [N]; lengths: [B]."""
+    algorithm, num_sequences = cfg.algorithm, size.num_sequences
+    low, high, dual = algorithm.clip_low, algorithm.clip_high, algorithm.dual_clip
+    log_ratio = output.logprobs - scores.logprobs
+    if algorithm.loss == "clip":
+        return policy_loss(log_ratio, advantages, weights, low, high, dual)
+    if algorithm.loss == "cispo":
+        return cispo_loss(output.logprobs, log_ratio, advantages, weights, high)
+    if algorithm.loss == "gspo":
+        ratio = sequence_log_ratio(log_ratio, lengths)
+        return policy_loss(ratio, advantages, weights, low, high, dual)
+    if algorithm.loss == "gmpo":
+        return gmpo_loss(log_ratio, advantages, lengths, num_sequences, low, high)
+    assert head is not None and output.prompt_means is not None and scores.ref_logprobs is not None
+    outcome = torch.tensor([s.outcome_credit for s in samples], device=log_ratio.device)
+    logprobs = (output.logprobs, scores.logprobs, scores.ref_logprobs)
+    log_z, beta = head(output.prompt_means), algorithm.flowrl.beta
+    return flowrl_loss(*logprobs, log_z, outcome, lengths, num_sequences, beta, low, high)
 
 
 def _final_advantages(

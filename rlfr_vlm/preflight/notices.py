@@ -10,11 +10,11 @@ import unicodedata
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from rlfr_vlm.config import RewardConfig
 from rlfr_vlm.data.prompts import COLUMNS, IMAGE_MARK, UNSUPPORTED
 from rlfr_vlm.preflight.facts import Notice
 from rlfr_vlm.rewards.answers import extract_answer, unwrap_gold
 from rlfr_vlm.rewards.outcome import boxed_reward, tags_reward
-from rlfr_vlm.sections import RewardConfig
 from rlfr_vlm.types import Prompt
 
 PIXEL_KEYS = ("min_pixels", "max_pixels", "resized_height", "resized_width")

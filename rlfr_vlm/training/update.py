@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from functools import partial
 
 import torch
-from torch import Tensor
 
 from rlfr_vlm.algorithm.objective import objective
 from rlfr_vlm.batch import Credit, Sample, Scores, TokenRecord, UpdateSize
@@ -19,8 +17,8 @@ from rlfr_vlm.flow.sketch import sketch_latents
 from rlfr_vlm.learner.learner import Learner
 from rlfr_vlm.learner.microbatches import synchronised
 from rlfr_vlm.models.heads import ValueHead
-from rlfr_vlm.ranks import ALONE, Ranks
-from rlfr_vlm.training.follow import LOSSES, Following
+from rlfr_vlm.ranks import Ranks
+from rlfr_vlm.training.follow import Following, moved
 from rlfr_vlm.training.metrics import UpdateMetrics
 from rlfr_vlm.training.not_finite import in_microbatch
 from rlfr_vlm.training.scoring import forward, known_or_scored
@@ -42,17 +40,9 @@ def update(
     sample, what its tokens got.
     """
     ranks = learner.ranks
-    num_tokens, num_sequences = ranks.total(
-        [sum(s.length for s in samples), len(samples)], "size of the update"
-    )
-    # every mean divides by the whole update's, never by a micro-batch's
-    size = UpdateSize(int(num_tokens), int(num_sequences))
+    size = update_size(samples, ranks)
     metrics, records = UpdateMetrics(cfg, size), list[TokenRecord]()
-    following = None
-    if cfg.flow is not None and learner.field is not None and learner.field_optimizers:
-        following = Following(cfg, cfg.flow, learner.field, learner, samples, size)
-        if learner.flow_optimizer is not None:
-            metrics.add({"flow/selected_frac": num_selected(cfg, samples) / size.num_sequences})
+    following = Following.of(cfg, learner, samples, size, metrics)
     problem: NonFiniteError | None = None
     for part in synchronised(
         [s.rollout for s in samples], cfg.train.tokens_per_microbatch, learner.policy, ranks
@@ -60,8 +50,8 @@ def update(
         chosen = [samples[i] for i in part.rows]
         with torch.set_grad_enabled(train_policy):
             output = forward(cfg, learner, part.batch)
-        # other ranks have more: sharded weights are gathered by all of them together, backwards too
         if not chosen:
+            # Other ranks have more: sharded weights are gathered by all of them, backwards too.
             if train_policy:
                 learner.optimizer.backward(0.0 * output.logprobs.sum())
             continue
@@ -71,7 +61,7 @@ def update(
             problem = problem or found
         if following is not None and output.latents is not None:
             with timed("flow_update", clock):
-                seen = following.see(part.rows, chosen, output.latents, scores, metrics)
+                seen = following.see(part.rows, chosen, output.latents, scores)
             problem = problem or seen
         metrics.add_tokens(chosen, scores, credit)
         records += _records(
@@ -79,24 +69,21 @@ def update(
         )
     ranks.agree(problem, "losses of the update")  # before any weight moves
     result = metrics.result(ranks)
-    selected = following.selected() if following is not None and learner.window is None else {}
-    for name in selected:
-        # where nothing selected has a context there is no loss, not a loss of 0
-        if not selected[name]:
-            result.pop(LOSSES[name], None)
+    if following is not None:
+        following.drop_absent(result)
     result |= _policy_step(learner, train_policy)
     if following is not None:
         with timed("flow_update", clock):
-            result |= following.step(selected)
-    if learner.flow_optimizer is not None and learner.field_start is not None:
-        result["flow/drift"] = moved(learner.field_start, learner.flow_optimizer.sample(), ranks)
+            result |= following.step()
+        result |= following.drift()
     return result, records
 
 
-def num_selected(cfg: Config, samples: Sequence[Sample]) -> int:
-    """Responses that the field follows in full."""
-    assert cfg.flow is not None
-    return sum(s.outcome.correct or "correct" not in cfg.flow.online.select for s in samples)
+def update_size(samples: Sequence[Sample], ranks: Ranks) -> UpdateSize:
+    """Of all ranks' samples: every mean divides by the whole update's, never a micro-batch's."""
+    own = [sum(s.length for s in samples), len(samples)]
+    num_tokens, num_sequences = ranks.total(own, "size of the update")
+    return UpdateSize(int(num_tokens), int(num_sequences))
 
 
 def _policy_gradient(
@@ -139,15 +126,6 @@ def _policy_step(learner: Learner, train_policy: bool) -> dict[str, float]:
             first.copy_(poison("parameter", first))  # nothing happens where it is the same tensor
     faultpoint("step")
     return metrics
-
-
-def moved(before: Tensor, after: Tensor, ranks: Ranks = ALONE) -> float:
-    """||after - before|| / ||before|| over the samples of all ranks."""
-    change, size = ranks.total(
-        [(after - before).square().sum().item(), before.square().sum().item()],
-        "how far weights moved",
-    )
-    return math.sqrt(change / size) if size > 0 else 0.0
 
 
 def _records(

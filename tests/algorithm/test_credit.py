@@ -18,7 +18,18 @@ from rlfr_vlm.training.update import update
 from rlfr_vlm.types import RolloutGroup
 from tests.training.test_update import config, same, setup, weights
 
-OBJECTIVES = ["grpo", "dr_grpo", "dapo", "gspo", "gmpo", "rloo", "reinforce_pp", "ppo", "flowrl"]
+OBJECTIVES = [
+    "grpo",
+    "dr_grpo",
+    "dapo",
+    "gspo",
+    "gmpo",
+    "cispo",
+    "rloo",
+    "reinforce_pp",
+    "ppo",
+    "flowrl",
+]
 
 
 def prepared(model_folder, family="qwen2", **sections):
@@ -27,7 +38,8 @@ def prepared(model_folder, family="qwen2", **sections):
     if cfg.algorithm.advantage != "group":
         raw = {id(s.rollout): s for s in samples}
         samples = [
-            dataclasses.replace(s, advantage=raw[id(s.rollout)].outcome.reward) for s in samples
+            dataclasses.replace(s, outcome_credit=raw[id(s.rollout)].outcome.reward)
+            for s in samples
         ]
     return cfg, learner, samples
 

@@ -10,8 +10,8 @@ from rlfr_vlm.flow.latents import Latents
 from rlfr_vlm.flow.sketch import SKETCH_SIZE, sketch_latents
 from rlfr_vlm.learner.optim import SAMPLED, sampled
 from rlfr_vlm.run.records import GroupFigures, batch_metrics, length_correlation, ngrams
+from rlfr_vlm.training.follow import moved
 from rlfr_vlm.training.metrics import ResponseMetrics, flow_health, standard_errors
-from rlfr_vlm.training.update import moved
 from rlfr_vlm.types import Outcome
 
 

@@ -181,7 +181,7 @@ def test_a_non_finite_gradient_stops_before_the_weights(model_folder):
     cfg = config(model_folder("qwen2"))
     learner, samples = setup(cfg)
     before = weights(learner.policy.model)
-    broken = [dataclasses.replace(s, advantage=float("nan")) for s in samples]
+    broken = [dataclasses.replace(s, outcome_credit=float("nan")) for s in samples]
     with pytest.raises(StoppedError, match="not finite"):
         update(cfg, learner, broken)
     assert same(before, weights(learner.policy.model))

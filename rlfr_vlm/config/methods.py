@@ -4,7 +4,14 @@ line over a file with another method, it drops from that file whatever methods s
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
+
+Method = Literal[
+    "grpo", "dr_grpo", "dapo", "gspo", "gmpo", "cispo", "rloo", "reinforce_pp", "ppo", "flowrl"
+]
+Loss = Literal["clip", "cispo", "gspo", "gmpo", "flowrl"]
+PER_SEQUENCE = ("gspo", "gmpo", "flowrl")  # losses that are one number per sequence
+DUAL_CLIPPED = ("clip", "gspo")
 
 METHODS: dict[str, dict[str, Any]] = {
     # arXiv:2402.03300, averaged over tokens; RLFR's published runs average per sequence
@@ -28,6 +35,8 @@ METHODS: dict[str, dict[str, Any]] = {
         "algorithm.clip_low": 0.4,
         "algorithm.clip_high": 0.4,
     },
+    # arXiv:2506.13585 gives no bound; 1 + clip_high = 5 is arXiv:2510.13786's
+    "cispo": {"algorithm.loss": "cispo", "algorithm.clip_high": 4.0},
     # arXiv:2402.14740
     "rloo": {"algorithm.advantage": "leave_one_out"},
     # arXiv:2501.03262
