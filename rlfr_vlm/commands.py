@@ -26,6 +26,7 @@ from rlfr_vlm.data.render import PromptSource, Renderer, encode_all
 from rlfr_vlm.errors import RolledBack, UserError
 from rlfr_vlm.evaluation.heldout import HeldoutResult, evaluate_heldout
 from rlfr_vlm.evaluation.parity import parity
+from rlfr_vlm.evaluation.responders import Responder
 from rlfr_vlm.evaluation.suite import (
     Planned,
     endpoint,
@@ -51,7 +52,7 @@ from rlfr_vlm.report.during import ReportKeeper
 from rlfr_vlm.rewards.grader import Grader
 from rlfr_vlm.rewards.outcome import grade, load_reward_function
 from rlfr_vlm.rollout import make_engine
-from rlfr_vlm.rollout.engine import RolloutEngine
+from rlfr_vlm.rollout.engine import RolloutEngine, Sampler
 from rlfr_vlm.run.run import Run
 from rlfr_vlm.run.trackers import check_recording
 from rlfr_vlm.run.watch import with_roll_backs
@@ -407,23 +408,29 @@ def run_training(
         Renderer(policy, cfg.data, cfg.data.train),
         PromptStream(len(kept), cfg.run_seed, cfg.data.shuffle),
         bad,
-        ranks=ranks,
         rows=rows or RowDigests.of(prompts),
     )
     encoded = encode_heldout(bench, heldout) if heldout else []
-    run = Run(cfg, bench.grader, encoded, ranks=ranks)
-    run.tokenizer = policy.tokenizer
-    run.report = ReportKeeper(run.folder, run.warn)
-    if planned:
+
+    def benchmarks(
+        engine: Sampler, folder: Path, tell: Callable[[str], None]
+    ) -> dict[str, dict[str, Any]]:
         during = in_training(cfg)
-        run.benchmarks = lambda engine, folder: run_planned(
-            during,
-            planned,
-            lambda each: engine_responder(during, policy, engine, each),
-            None,
-            folder,
-            run.say,
-        )
+
+        def responder(each: Planned) -> Responder:
+            return engine_responder(during, policy, engine, each)
+
+        return run_planned(during, planned, responder, None, folder, tell)
+
+    run = Run(
+        cfg,
+        bench.grader,
+        encoded,
+        ranks,
+        decode=lambda token: policy.tokenizer.decode([token]),
+        benchmarks=benchmarks if planned else None,
+        report=ReportKeeper,
+    )
     try:
         train_loop(cfg, learner, bench.engine, source, bench.grader, run)
         export_policy(policy, run.folder / "hf" / f"global_step_{cfg.train.steps}", ranks)

@@ -272,13 +272,10 @@ class PromptSource:
         stream: PromptStream,
         bad: BadRows,
         check: Callable[[EncodedPrompt], None] | None = None,
-        ranks: Ranks = ALONE,
         rows: RowDigests | None = None,
     ) -> None:
-        """check: raises RowError for an encoded prompt that cannot be used after all. ranks: who
-        share the encoding of each batch.
-
-        rows: of the data set as it was read, for checkpoints.
+        """check: raises RowError for an encoded prompt that cannot be used after all. rows: of the
+        data set as it was read, for checkpoints.
         """
         self.prompts, self.renderer, self.stream, self.bad, self.check = (
             prompts,
@@ -287,13 +284,13 @@ class PromptSource:
             bad,
             check,
         )
-        self.ranks, self.rows = ranks, rows or RowDigests()
+        self.rows = rows or RowDigests()
         self._known_bad: set[int] = set()
         self._held: int | None = None
 
-    def next(self, count: int) -> list[EncodedPrompt]:
+    def next(self, count: int, ranks: Ranks = ALONE) -> list[EncodedPrompt]:
         """The next `count` prompts, none of them twice: equal requests have equal seeds. With
-        several ranks, those at `ranks.places(count)`.
+        several ranks, who share the encoding, those at `ranks.places(count)`.
 
         A row that turns out bad is replaced, in its place, by the next one. Raises UserError as
         `data.on_bad_row` says, or when fewer rows than that can be used.
@@ -305,17 +302,17 @@ class PromptSource:
                 if place not in drawn:
                     drawn[place] = self._draw(count, drawn.values())
             problems = []
-            for place in self.ranks.places(count):
+            for place in ranks.places(count):
                 if place not in encoded:
                     try:
                         encoded[place] = self._encode(self.prompts[drawn[place]])
                     except RowError as error:
                         problems.append((place, error.kind, str(error)))
-            for place, kind, message in sorted(self.ranks.merge(problems, "encoding prompts")):
+            for place, kind, message in sorted(ranks.merge(problems, "encoding prompts")):
                 row = drawn.pop(place)
                 self.bad.add(self.prompts[row].id, RowError(kind, message), len(self.prompts))
                 self._known_bad.add(row)
-        return [encoded[place] for place in self.ranks.places(count)]
+        return [encoded[place] for place in ranks.places(count)]
 
     @property
     def position(self) -> int:

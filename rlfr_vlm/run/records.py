@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ def rollout_line(
     pictures: Sequence[str],
     record: TokenRecord | None,
     attention: dict[str, Any] | None,
-    token_text: Any,
+    decode: Callable[[int], str],
 ) -> dict[str, Any]:
     """One response as a JSON object: the contract of the report."""
     prompt = rollout.prompt.prompt
@@ -45,7 +45,7 @@ def rollout_line(
         "parts": outcome.parts,
         "finish_reason": rollout.finish_reason,
         "policy_version": rollout.policy_version,
-        "tokens": [token_text(t) for t in rollout.token_ids],
+        "tokens": [decode(t) for t in rollout.token_ids],
         "logprobs": [round(p, 4) for p in rollout.logprobs],
         "advantages": [round(a, 4) for a in record.advantages] if record else None,
         "flow_rewards": [round(r, 5) for r in record.flow_rewards]

@@ -4,8 +4,6 @@ from.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 from rlfr_vlm.batch import Collected, GradedGroup
 from rlfr_vlm.config import Config
 from rlfr_vlm.data.render import PromptSource
@@ -41,8 +39,9 @@ def collect(
     failed: list[str] = []
     missing, done = wanted, 0
     while missing and done < rounds:
-        positions = [len(mixed) + place for place in ranks.places(missing)]
-        found, problem = _round(cfg, engine, prompts, grader, step, done, missing, positions, clock)
+        found, problem = _round(
+            cfg, engine, prompts, grader, step, done, missing, len(mixed), ranks, clock
+        )
         ranks.agree(problem, f"rollouts of step {step}")
         sampled += found
         own = (
@@ -73,15 +72,17 @@ def _round(
     step: int,
     done: int,
     count: int,
-    positions: Sequence[int],
+    first: int,
+    ranks: Ranks,
     clock: dict[str, float] | None,
 ) -> tuple[list[GradedGroup], UserError | None]:
     """One round of sampling and grading of this rank's share, or what went wrong: the other ranks
     must hear of it.
     """
+    positions = [first + place for place in ranks.places(count)]
     # a round may be small: errors are counted over the step
     lenient = cfg.reward.model_copy(update={"max_error_frac": 1.0})
-    drawn = prompts.next(count)
+    drawn = prompts.next(count, ranks)
     try:
         with timed("rollout", clock):
             groups = engine.sample(drawn, sampling(cfg, step, done))

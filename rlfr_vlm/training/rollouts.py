@@ -48,7 +48,6 @@ class Rollouts:
             self._thread = ThreadPoolExecutor(1, "rollouts")
             # a process group of the thread's own
             self.ranks = Ranks(self.ranks.rank, self.ranks.size, self.ranks.timeout_s)
-            prompts.ranks = self.ranks
 
     def next(self, step: int, clock: dict[str, float]) -> Collected:
         """The batch of this step; steps are asked for in order."""

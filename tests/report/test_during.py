@@ -94,8 +94,8 @@ def test_only_the_first_rank_writes_and_the_last_word_is_always_written(tmp_path
     calls: list[tuple[int, bool]] = []
     with Grader(cfg.reward.grader, "text") as grader:
         for rank in (1, 0):
-            run = Run(cfg, grader, ranks=Ranks(rank))
-            run.report = lambda last, hurried, rank=rank: calls.append((rank, last))
+            write = lambda last, hurried, rank=rank: calls.append((rank, last))  # noqa: E731
+            run = Run(cfg, grader, ranks=Ranks(rank), report=lambda *_, write=write: write)
             run.close()
     assert calls == [(0, True)]
 
