@@ -20,9 +20,11 @@ from transformers import AutoConfig
 
 from rlfr_vlm.batch import GradedGroup
 from rlfr_vlm.config import Config, FlowConfig
+from rlfr_vlm.data.bad_rows import BadRows, RowError
 from rlfr_vlm.data.digests import RowDigests
-from rlfr_vlm.data.prompts import BadRows, PromptStream, RowError, load_prompts
-from rlfr_vlm.data.render import PromptSource, Renderer, encode_all
+from rlfr_vlm.data.prompts import load_prompts
+from rlfr_vlm.data.render import Renderer
+from rlfr_vlm.data.stream import PromptSource, PromptStream, encode_all
 from rlfr_vlm.errors import RolledBack, UserError
 from rlfr_vlm.evaluation.heldout import HeldoutResult, evaluate_heldout
 from rlfr_vlm.evaluation.parity import parity

@@ -26,7 +26,8 @@ import torch
 
 from rlfr_vlm import commands
 from rlfr_vlm.config import Config, load_config
-from rlfr_vlm.data.prompts import BadRows, load_prompts
+from rlfr_vlm.data.bad_rows import BadRows
+from rlfr_vlm.data.prompts import load_prompts
 from rlfr_vlm.data.render import Renderer
 from rlfr_vlm.models.pack import pack
 from rlfr_vlm.models.policy import Policy, expert_rollout

@@ -16,8 +16,9 @@ from torch import Tensor
 
 from rlfr_vlm.batch import GradedGroup
 from rlfr_vlm.config import Config, FlowFitConfig, to_yaml
-from rlfr_vlm.data.prompts import BadRows, PromptStream, RowError
-from rlfr_vlm.data.render import PromptSource, Renderer, encode_all
+from rlfr_vlm.data.bad_rows import BadRows, RowError
+from rlfr_vlm.data.render import Renderer
+from rlfr_vlm.data.stream import PromptSource, PromptStream, encode_all
 from rlfr_vlm.errors import UserError
 from rlfr_vlm.fitting.budget import FIT_WARMUP_FRAC, fit_lr, fit_steps, num_heldout
 from rlfr_vlm.fitting.latent_store import store_latents

@@ -18,7 +18,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from rlfr_vlm.config import Config, config_hash
-from rlfr_vlm.data.render import PromptSource
+from rlfr_vlm.data.stream import PromptSource
 from rlfr_vlm.errors import CheckpointError
 from rlfr_vlm.faults import faultpoint
 from rlfr_vlm.finite import check_finite

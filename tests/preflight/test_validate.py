@@ -18,8 +18,10 @@ import yaml
 from rlfr_vlm.cli import main
 from rlfr_vlm.commands import checked
 from rlfr_vlm.config import DataConfig, load_config
-from rlfr_vlm.data.prompts import BadRows, load_prompts, parse_row
-from rlfr_vlm.data.render import Renderer, encode_all
+from rlfr_vlm.data.bad_rows import BadRows
+from rlfr_vlm.data.prompts import load_prompts, parse_row
+from rlfr_vlm.data.render import Renderer
+from rlfr_vlm.data.stream import encode_all
 from rlfr_vlm.fitting.fit_flow import Experts
 from rlfr_vlm.models.policy import Policy
 from rlfr_vlm.preflight.figures import bins

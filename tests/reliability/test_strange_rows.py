@@ -17,8 +17,10 @@ import yaml
 from PIL import Image
 
 from rlfr_vlm.config import load_config
-from rlfr_vlm.data.prompts import BadRows, load_prompts
-from rlfr_vlm.data.render import Renderer, encode_all
+from rlfr_vlm.data.bad_rows import BadRows
+from rlfr_vlm.data.prompts import load_prompts
+from rlfr_vlm.data.render import Renderer
+from rlfr_vlm.data.stream import encode_all
 from rlfr_vlm.models.policy import Policy
 from rlfr_vlm.preflight.kinds import KINDS
 from tests.reliability.strange_rows import CLASSES, LIMIT, write
