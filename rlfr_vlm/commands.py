@@ -42,7 +42,8 @@ from rlfr_vlm.evaluation.suite import (
 )
 from rlfr_vlm.faults import faultpoint
 from rlfr_vlm.fitting.budget import check_field, new_field_folder
-from rlfr_vlm.fitting.fit_flow import YARDSTICK_FILE, FitData, fit_flow, yardstick_lines
+from rlfr_vlm.fitting.fit_flow import YARDSTICK_FILE, fit_flow, yardstick_lines
+from rlfr_vlm.fitting.fit_solutions import FitData
 from rlfr_vlm.fitting.probe import probe
 from rlfr_vlm.flow.field import SPEC_FILE, FlowField, FlowSpec, read_spec
 from rlfr_vlm.flow.official import export_field, import_field

@@ -22,7 +22,7 @@ from rlfr_vlm.data.bad_rows import BadRows
 from rlfr_vlm.data.prompts import load_prompts, parse_row
 from rlfr_vlm.data.render import Renderer
 from rlfr_vlm.data.stream import encode_all
-from rlfr_vlm.fitting.fit_flow import Experts
+from rlfr_vlm.fitting.fit_solutions import Experts
 from rlfr_vlm.models.policy import Policy
 from rlfr_vlm.preflight.figures import bins
 from rlfr_vlm.preflight.kinds import KINDS
