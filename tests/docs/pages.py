@@ -1,5 +1,6 @@
 """The pages of the documentation, read as text: their code blocks, their links, their words."""
 
+import importlib
 import re
 from pathlib import Path
 
@@ -22,9 +23,7 @@ def prose(path: Path) -> str:
 
 def source() -> str:
     """All of the package's Python, with the strings that continue on a further line joined."""
-    texts = [
-        path.read_text(encoding="utf-8") for path in sorted((ROOT / "rlfr_vlm").rglob("*.py"))
-    ]
+    texts = [path.read_text(encoding="utf-8") for path in sorted((ROOT / "rlfr_vlm").rglob("*.py"))]
     return re.sub(r'"\s*\n\s*f?"', "", "\n".join(texts))
 
 
@@ -32,11 +31,10 @@ def resolve(place: str) -> object:
     """`rlfr_vlm/a/b.py::name.attribute` as an object. Raises where the file, or the name in it, is
     not there.
     """
-    import importlib
-
     file, _, name = place.partition("::")
     assert (ROOT / file).is_file(), f"{place}: no such file"
-    found: object = importlib.import_module(file.removesuffix(".py").replace("/", "."))
+    module = file.removesuffix(".py").removesuffix("/__init__")
+    found: object = importlib.import_module(module.replace("/", "."))
     for part in name.split("."):
         found = getattr(found, part)
     return found
