@@ -83,7 +83,7 @@ def test_the_settings_are_settings_of_the_config():
     assert name == tree["algorithm"]["method"] == NAME
     assert all(key.split(".")[1] in AlgorithmConfig.model_fields for key in settings)
     if NAME not in METHODS:
-        with pytest.raises(UserError, match="algorithm.method"):
+        with pytest.raises(UserError, match=r"algorithm\.method"):
             parse_config(tree)
         return
     resolved = parse_config(tree).algorithm.model_dump()

@@ -7,8 +7,9 @@ import pytest
 import yaml
 
 from rlfr_vlm.cli import build_parser
-from rlfr_vlm.config import parse_config
+from rlfr_vlm.config import Config, parse_config
 from rlfr_vlm.data.prompts import COLUMNS
+from scripts.config_reference import sections
 from tests.docs.pages import BLOCK, DOCS, PAGES, ROOT, blocks, prose
 
 LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
@@ -89,3 +90,32 @@ def test_the_columns_of_a_row_are_those_that_are_read():
         name: set(names) for name, names in COLUMNS.items()
     }
     assert len(blocks("data.md", "json")) == 1
+
+
+def test_the_index_names_every_verb():
+    (subparsers,) = (a for a in build_parser()._actions if isinstance(a.choices, dict))
+    text = (DOCS / "index.md").read_text(encoding="utf-8")
+    (line,) = (row for row in text.splitlines() if "VERB --help" in row)
+    assert set(re.findall(r"`([\w-]+)`", line)) == set(subparsers.choices)
+
+
+def keys() -> set[str]:
+    """Every dotted place of the config tree, sections too."""
+    found = set(Config.model_fields)
+    for path, section, _ in sections(Config):
+        found |= {path, *(f"{path}.{name}" for name in section.model_fields)}
+    return found
+
+
+@each_page
+def test_settings_that_prose_names_are_settings(path):
+    known = keys()
+    named = re.findall(r"`([a-z_]+(?:\.[a-z_0-9]+)+)(?:=[^`]*)?`", prose(path))
+    strange = [
+        name
+        for name in named
+        if name.partition(".")[0] in Config.model_fields
+        and name not in known
+        and not name.endswith((".md", ".py", ".yaml", ".json", ".jsonl", ".parquet"))
+    ]
+    assert not strange, strange
