@@ -16,7 +16,7 @@ from rlfr_vlm.algorithm import losses
 from rlfr_vlm.algorithm.objective import objective
 from rlfr_vlm.config import AlgorithmConfig, parse_config
 from rlfr_vlm.errors import UserError
-from rlfr_vlm.methods import METHODS
+from rlfr_vlm.config.methods import METHODS
 from tests.docs.pages import DOCS, ROOT, blocks, resolve
 
 PAGE = "add_an_algorithm.md"
