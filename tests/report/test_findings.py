@@ -12,7 +12,7 @@ import pytest
 from rlfr_vlm.report import flow_tokens, latents
 from rlfr_vlm.report.events import MAX_EVENTS, read_events
 from rlfr_vlm.report.flow_health import flow_health
-from rlfr_vlm.report.flow_tokens import TokenCensus
+from rlfr_vlm.report.flow_tokens import Place, TokenCensus
 from rlfr_vlm.report.html import write_report
 from rlfr_vlm.report.latents import (
     ERROR,
@@ -426,20 +426,20 @@ def test_tokens_are_summed_by_window_with_counts_shares_and_a_place():
     first, second = census.for_page()
     assert (first["first"], first["last"], second["first"]) == (1, 1, 2)
     assert [
-        (row["token"], row["reward"], row["count"], row["in_right"]) for row in first["penalised"]
+        (row.token, row.reward, row.count, row.in_right) for row in first["penalised"]
     ] == [
         ("a", -1.25, 3, 1.0),
         ("b", -0.5, 2, 1.0),
     ]
-    assert (first["penalised"][0]["place"], first["rewarded"]) == (
-        {"step": 1, "group": 0, "response": 0, "token": 0, "on_page": True},
+    assert (first["penalised"][0].place, first["rewarded"]) == (
+        Place(step=1, group=0, response=0, token=0, on_page=True),
         [],
     )
-    assert first["penalised"][1]["in_wrong"] == 1.0
-    assert first["penalised"][1]["place"]["response"] == 1
-    assert [row["token"] for row in second["rewarded"]] == ["a"]
-    assert second["rewarded"][0]["place"]["on_page"] is False
-    assert second["rewarded"][0]["in_wrong"] is None
+    assert first["penalised"][1].in_wrong == 1.0
+    assert first["penalised"][1].place.response == 1
+    assert [row.token for row in second["rewarded"]] == ["a"]
+    assert second["rewarded"][0].place.on_page is False
+    assert second["rewarded"][0].in_wrong is None
 
 
 def test_windows_cover_all_steps_once_and_a_place_on_the_page_is_preferred():
@@ -448,7 +448,7 @@ def test_windows_cover_all_steps_once_and_a_place_on_the_page_is_preferred():
     assert (spans[0][0], spans[-1][1], len(spans)) == (10, 32, 5)
     assert all(b[0] == a[1] + 1 for a, b in itertools.pairwise(spans))
     census.add(10, [group(response(["a"], [0.1])), group(response(["a"], [0.9]))], num_on_page=1)
-    assert census.for_page()[0]["rewarded"][0]["place"]["group"] == 0
+    assert census.for_page()[0]["rewarded"][0].place.group == 0
     assert TokenCensus([]).for_page() == []
     assert TokenCensus([1]).for_page() == []
 
