@@ -11,7 +11,16 @@ import types
 from collections.abc import Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from pathlib import Path
-from typing import Any, Literal, NotRequired, Union, get_args, get_origin, get_type_hints, is_typeddict
+from typing import (
+    Any,
+    Literal,
+    NotRequired,
+    Union,
+    get_args,
+    get_origin,
+    get_type_hints,
+    is_typeddict,
+)
 
 from rlfr_vlm.report.comparison_page import ComparisonData, Flip
 from rlfr_vlm.report.evaluation_page import EvaluationData, ProblemData, SampleTexts

@@ -24,6 +24,7 @@ from rlfr_vlm.report.folders import writable_file
 from rlfr_vlm.report.pooling import Band, pooled
 from rlfr_vlm.report.reading import Problem
 from rlfr_vlm.report.run_files import Evaluation
+from rlfr_vlm.report.scripts import joined
 from rlfr_vlm.report.template import (
     asset,
     compress,
@@ -45,14 +46,6 @@ CUTS = (
     1_000,
 )  # characters of a response, tried in turn until TEXT_BYTES are enough
 MAX_NOTES = 50  # shown one by one
-SCRIPTS = (
-    "shared.js",
-    "tabs.js",
-    "plots.js",
-    "comparison.js",
-    "comparison_curves.js",
-    "flips.js",
-)  # in the order they are loaded
 
 
 class PointData(TypedDict):
@@ -217,7 +210,7 @@ def write_comparison(folders: Sequence[Path], path: Path) -> Path:
     }
     blocks = [json_block("comparison-data", data)]
     blocks += [text_block(f"flips-{number}", packed) for number, packed in _pack(flips).items()]
-    scripts = {"plotly": plotly_script(), "script": "\n".join(map(asset, SCRIPTS))}
+    scripts = {"plotly": plotly_script(), "script": joined("comparison")}
     style = asset("page.css") + asset("comparison.css")
     return write_page(
         path, page("comparison.html", f"comparison of {len(runs)} runs", style, blocks, scripts)

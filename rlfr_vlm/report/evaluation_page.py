@@ -26,6 +26,7 @@ from rlfr_vlm.report.evaluation import (
 )
 from rlfr_vlm.report.pictures import PictureData, load_picture
 from rlfr_vlm.report.reading import Problem, as_number, as_text
+from rlfr_vlm.report.scripts import joined
 from rlfr_vlm.report.template import (
     asset,
     compress,
@@ -53,12 +54,6 @@ CUTS = (
 )  # characters of a response, tried in turn until TEXT_BYTES are enough
 CHUNK = 200_000  # characters that are unpacked together
 MAX_NOTES = 50  # shown one by one
-SCRIPTS = (
-    "shared.js",
-    "evaluation.js",
-    "problems.js",
-    "problem.js",
-)  # in the order they are loaded
 TELLING = (
     "accuracy",
     "accuracy_ci",
@@ -193,7 +188,7 @@ def write_evaluation(
     style = asset("page.css") + asset("evaluation.css")
     return write_page(
         path,
-        page("evaluation.html", title, style, blocks, {"script": "\n".join(map(asset, SCRIPTS))}),
+        page("evaluation.html", title, style, blocks, {"script": joined("evaluation")}),
     ), heads
 
 

@@ -16,6 +16,7 @@ from rlfr_vlm.report.folders import existing_folder, writable_file
 from rlfr_vlm.report.reading import Problem
 from rlfr_vlm.report.rollout_data import RolloutData, Scale
 from rlfr_vlm.report.run_files import Evaluation, Metrics, RunFiles, read_run
+from rlfr_vlm.report.scripts import joined
 from rlfr_vlm.report.template import asset, json_block, page, plotly_script, text_block, write_page
 
 ROLLOUT_BYTES = (
@@ -24,21 +25,6 @@ ROLLOUT_BYTES = (
 CURVE_POINTS = 3000  # longer curves are thinned
 MAX_PROBLEMS = 50  # shown one by one
 EVALUATION_PAGE = "evaluation.html"  # of the benchmarks that a training run holds
-VIEWS = (  # in the order they are loaded
-    "shared.js",
-    "tabs.js",
-    "plots.js",
-    "page.js",
-    "overview.js",
-    "events.js",
-    "curves.js",
-    "flow.js",
-    "latents.js",
-    "shading.js",
-    "attribution.js",
-    "group.js",
-    "rollouts.js",
-)
 STYLES = ("page.css", "findings.css", "attribution.css")
 
 
@@ -181,7 +167,7 @@ def _page(
         text_block(f"rollout-step-{step}", packed) for step, packed in rollouts.steps.items()
     ]
     blocks += [text_block(f"picture-{key}", url) for key, url in rollouts.pictures.items()]
-    scripts = {"plotly": plotly_script(), "script": "\n".join(map(asset, VIEWS))}
+    scripts = {"plotly": plotly_script(), "script": joined("page")}
     return page("page.html", run.name, "".join(map(asset, STYLES)), blocks, scripts)
 
 

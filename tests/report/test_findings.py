@@ -425,9 +425,7 @@ def test_tokens_are_summed_by_window_with_counts_shares_and_a_place():
     census.add(1, [group(response(["a"], [-2.0], "error")), group(*here)], num_on_page=2)
     first, second = census.for_page()
     assert (first["first"], first["last"], second["first"]) == (1, 1, 2)
-    assert [
-        (row.token, row.reward, row.count, row.in_right) for row in first["penalised"]
-    ] == [
+    assert [(row.token, row.reward, row.count, row.in_right) for row in first["penalised"]] == [
         ("a", -1.25, 3, 1.0),
         ("b", -0.5, 2, 1.0),
     ]
