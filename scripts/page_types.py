@@ -11,6 +11,7 @@ import types
 from collections.abc import Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from pathlib import Path
+from textwrap import indent
 from typing import (
     Any,
     Literal,
@@ -72,8 +73,9 @@ def _interface(kind: type) -> tuple[str, list[type]]:
         if get_origin(hint) is NotRequired:
             (hint,), optional = get_args(hint), "?"
         lines.append(f"  {name}{optional}: {_type(hint, named)};\n")
-    summary = (inspect.getdoc(kind) or "").split("\n\n")[0].replace("\n", " ")
-    return f"/** {summary} */\nexport interface {kind.__name__} {{\n{''.join(lines)}}}\n", named
+    summary = (inspect.getdoc(kind) or "").split("\n\n")[0]
+    text = f"/** {summary} */" if "\n" not in summary else f"/**\n{indent(summary, ' * ')}\n */"
+    return f"{text}\nexport interface {kind.__name__} {{\n{''.join(lines)}}}\n", named
 
 
 def _type(hint: Any, named: list[type]) -> str:

@@ -459,11 +459,11 @@ def test_memory_of_tokens_is_bounded_and_overflowing_sums_are_left_out(monkeypat
         census.add(1, [group(response(["strong", *tokens], [-1.0] + [-0.001] * 50))], 1)
     window = census.windows[0]
     assert len(window.counts) <= 100 + 51 and len(window.places) <= 151 and census.approximate
-    assert census.for_page()[0]["penalised"][0]["token"] == "strong"
-    assert census.for_page()[0]["penalised"][0]["count"] == 20
+    assert census.for_page()[0]["penalised"][0].token == "strong"
+    assert census.for_page()[0]["penalised"][0].count == 20
     huge = TokenCensus([1])
     huge.add(1, [group(response(["x", "x", "y"], [1e308, 1e308, 0.1]))], 1)
-    assert [row["token"] for row in huge.for_page()[0]["rewarded"]] == ["y"]
+    assert [row.token for row in huge.for_page()[0]["rewarded"]] == ["y"]
 
 
 # Latents.

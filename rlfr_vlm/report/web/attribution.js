@@ -1,5 +1,5 @@
-// Where a token looked: a heat map over the pictures of its group. One token at a time can be pinned,
-// on the whole page.
+// Where a token looked: a heat map over the pictures of its group. One token at a time can be
+// pinned, on the whole page.
 
 import { byId, h, part, parts } from "./dom.js";
 import { percent, plural } from "./format.js";
@@ -11,7 +11,14 @@ import { CAN_UNPACK, inflated } from "./unpack.js";
 /** @import { AttentionData, ResponseTokens } from "./data" */
 /** @import { PageEvent, Part } from "./types" */
 
-/** @type {{ card: Part | null, text: Part | null, at: number | null, release: (() => void) | null }} */
+/**
+ * @type {{
+ *   card: Part | null,
+ *   text: Part | null,
+ *   at: number | null,
+ *   release: (() => void) | null,
+ * }}
+ */
 const pin = { card: null, text: null, at: null, release: null };
 
 /** @type {WeakMap<AttentionData, Promise<Uint8Array>>} */
@@ -227,7 +234,9 @@ export function attentionSwitch() {
   return h(
     "label",
     {
-      title: `${plural(numAttention, "response")} on this page come with where their tokens looked${left}`,
+      title:
+        `${plural(numAttention, "response")} on this page come with where their tokens ` +
+        `looked${left}`,
     },
     h("input", {
       type: "checkbox",

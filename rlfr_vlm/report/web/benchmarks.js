@@ -24,7 +24,8 @@ export const OUTCOMES = {
 const UNCOUNTED = Object.keys(OUTCOMES).slice(2);
 
 /**
- * Headline numbers, an accuracy never without what it leaves out. `link` makes the cell of a benchmark's name.
+ * Headline numbers, an accuracy never without what it leaves out. `link` makes the cell of a
+ * benchmark's name.
  * @param {BenchmarkData[]} benchmarks
  * @param {(benchmark: BenchmarkData) => Child} link
  */

@@ -296,7 +296,8 @@ export function showCurves() {
         { class: "hint" },
         "Drag over a chart to zoom all, double-click to reset.",
         GROUPS.some(({ pooled }) => pooled) &&
-          " Pooled runs: mean and t-interval over seeds, as far as all seeds have come; the faint lines are the single runs.",
+          " Pooled runs: mean and t-interval over seeds, as far as all seeds have come; the " +
+            "faint lines are the single runs.",
         DATA.curves.every > 1 && ` Every ${DATA.curves.every}th step is drawn.`,
       ),
     ),

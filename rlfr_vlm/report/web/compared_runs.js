@@ -208,7 +208,9 @@ function flipsCell({ versus }, number) {
     "button",
     {
       class: "link",
-      title: `${versus.gained} problems that the first run's greedy answer misses are solved here, ${versus.lost} the other way`,
+      title:
+        `${versus.gained} problems that the first run's greedy answer misses are solved ` +
+        `here, ${versus.lost} the other way`,
       onclick: () => chooseFlips(number),
     },
     `+${count(versus.gained)} −${count(versus.lost)}`,
@@ -225,7 +227,8 @@ function words() {
   if (compared.length) {
     const tests = [...new Set(compared)].join(" or ");
     lines.push([
-      `Against the first: points of held-out accuracy, paired by problem, with 95 % interval; p of no difference (${tests}). `,
+      "Against the first: points of held-out accuracy, paired by problem, with 95 % interval; " +
+        `p of no difference (${tests}). `,
       "The problems vary, not the training: other seeds could give other differences.",
       compared.length > 1 &&
         ` With ${compared.length} comparisons some p values are small by chance.`,
@@ -236,12 +239,14 @@ function words() {
     if (runs.some((number) => Number(DATA.runs[number].last?.step) > last.step))
       lines.push([
         h("b", {}, name),
-        `: pooled accuracy at step ${count(last.step)}, the last that every seed evaluated; some have come further.`,
+        `: pooled accuracy at step ${count(last.step)}, the last that every seed evaluated; ` +
+          "some have come further.",
       ]);
   }
   if (GROUPS.some(({ pooled }) => pooled))
     lines.push([
-      "Runs that differ in their seed alone are pooled: mean over seeds and 95 % t-interval, wide for few seeds.",
+      "Runs that differ in their seed alone are pooled: mean over seeds and 95 % t-interval, " +
+        "wide for few seeds.",
     ]);
   return (
     lines.length > 0 &&
@@ -280,7 +285,8 @@ function settingsPanel() {
     h(
       "p",
       { class: "hint" },
-      "Settings and versions that are not the same in all runs; what is not listed is equal. Bold: unlike the first run.",
+      "Settings and versions that are not the same in all runs; what is not listed is equal. " +
+        "Bold: unlike the first run.",
     ),
     settingsTable(
       columns,
@@ -294,7 +300,8 @@ function settingsPanel() {
           h(
             "summary",
             {},
-            `${plural(unknown.length, "setting")} that some configs do not have, written by another version`,
+            `${plural(unknown.length, "setting")} that some configs do not have, written by ` +
+              "another version",
           ),
           settingsTable(columns, unknown),
         ),

@@ -21,7 +21,10 @@ export interface GroupHead {
   responses: ResponseHead[];
 }
 
-/** Tokens of a response with their traces, as the page reads them: a value per token of each of QUANTITIES that was recorded. */
+/**
+ * Tokens of a response with their traces, as the page reads them: a value per token of each of
+ * QUANTITIES that was recorded.
+ */
 export interface ResponseTokens {
   tokens: string[];
   flow_rewards?: (number | null)[];

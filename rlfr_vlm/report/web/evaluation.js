@@ -33,7 +33,8 @@ function showNumbers() {
     : `${count(total)} responses`;
   byId("evaluation-state").dataset.state = missing ? "open" : "";
   byId("foot").textContent =
-    `Page written ${EVALUATION.writtenAt}. Keys: ← → or j k for the previous and next problem, / to search.`;
+    `Page written ${EVALUATION.writtenAt}. Keys: ← → or j k for the previous and next problem, ` +
+    "/ to search.";
   const nameCell = (/** @type {BenchmarkData} */ { title, numProblems, numSamples }) => [
     h("b", {}, title),
     h("small", {}, `${plural(numProblems, "problem")}${numSamples > 1 ? ` × ${numSamples}` : ""}`),

@@ -60,9 +60,8 @@ export function address(problem, sample) {
   if (settings.search.trim()) parameters.set("search", settings.search.trim());
   if (settings.order !== "file") parameters.set("order", settings.order);
   if (sample !== undefined) parameters.set("sample", String(sample));
-  const place = problem
-    ? `${encodeURIComponent(EVALUATION.benchmarks[problem.benchmark].name)}/${encodeURIComponent(problem.id)}`
-    : "";
+  const names = problem ? [EVALUATION.benchmarks[problem.benchmark].name, problem.id] : [];
+  const place = names.map(encodeURIComponent).join("/");
   const text = parameters.toString();
   return `#${place}${text ? `?${text}` : ""}`;
 }

@@ -83,7 +83,7 @@ export function eventMarks(events, steps) {
  * As text that Plotly, which reads some tags, shows as it is.
  * @param {Event} event
  */
-function eventLabel({ action, monitor, what }) {
+export function eventLabel({ action, monitor, what }) {
   const label = Object.hasOwn(ACTIONS, action) ? ACTIONS[action][0] : action;
   const words = plainText(`${label}, ${monitor}: ${what}`).slice(0, 3 * WORDS_PER_LINE);
   const lines =

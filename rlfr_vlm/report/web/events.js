@@ -11,7 +11,8 @@ import { openView, writeAddress } from "./tabs.js";
 /** @import { Event, EventData } from "./data" */
 
 /**
- * The log in the order of the file. Small above the curves; on the overview, a run without events says so.
+ * The log in the order of the file. Small above the curves; on the overview, a run without events
+ * says so.
  * @param {boolean} small
  */
 export function eventPanel(small) {
@@ -50,7 +51,8 @@ function eventNote({ numLeftOut, numRollBacks, numStepsTakenBack }) {
   return [
     "in the order in which they were said",
     numRollBacks > 0 &&
-      `; ${plural(numRollBacks, "roll-back")} took ${plural(numStepsTakenBack, "step")} back, which stand in rolled_back.jsonl`,
+      `; ${plural(numRollBacks, "roll-back")} took ${plural(numStepsTakenBack, "step")} back, ` +
+        "which stand in rolled_back.jsonl",
     numLeftOut > 0 && `; ${plural(numLeftOut, "earlier event")} left out`,
     ".",
   ];
@@ -59,9 +61,8 @@ function eventNote({ numLeftOut, numRollBacks, numStepsTakenBack }) {
 /** @param {Event} event */
 function eventRow(event) {
   const since = isNumber(event.since) && event.since < event.step;
-  const measured =
-    isNumber(event.value) &&
-    `${event.monitor}: ${figure(event.value)}${isNumber(event.limit) ? `, limit ${figure(event.limit)}` : ""}`;
+  const limit = isNumber(event.limit) ? `, limit ${figure(event.limit)}` : "";
+  const measured = isNumber(event.value) && `${event.monitor}: ${figure(event.value)}${limit}`;
   const step = loggedStep(RUN.rollouts.steps, event);
   return h(
     "li",

@@ -1,7 +1,7 @@
 // Which problems, and which of their samples, pass the filters of an evaluation.
 
 /** @import { ProblemData, SampleData } from "./data" */
-/** @import { Chosen, EvaluatedProblem, Facet, Facets, Sample, Tallies } from "./types" */
+/** @import { Chosen, EvaluatedProblem, Facet, Facets, Order, Sample, Tallies } from "./types" */
 
 /**
  * What samples are filtered by: the values that a sample has. Any of the chosen values will do, or,
@@ -28,7 +28,7 @@ export const TRAITS = {
   unread: ["no answer found", "no answer could be extracted"],
 };
 
-/** @type {Record<string, [string, ((a: EvaluatedProblem, b: EvaluatedProblem) => number) | null]>} */
+/** @type {Record<string, [string, Order | null]>} */
 export const ORDERS = {
   file: ["in order", null],
   hardest: ["least right first", (a, b) => share(a) - share(b)],

@@ -151,8 +151,9 @@ function listFlips() {
     ),
   );
   const [before, after] = versus.steps ?? [];
+  const steps = before === after ? before : `${before} and ${after}`;
   byId("flip-tally").textContent =
-    `${plural(found.length, "problem")}; greedy answers at step ${before === after ? before : `${before} and ${after}`}`;
+    `${plural(found.length, "problem")}; greedy answers at step ${steps}`;
   byId("flip-list").replaceChildren(
     ...found.slice(0, chosen.shown).map((row) => flipCard(row, name)),
     found.length

@@ -103,9 +103,8 @@ function yardstickPanel({ source, rows, names, aucs, num_responses, accuracy }) 
       isNumber(pairs) ? count(pairs) : "–",
     ]),
   );
-  const graded =
-    isNumber(num_responses) &&
-    `${plural(num_responses, "response")}${isNumber(accuracy) ? `, ${percent(accuracy)} right` : ""}`;
+  const right = isNumber(accuracy) ? `, ${percent(accuracy)} right` : "";
+  const graded = isNumber(num_responses) && `${plural(num_responses, "response")}${right}`;
   return h(
     "div",
     { id: "yardstick" },
@@ -122,7 +121,8 @@ function yardstickPanel({ source, rows, names, aucs, num_responses, accuracy }) 
         h(
           "p",
           { class: "reading" },
-          "Held-out deviation of the field beside velocities that need none; lower is a closer fit, the least is bold.",
+          "Held-out deviation of the field beside velocities that need none; lower is a closer " +
+            "fit, the least is bold.",
         ),
         h("div", { class: "wide-table" }, deviations),
       ),
@@ -237,9 +237,11 @@ async function showTokens(view) {
         "span",
         { class: "hint" },
         RUN.flow.missing ? "Token rewards, which shaping gave (there is no flow)," : "Flow rewards",
-        " of all logged responses, summed by token and ranked within each part of the run. n: occurrences; mean: reward per occurrence, ",
+        " of all logged responses, summed by token and ranked within each part of the run. n: " +
+          "occurrences; mean: reward per occurrence, ",
         `in units of ${figure(unitOf(windows))}; `,
-        "right: share of the right responses that contain the token. Click one to see it in a response.",
+        "right: share of the right responses that contain the token. Click one to see it in a " +
+          "response.",
         RUN.flow.approximate && " There are so many different tokens that rare ones were left out.",
       ),
     ),
@@ -359,7 +361,10 @@ function tokenRow({ token, reward, count: number, in_right, in_wrong, place }, s
     "tr",
     {
       "data-token": token,
-      title: `sum ${figure(reward, true)} over ${plural(number, "occurrence")}; in ${percent(in_right)} of right and ${percent(in_wrong)} of wrong responses; ${where}`,
+      title:
+        `sum ${figure(reward, true)} over ${plural(number, "occurrence")}; in ` +
+        `${percent(in_right)} of right and ${percent(in_wrong)} of wrong responses; ` +
+        `${where}`,
     },
     h(
       "td",

@@ -1,6 +1,6 @@
 // Figures and words as the page shows them.
 
-// Hidden characters show as their code points and can do nothing; `marked` puts signs before line breaks and tabs.
+// Characters that show as nothing, or that turn round the text after them.
 export const HIDDEN_CHARACTERS =
   /[\u0000-\u001f\u007f-\u009f\u00ad\u200b-\u200f\u2028-\u202e\u2060-\u206f\ufeff\ufff9-\ufffb]/;
 

@@ -39,8 +39,8 @@ export function latentFrames({ step, x, y, verdict }) {
 }
 
 /**
- * The middle and the extent of values without the outermost percent, so that one stray response does
- * not make specks of the others.
+ * The middle and the extent of values without the outermost percent, so that one stray response
+ * does not make specks of the others.
  * @param {number[]} values
  */
 export function span(values) {

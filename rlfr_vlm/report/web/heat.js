@@ -4,7 +4,8 @@
 
 /** @type {[number, number[]][]} */
 const HEAT = [
-  // strength -> red, green, blue, opacity: visible on dark and on light pictures, which stay visible under it
+  // strength -> red, green, blue, opacity: visible on dark and on light pictures, which stay
+  // visible under it
   [0, [92, 60, 210, 0]],
   [0.2, [110, 50, 215, 0.22]],
   [0.6, [222, 0, 122, 0.5]],
@@ -23,11 +24,13 @@ export function heat(strength) {
 }
 
 export function heatRamp() {
-  return `linear-gradient(to right, ${HEAT.map(([at, [r, g, b, opacity]]) => `rgb(${r} ${g} ${b} / ${opacity}) ${100 * at}%`).join(", ")})`;
+  const stops = HEAT.map(([at, [r, g, b, part]]) => `rgb(${r} ${g} ${b} / ${part}) ${100 * at}%`);
+  return `linear-gradient(to right, ${stops.join(", ")})`;
 }
 
 /**
- * Strengths from 0 to 1 of one token, or of the mean over tokens, each cell of which is a share of all their attention.
+ * Strengths from 0 to 1 of one token, or of the mean over tokens, each cell of which is a share of
+ * all their attention.
  * @param {Uint8Array} cells
  * @param {AttentionData} attention
  * @param {number | null} at

@@ -1,5 +1,5 @@
-// Latents: where responses lie among each other, drawn on a canvas, and whether right and wrong ones
-// lie apart.
+// Latents: where responses lie among each other, drawn on a canvas, and whether right and wrong
+// ones lie apart.
 
 import { byId, css, h } from "./dom.js";
 import { verdictPanel } from "./flow.js";
@@ -33,7 +33,8 @@ const LATENT_CHARTS = [
     ],
     level: 0.5,
     reading:
-      "How often a right response lies further along the line than a wrong one of its step; 0.5: no better than chance. A step needs 5 of each.",
+      "How often a right response lies further along the line than a wrong one of its step; " +
+      "0.5: no better than chance. A step needs 5 of each.",
   },
   {
     title: "Drift of the centroid",
@@ -45,7 +46,8 @@ const LATENT_CHARTS = [
       ["drift_chance", "by the draw of questions alone"],
     ],
     reading:
-      "How far the middle of a step's responses is from that of the first steps; below the second line it may be chance.",
+      "How far the middle of a step's responses is from that of the first steps; below the " +
+      "second line it may be chance.",
   },
 ];
 
@@ -245,8 +247,8 @@ function chooseFrame(at) {
   map.at = at;
   const { first, last, points } = map.frames[at];
   byId("latent-step").value = String(at);
-  byId("latent-frame").textContent =
-    `${first === last ? `step ${first}` : `steps ${first}–${last}`} · ${plural(points.length, "response")}`;
+  const steps = first === last ? `step ${first}` : `steps ${first}–${last}`;
+  byId("latent-frame").textContent = `${steps} · ${plural(points.length, "response")}`;
   hidePoint();
   drawMap();
 }
@@ -409,7 +411,8 @@ function showPoint(event) {
   const left = Math.min(event.clientX + 16, innerWidth - tip.offsetWidth - 8);
   tip.style.left = `${left + scrollX}px`;
   const below = event.clientY + 16;
-  tip.style.top = `${(below + tip.offsetHeight < innerHeight ? below : Math.max(8, event.clientY - 16 - tip.offsetHeight)) + scrollY}px`;
+  const above = Math.max(8, event.clientY - 16 - tip.offsetHeight);
+  tip.style.top = `${(below + tip.offsetHeight < innerHeight ? below : above) + scrollY}px`;
   byId("latent-map").style.cursor = points.group[at] === null ? "" : "pointer";
 }
 

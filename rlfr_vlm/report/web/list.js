@@ -23,7 +23,8 @@ export function startList() {
 }
 
 /**
- * Rows from the first to the last in sight, and a few around them. `same`: only the scroll position has changed.
+ * Rows from the first to the last in sight, and a few around them. `same`: only the scroll position
+ * has changed.
  * @param {boolean} same
  */
 export function drawRows(same = false) {

@@ -1,4 +1,5 @@
-// On a page that is served: asks for the stamp of the newest page and loads that, without losing the view.
+// On a page that is served: asks for the stamp of the newest page and loads that, without losing
+// the view.
 (() => {
   "use strict";
   const KEPT = `live ${location.pathname}`;
@@ -44,7 +45,8 @@
     sessionStorage.setItem(KEPT, JSON.stringify(kept));
   }
 
-  // Views draw over several frames: the place is taken again until the page is long enough, or the reader moves.
+  // Views draw over several frames: the place is taken again until the page is long enough, or the
+  // reader moves.
   function restore() {
     const kept = JSON.parse(sessionStorage.getItem(KEPT) || "null");
     sessionStorage.removeItem(KEPT);

@@ -1,5 +1,5 @@
-// The overview: what the run reached, its evaluations, its checkpoints, its config and what its folder
-// lacks.
+// The overview: what the run reached, its evaluations, its checkpoints, its config and what its
+// folder lacks.
 
 import { benchmarkTable } from "./benchmarks.js";
 import { byId, h } from "./dom.js";
@@ -328,7 +328,8 @@ function dumbbell(from, to) {
   return line;
 }
 
-// One group of the last step in which siblings disagree, a right and a wrong response beside each other.
+// One group of the last step in which siblings disagree, a right and a wrong response beside each
+// other.
 async function showSample() {
   const groups = await rolloutGroups();
   const group =

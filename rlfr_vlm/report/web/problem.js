@@ -1,5 +1,5 @@
-// One problem: question, pictures and gold answers, and each response with the answer read from it, its
-// verdict and the judge's words.
+// One problem: question, pictures and gold answers, and each response with the answer read from it,
+// its verdict and the judge's words.
 
 import { OUTCOMES } from "./benchmarks.js";
 import { byId, h, part, visible } from "./dom.js";
@@ -15,7 +15,8 @@ import { answerRange, merged, pieces, ranges } from "./text_marks.js";
 
 const SAMPLES_AT_FIRST = 8; // the rest on request
 
-const FOLDED = 3200; // characters; a longer response shows its beginning, its end and what is looked for
+// Characters; a longer response shows its beginning, its end and what is looked for.
+const FOLDED = 3200;
 
 const [HEAD, TAIL, AROUND] = [1000, 1600, 300];
 

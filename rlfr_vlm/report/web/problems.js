@@ -184,7 +184,8 @@ async function changed() {
 }
 
 /**
- * Which problems, and which of their samples, pass the filters; the counts beside them say what one more choice would leave.
+ * Which problems, and which of their samples, pass the filters; the counts beside them say what one
+ * more choice would leave.
  * @param {boolean} mustList
  */
 export async function browse(mustList = false) {

@@ -206,7 +206,8 @@ function leftOut() {
   return h(
     "p",
     { class: "hint", id: "left-out" },
-    `A sample, to keep this file small: ${count(numResponses)} responses are here; ${parts.join(" and ")} stayed in the folder rollouts/.`,
+    `A sample, to keep this file small: ${count(numResponses)} responses are here; ` +
+      `${parts.join(" and ")} stayed in the folder rollouts/.`,
   );
 }
 

@@ -362,7 +362,8 @@ let marks = null; // worked out once for all curves
 const levelOf = ({ level }) => (typeof level === "function" ? level() : level);
 
 /**
- * A thin line at a value that means something: chance, no correlation, a ratio of one, a field that knows nothing.
+ * A thin line at a value that means something: chance, no correlation, a ratio of one, a field that
+ * knows nothing.
  * @param {RunChart} chart
  * @returns {Trace}
  */

@@ -45,7 +45,8 @@ export function showCurves() {
       h(
         "span",
         { class: "hint" },
-        "Over training steps. Drag over a chart to zoom all, double-click to reset; the faint line is the raw value, which hovering shows.",
+        "Over training steps. Drag over a chart to zoom all, double-click to reset; the faint " +
+          "line is the raw value, which hovering shows.",
         metrics.every > 1 ? ` Every ${metrics.every}th step is drawn.` : "",
       ),
       h(

@@ -84,6 +84,7 @@ export function showTooltip(event) {
   const left = Math.min(Math.max(8, box.left), innerWidth - tip.offsetWidth - 8);
   const above = box.top - tip.offsetHeight - 6;
   tip.style.left = `${left + scrollX}px`;
-  const covers = trace.attention && box.bottom + tip.offsetHeight + 6 < innerHeight; // the picture, where the heat map is
+  // Above it would cover the picture, where the heat map is.
+  const covers = trace.attention && box.bottom + tip.offsetHeight + 6 < innerHeight;
   tip.style.top = `${(above > 0 && !covers ? above : box.bottom + 6) + scrollY}px`;
 }

@@ -81,7 +81,8 @@ export function pieces(from, to, all) {
 }
 
 /**
- * Where the answer that was read stands: in the last box or answer tag that holds it, else where it occurs last.
+ * Where the answer that was read stands: in the last box or answer tag that holds it, else where it
+ * occurs last.
  * @param {string} text
  * @param {string} prediction
  */

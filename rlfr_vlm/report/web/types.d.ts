@@ -181,6 +181,9 @@ export interface FacetRule {
   every?: boolean; // it takes all of the chosen values
 }
 
+/** Which of two problems comes first. */
+export type Order = (a: EvaluatedProblem, b: EvaluatedProblem) => number;
+
 export type Facets = Record<Facet, FacetRule>;
 export type Chosen = Record<Facet, Set<string>>;
 export type Tallies = Record<Facet, Map<string, number>>;
