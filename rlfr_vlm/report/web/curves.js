@@ -20,9 +20,8 @@ export function chartGrid({
 }) {
   /** @type {Map<Part, [C, number]>} */
   const drawn = new Map(); // every chart on the page with its height, to draw it again
-  let smoothing = 0.6;
-  /** @type {Range | null} */
-  let range = null; // that all charts show
+  /** @type {{ smoothing: number, range: Range | null }} */
+  const look = { smoothing: 0.6, range: null }; // of all charts; range: what they are zoomed to
 
   /**
    * @param {Part} element
@@ -31,10 +30,10 @@ export function chartGrid({
    */
   function draw(element, chart, tall = height) {
     const own = layout(chart, tall);
-    if (range && follows(chart)) own.xaxis.range = range;
-    element.dataset.zoom = String(follows(chart) ? range : null);
+    if (look.range && follows(chart)) own.xaxis.range = look.range;
+    element.dataset.zoom = String(follows(chart) ? look.range : null);
     const options = { responsive: true, displayModeBar: false, doubleClick: "reset+autosize" };
-    Plotly.react(element, traces(chart, smoothing), own, options);
+    Plotly.react(element, traces(chart, look.smoothing), own, options);
     if (drawn.has(element)) return;
     drawn.set(element, [chart, tall]);
     if (follows(chart)) element.on("plotly_relayout", zoom);
@@ -98,13 +97,14 @@ export function chartGrid({
    */
   function zoom(change) {
     const wanted = zoomRange(change);
-    if (wanted === undefined || String(wanted) === String(range)) return;
-    range = wanted;
+    if (wanted === undefined || String(wanted) === String(look.range)) return;
+    look.range = wanted;
     showZoom();
   }
 
   /** Charts of views that are not open are zoomed when their view is opened. */
   function showZoom() {
+    const { range } = look;
     zoomed(range);
     for (const [element, [chart]] of drawn) {
       if (!follows(chart) || !element.offsetParent || element.dataset.zoom === String(range))
@@ -117,13 +117,13 @@ export function chartGrid({
 
   /** Draws all charts again, whole: what they were zoomed to is no range of the new axis. */
   function rescale() {
-    range = null;
+    look.range = null;
     redraw();
   }
 
   function smoothingSlider() {
     const smooth = (/** @type {PageEvent} */ event) => {
-      smoothing = Number(event.target.value);
+      look.smoothing = Number(event.target.value);
       redraw();
     };
     return h(
@@ -135,12 +135,12 @@ export function chartGrid({
         min: 0,
         max: 0.95,
         step: 0.05,
-        value: smoothing,
+        value: look.smoothing,
         id: "smoothing",
         oninput: smooth,
       }),
     );
   }
 
-  return { draw, redraw, cards, card, drawQueue, zoom, showZoom, rescale, smoothingSlider };
+  return { look, draw, redraw, cards, card, drawQueue, zoom, showZoom, rescale, smoothingSlider };
 }

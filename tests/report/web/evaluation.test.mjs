@@ -67,7 +67,13 @@ test("a sample is counted for every choice that would show it", () => {
     [true, false],
   );
   // The other verdict is one more choice away; what it has besides is shown by no single choice.
-  assert.deepEqual([...tallies.verdict], [["wrong", 1], ["correct", 1]]);
+  assert.deepEqual(
+    [...tallies.verdict],
+    [
+      ["wrong", 1],
+      ["correct", 1],
+    ],
+  );
   assert.deepEqual([...tallies.only], []);
   assert.deepEqual([...tallies.benchmark], [["math500", 1]]);
 });

@@ -43,9 +43,16 @@ test("groups know their place in their step and how many of their responses are 
 });
 
 test("filters of responses and of groups", () => {
-  assert.deepEqual(found({}), [["a", 0, 1], ["b", 0, 1], ["c", 0, 1]]);
+  assert.deepEqual(found({}), [
+    ["a", 0, 1],
+    ["b", 0, 1],
+    ["c", 0, 1],
+  ]);
   assert.deepEqual(found({ step: "2" }), [["c", 0, 1]]);
-  assert.deepEqual(found({ responses: "wrong" }), [["a", 1], ["c", 0]]);
+  assert.deepEqual(found({ responses: "wrong" }), [
+    ["a", 1],
+    ["c", 0],
+  ]);
   assert.deepEqual(found({ responses: "error" }), [["c", 1]]);
   assert.deepEqual(found({ responses: "truncated" }), [["a", 1]]);
   assert.deepEqual(found({ responses: "flow" }), [["b", 1]]);
@@ -57,7 +64,10 @@ test("filters of responses and of groups", () => {
 test("a search finds questions, and responses by their text and answer", () => {
   assert.deepEqual(found({ search: " QUESTION B " }), [["b", 0, 1]]);
   assert.deepEqual(found({ search: "seven" }), [["c", 1]]);
-  assert.deepEqual(found({ search: "said wrong" }), [["a", 1], ["c", 0]]);
+  assert.deepEqual(found({ search: "said wrong" }), [
+    ["a", 1],
+    ["c", 0],
+  ]);
   assert.deepEqual(found({ search: "nowhere" }), []);
 });
 

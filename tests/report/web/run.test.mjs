@@ -64,7 +64,12 @@ test("means of tokens are told in a power of ten", () => {
 
 test("latents fall into windows of steps with sums of right and of wrong answers", () => {
   const steps = Array.from({ length: 90 }, (_, at) => 10 * at);
-  const points = { step: steps, x: steps.map(() => 1), y: steps.map(() => 2), verdict: steps.map((_, at) => at % 3) };
+  const points = {
+    step: steps,
+    x: steps.map(() => 1),
+    y: steps.map(() => 2),
+    verdict: steps.map((_, at) => at % 3),
+  };
   const frames = latentFrames(points);
   assert.equal(frames.length, 45);
   assert.deepEqual(frames[0], {
@@ -81,8 +86,15 @@ test("latents fall into windows of steps with sums of right and of wrong answers
 });
 
 test("a trail is a mean over the last frames, with two responses or more", () => {
-  const frames = [[1, 1, 1], [1, 3, 5], [0, 0, 0]].map((right) => ({ sums: [right, [0, 0, 0]] }));
-  assert.deepEqual(trail(frames, 2, 0), [[2, 3], [2, 3]]);
+  const frames = [
+    [1, 1, 1],
+    [1, 3, 5],
+    [0, 0, 0],
+  ].map((right) => ({ sums: [right, [0, 0, 0]] }));
+  assert.deepEqual(trail(frames, 2, 0), [
+    [2, 3],
+    [2, 3],
+  ]);
   assert.deepEqual(trail(frames, 2, 1), []);
 });
 

@@ -24,7 +24,10 @@ const RUN = {
 };
 
 test("smoothing is a mean that is corrected for its start", () => {
-  assert.deepEqual(smoothed([5, 5, 5], 0.9).map((value) => value.toFixed(9)), Array(3).fill("5.000000000"));
+  assert.deepEqual(
+    smoothed([5, 5, 5], 0.9).map((value) => value.toFixed(9)),
+    Array(3).fill("5.000000000"),
+  );
   const [first, second] = smoothed([1, 4], 0.5);
   assert.equal(first, 1);
   assert.equal(second, (0.5 * 0.5 * 1 + 0.5 * 4) / 0.75);

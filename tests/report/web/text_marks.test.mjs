@@ -50,8 +50,20 @@ test("pieces are cut where a mark begins or ends, and cover the text once", () =
 
 test("windows are joined where little lies between them and end between words", () => {
   const text = "word ".repeat(400);
-  const windows = merged([[1990, 2100], [0, 101], [250, 301], [900, 950]], text);
-  assert.deepEqual(windows, [[0, 304], [904, 954], [1994, 2000]]);
+  const windows = merged(
+    [
+      [1990, 2100],
+      [0, 101],
+      [250, 301],
+      [900, 950],
+    ],
+    text,
+  );
+  assert.deepEqual(windows, [
+    [0, 304],
+    [904, 954],
+    [1994, 2000],
+  ]);
 });
 
 test("a window does not end within a letter of two code units", () => {
