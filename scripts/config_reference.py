@@ -19,8 +19,8 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from rlfr_vlm.config import Config
-from rlfr_vlm.evaluation.benchmarks import Benchmark
 from rlfr_vlm.config.methods import METHODS, PROFILES
+from rlfr_vlm.evaluation.benchmarks import Benchmark
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "configuration.md"
 HEAD = """# Configuration

@@ -66,7 +66,9 @@ def memory_lines(cfg: Config, trained: bool) -> Lines:
     weight = element(cfg)
     each = bytes_per_parameter(cfg) if trained else weight
     size, hidden = num_parameters(cfg.model.path), hidden_size(cfg.model.path)
-    rest = "on one device, for nothing is sharded; activations and the KV cache come on top"
+    sharded = cfg.deepspeed is not None and cfg.deepspeed.zero_stage > 0
+    where = "before sharding over ranks (see `rlfr-vlm plan`)" if sharded else "on one device"
+    rest = f"{where}; activations and the KV cache come on top"
     if size is None:
         return [
             (
