@@ -92,7 +92,11 @@ def verdict(ended: Mapping[int, Ended], died: Mapping[int, str], silent: list[in
 
 
 def started(pid: int) -> str | None:
-    """When a process started, in the kernel's ticks; None where there is none, or no /proc."""
+    """When a process started, in the kernel's ticks; None where there is none, or no /proc.
+
+    Not psutil's `create_time`: that is counted from the clock's idea of when the machine booted,
+    and another process that asks after the clock was set gets another number.
+    """
     try:
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except OSError:

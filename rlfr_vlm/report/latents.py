@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from rlfr_vlm.flow.separation import wins
 from rlfr_vlm.report.flow_health import Verdict, against_chance, in_words
 from rlfr_vlm.report.reading import Problem
 from rlfr_vlm.report.rollout_data import short
@@ -264,15 +265,13 @@ def separability(
         ):
             aucs.append(None)
             continue
-        direction = _discriminant(fit[0], fit[1])
-        pairs = [(here_right, here_wrong)]
-        if group is not None:
-            pairs = [
-                (here_right[group[here_right] == g], here_wrong[group[here_wrong] == g])
-                for g in np.unique(group[here_right])
-            ]
-        won = sum(_pairs_won(x[a] @ direction, x[b] @ direction) for a, b in pairs)
-        aucs.append(round(won / sum(len(a) * len(b) for a, b in pairs), 4))
+        to_wrong = -_discriminant(fit[0], fit[1])
+        here = np.concatenate((here_right, here_wrong))
+        parts = (
+            [here] if group is None else [here[group[here] == g] for g in np.unique(group[here])]
+        )
+        counted = [wins(x[part] @ to_wrong, verdict[part] == RIGHT) for part in parts]
+        aucs.append(round(sum(won for won, _ in counted) / sum(pairs for _, pairs in counted), 4))
     return tuple(aucs)
 
 
@@ -322,13 +321,6 @@ def _among_siblings(
     right = np.bincount(group[verdict == RIGHT], minlength=count)
     both = (right > 0) & (right < sizes)
     return x - (sums / np.maximum(1, sizes)[:, None])[group], both[group]
-
-
-def _pairs_won(right: Matrix, wrong: Matrix) -> float:
-    """Pairs in which the right one is higher; equal ones count half."""
-    ordered = np.sort(wrong)
-    below, to = np.searchsorted(ordered, right, "left"), np.searchsorted(ordered, right, "right")
-    return float((below + to).sum() / 2)
 
 
 def centroid_drift(
