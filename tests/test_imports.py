@@ -10,7 +10,7 @@ import rlfr_vlm
 
 ROOT = Path(rlfr_vlm.__file__).parent
 LEVELS = [
-    {"errors", "faults", "finite"},
+    {"errors", "faults", "finite", "shares"},
     {"config", "types"},
     {"ranks", "batch"},
     {"flow"},

@@ -14,6 +14,7 @@ from typing import Any
 from rlfr_vlm.errors import UserError
 from rlfr_vlm.evaluation.ledger import COUNTED, Answer, Sample, Verdict, read_ledger
 from rlfr_vlm.evaluation.statistics import DRAWS, Estimate, Paired, estimate, paired, shares
+from rlfr_vlm.shares import points
 
 MAX_FAILED = 0.01  # above this share of samples without a verdict no score is shown
 LISTED = 50  # problem ids named in a text; CSV has all
@@ -345,7 +346,7 @@ def _percent(e: Estimate | None, sign: str = "") -> str:
     return (
         "-"
         if e is None
-        else f"{100 * e.value:{sign}.1f} [{100 * e.low:{sign}.1f}, {100 * e.high:{sign}.1f}]"
+        else f"{points(e.value, 1, sign)} [{points(e.low, 1, sign)}, {points(e.high, 1, sign)}]"
     )
 
 

@@ -25,6 +25,7 @@ from rlfr_vlm.fitting.budget import (
 from rlfr_vlm.planning.memory import bytes_per_parameter, element
 from rlfr_vlm.planning.shapes import hidden_size, num_flow_parameters, num_parameters
 from rlfr_vlm.run.trackers import STATE_FILE, check_recording
+from rlfr_vlm.shares import points
 from rlfr_vlm.storage.checkpoint import list_checkpoints
 
 SHOWN = 8  # numbers of a list that are spelled out
@@ -548,7 +549,7 @@ def due_steps(every: int, steps: int) -> list[int]:
 def _learning_rate(peak: float, updates: int | None, warmup_frac: float, min_ratio: float) -> str:
     end = "constant after that" if min_ratio == 1 else f"then a cosine down to {peak * min_ratio:g}"
     if updates is None:
-        return f"{peak:g} after {warmup_frac:.0%} of warm-up, {end}"
+        return f"{peak:g} after {points(warmup_frac, 0)}% of warm-up, {end}"
     warmup = int(updates * warmup_frac)
     return (
         f"{peak:g} after {_number(warmup)} {'update' if warmup == 1 else 'updates'} of warm-up, "

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from statistics import fmean, stdev
 from typing import Any, Literal
 
@@ -12,6 +13,7 @@ from rlfr_vlm.flow.reference import unfit_loss
 from rlfr_vlm.report.reading import as_number
 from rlfr_vlm.report.run_files import Metrics
 from rlfr_vlm.report.yardstick import FIELD, KNOWS_NOTHING, Yardstick
+from rlfr_vlm.shares import percent
 
 LAST_STEPS = 20  # what a verdict looks at
 LEAST_STEPS = 5  # with a value among them; fewer give no verdict
@@ -219,7 +221,7 @@ def _place(series: dict[str, tuple[float | None, ...]]) -> Verdict | None:
             f"falls at {fmean(place):.2f} of a response on average (0: its start, 1: its end)"
         )
     shares = [
-        f"{_percent(fmean(values))} by {name}"
+        f"{percent(fmean(values))} by {name}"
         for values, name in ((token, "the token's identity"), (at, "its place"))
         if len(values) >= LEAST_STEPS
     ]
@@ -243,9 +245,9 @@ def _weight(series: dict[str, tuple[float | None, ...]]) -> Verdict | None:
     )
     if len(share) < LEAST_STEPS:
         return None
-    text = f"{_percent(fmean(share))} of the size of the advantages comes from the flow"
+    text = f"{percent(fmean(share))} of the size of the advantages comes from the flow"
     if len(alone) >= LEAST_STEPS:
-        text += f"; in {_percent(fmean(alone))} of the groups it alone moves the policy"
+        text += f"; in {percent(fmean(alone))} of the groups it alone moves the policy"
     return Verdict("plain", f"{text} (last {_steps(len(share))}).")
 
 
@@ -262,7 +264,7 @@ def _field(series: dict[str, tuple[float | None, ...]], reference: float | None)
     )
     drift = _present(series.get("flow/drift", ()))
     if drift:
-        text += f", and its weights moved {_percent(drift[-1])} from where the run began"
+        text += f", and its weights moved {percent(drift[-1])} from where the run began"
     unfit = reference is not None and last > reference
     if reference is not None:
         text += f"; v = x_t / t, which knows nothing, has {reference:.3g}"
@@ -304,82 +306,82 @@ def _readings(
         "flow/loss": (
             "Error of the velocities on right responses",
             f"lower is a closer fit{nothing}",
-            "{:.3g}",
+            "{:.3g}".format,
         ),
         "flow/contrast_loss": (
             "Error of the contrast's velocities",
             "lower is a closer fit",
-            "{:.3g}",
+            "{:.3g}".format,
         ),
         "flow/charged_auc": (
             "How often a wrong response is charged more than a right one",
             "0.5: no better than chance",
-            "{:.2f}",
+            "{:.2f}".format,
         ),
         "flow/charged_auc_in_group": (
             "How often a wrong response is charged more than a right sibling",
             "0.5: chance",
-            "{:.2f}",
+            "{:.2f}".format,
         ),
         "flow/charge_place": (
             "Where in a response its flow rewards stand, by their size",
             "0: at its start, 1: at its end",
-            "{:.2f}",
+            "{:.2f}".format,
         ),
         "flow/charge_by_token": (
             "Share of the token rewards' variance between token ids",
             "100 %: a table of tokens would do",
-            "{:.1%}",
+            percent,
         ),
         "flow/charge_by_place": (
             "Share of the token rewards' variance between places",
             "100 %: they only count tokens",
-            "{:.1%}",
+            percent,
         ),
         "flow/auc": (
             "How often a wrong response strays further than a right one",
             "0.5: no better than chance",
-            "{:.2f}",
+            "{:.2f}".format,
         ),
         "flow/advantage_share": (
             "Share of the advantages' size that is the flow's",
             "0: the outcome alone",
-            "{:.1%}",
+            percent,
         ),
         "flow/only_groups_frac": (
             "Groups without a signal from outcomes",
             "only the flow moves the policy there",
-            "{:.1%}",
+            percent,
         ),
         "flow/drift": (
             "How far the field's weights are from the start",
             "relative to their size",
-            "{:.2%}",
+            partial(percent, digits=2),
         ),
         "flow/deviation_spread": (
             "Spread of deviations within a response",
             "near 0: every token deviates alike",
-            "{:.2f}",
+            "{:.2f}".format,
         ),
         "flow/grad_norm": (
             "Size of the field's gradient, before clipping",
             "0: no right response to learn from",
-            "{:.3g}",
+            "{:.3g}".format,
         ),
         "flow/selected_frac": (
             "Responses that the field learns from",
             "0: the field stands still",
-            "{:.1%}",
+            percent,
         ),
         "flow/deviation_mean": (
             "How far tokens stray from the field",
             "in the field's own units",
-            "{:.3g}",
+            "{:.3g}".format,
         ),
         "flow/reward_mean": (
             "What a response is given or charged by the flow",
             "summed over its tokens",
-            "{:.3g}",
+            "{:.3g}".format,
         ),
     }
     readings = {}
@@ -387,10 +389,8 @@ def _readings(
         if name not in series:
             continue
         ends = _ends(series[name])
-        figures = (
-            "" if ends is None else f" This run: {form.format(ends[0])} → {form.format(ends[1])}."
-        )
-        readings[name] = f"{meaning}; {scale}.{figures}".replace("%", " %").replace("  %", " %")
+        figures = "" if ends is None else f" This run: {form(ends[0])} → {form(ends[1])}."
+        readings[name] = f"{meaning}; {scale}.{figures}"
     return readings
 
 
@@ -410,7 +410,3 @@ def _ends(values: tuple[float | None, ...]) -> tuple[float, float] | None:
 
 def _steps(count: int) -> str:
     return f"{count} step{'' if count == 1 else 's'}"
-
-
-def _percent(share: float) -> str:
-    return f"{100 * share:.1f} %"
