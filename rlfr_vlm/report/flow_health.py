@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from statistics import fmean, stdev
@@ -302,7 +302,7 @@ def _readings(
         if reference is None
         else f"; above {reference:.3g}, the dotted line, it knows less than v = x_t / t"
     )
-    meanings = {
+    meanings: dict[str, tuple[str, str, Callable[[float], str]]] = {
         "flow/loss": (
             "Error of the velocities on right responses",
             f"lower is a closer fit{nothing}",
