@@ -116,3 +116,21 @@ def test_a_fault_point_and_a_poisoned_value_never_share_a_name():
         set(re.findall(rf'\b{call}\("(\w+)"', text)) for call in ("faultpoint", "poison")
     )
     assert points and values and not points & values
+
+
+def test_a_class_name_has_one_meaning():
+    """Over the whole package, also beside the aliases of types at the top of a module."""
+    classes, aliases = {}, {}
+    for path in sorted(ROOT.rglob("*.py")):
+        tree, place = ast.parse(path.read_text()), path.relative_to(ROOT).as_posix()
+        for node in ast.walk(tree):
+            if isinstance(node, ast.ClassDef):
+                classes.setdefault(node.name, []).append(place)
+        for node in tree.body:
+            if isinstance(node, ast.Assign) and isinstance(node.value, ast.Subscript | ast.BinOp):
+                for target in node.targets:
+                    if isinstance(target, ast.Name):
+                        aliases.setdefault(target.id, []).append(place)
+    assert len(classes) > 200
+    found = {name: places + aliases.get(name, []) for name, places in classes.items()}
+    assert not {name: places for name, places in found.items() if len(places) > 1}

@@ -34,7 +34,7 @@ Lines = list[tuple[str, str]]  # name, text
 
 
 @dataclass(frozen=True)
-class Rows:
+class RowCount:
     """How many rows a data file has, as far as can be told without downloading or checking them."""
 
     count: int | None
@@ -474,14 +474,14 @@ def _gib(size: int) -> str:
 # -- figures ---------------------------------------------------------------------------------------
 
 
-def count_rows(source: str, limit: int | None = None) -> Rows:
+def count_rows(source: str, limit: int | None = None) -> RowCount:
     """Rows of a data file, good and bad ones, at most `limit`. Raises UserError for one that cannot
     be read.
     """
     path = Path(source)
     if not path.exists():
         local = path.suffix or source.startswith((".", "/"))
-        return Rows(
+        return RowCount(
             None,
             f"rows unknown: {source} {'is not there yet' if local else 'is read from the hub'}",
         )
@@ -495,13 +495,13 @@ def count_rows(source: str, limit: int | None = None) -> Rows:
             f"{' '.join(str(error).split())[:200]}"
         ) from None
     except ImportError:
-        return Rows(
+        return RowCount(
             None,
             f"rows unknown: {source}: reading Parquet and Arrow needs the extra: pip install "
             "'rlfr-vlm[data]'",
         )
     count = min(found, limit or found)
-    return Rows(
+    return RowCount(
         count, f"{_number(count)}{f' of {_number(found)}' if count < found else ''} rows: {source}"
     )
 

@@ -13,7 +13,7 @@ from rlfr_vlm.report.events import EventLog, read_events
 from rlfr_vlm.report.flow_health import FlowHealth, flow_health
 from rlfr_vlm.report.flow_tokens import TokenCensus
 from rlfr_vlm.report.latents import LatentCensus, LatentView, latent_view
-from rlfr_vlm.report.reading import Problem
+from rlfr_vlm.report.reading import FileNote
 from rlfr_vlm.report.rollout_data import RolloutData, pack_rollouts
 from rlfr_vlm.report.run_files import Metrics, RunFiles
 from rlfr_vlm.report.template import compress, text_block
@@ -61,7 +61,7 @@ class Findings:
 
 
 def examine(
-    folder: Path, run: RunFiles, budget: int, problems: list[Problem]
+    folder: Path, run: RunFiles, budget: int, problems: list[FileNote]
 ) -> tuple[RolloutData, Findings]:
     """Read the run's rollouts once: those that the page carries, in `budget` bytes, and what all of
     them say.

@@ -22,7 +22,7 @@ ENDS = 0.1  # share of the steps at each end that a trend compares
 
 
 @dataclass(frozen=True)
-class Verdict:
+class Remark:
     """One line about the flow."""
 
     level: Literal["good", "bad", "plain", "none"]  # none: the data do not say
@@ -33,7 +33,7 @@ class Verdict:
 class FlowHealth:
     """Lines for the top of the view, and a sentence for each chart, by metric."""
 
-    verdicts: tuple[Verdict, ...]
+    verdicts: tuple[Remark, ...]
     readings: dict[str, str]
     missing: str  # why there is nothing to see; empty where there is something
     reference: float | None = None  # loss of a field that knows nothing
@@ -107,10 +107,10 @@ def _present(values: tuple[float | None, ...]) -> list[float]:
     return [value for value in values if value is not None and abs(value) < ABSURD]
 
 
-def _separation(series: dict[str, tuple[float | None, ...]]) -> Verdict:
+def _separation(series: dict[str, tuple[float | None, ...]]) -> Remark:
     """Do wrong answers stray further from the field than right ones?"""
     if "flow/auc" not in series and "flow/auc_in_group" not in series:
-        return Verdict(
+        return Remark(
             "none",
             "No verdict on right and wrong: flow/auc was not logged (a run of an earlier version).",
         )
@@ -120,7 +120,7 @@ def _separation(series: dict[str, tuple[float | None, ...]]) -> Verdict:
     )
     known = pairs or siblings
     if known is None:
-        return Verdict(
+        return Remark(
             "none",
             f"No verdict on right and wrong yet: of the last {LAST_STEPS} steps, {LEAST_STEPS} "
             "need a value of flow/auc.",
@@ -128,22 +128,22 @@ def _separation(series: dict[str, tuple[float | None, ...]]) -> Verdict:
     over = in_words(pairs, siblings, f"over the last {_steps(known.count)}")
     all_pairs, in_groups = (found.sign if found else 0 for found in (pairs, siblings))
     if siblings and all_pairs > 0 >= in_groups:
-        return Verdict(
+        return Remark(
             "plain",
             f"Wrong answers stray further, but not clearly among siblings: {over}. The field may "
             "tell hard questions from easy ones.",
         )
     if siblings and in_groups > 0 >= all_pairs:
-        return Verdict("good", f"Among siblings, wrong answers stray further: {over}.")
+        return Remark("good", f"Among siblings, wrong answers stray further: {over}.")
     if all_pairs > 0:
-        return Verdict("good", f"Wrong answers stray further: {over}.")
+        return Remark("good", f"Wrong answers stray further: {over}.")
     if all_pairs < 0 or in_groups < 0:
-        return Verdict(
+        return Remark(
             "bad",
             f"Right answers stray further than wrong ones: {over}. The flow reward works against "
             "the outcome.",
         )
-    return Verdict("plain", f"The field tells right from wrong no better than chance: {over}.")
+    return Remark("plain", f"The field tells right from wrong no better than chance: {over}.")
 
 
 @dataclass(frozen=True)
@@ -178,7 +178,7 @@ def in_words(pairs: MeanAuc | None, siblings: MeanAuc | None, where: str) -> str
     return f"{pairs} {where}{f', {siblings} among siblings' if siblings else ''}"
 
 
-def _charged(series: dict[str, tuple[float | None, ...]]) -> Verdict | None:
+def _charged(series: dict[str, tuple[float | None, ...]]) -> Remark | None:
     """Is what is charged the wrong responses, as the deviations are? The two side by side, among
     siblings where they are known there.
     """
@@ -197,19 +197,19 @@ def _charged(series: dict[str, tuple[float | None, ...]]) -> Verdict | None:
                 if straying and straying.sign > 0
                 else ""
             )
-            return Verdict("bad", f"{text}: right answers are charged more than wrong ones.{lost}")
+            return Remark("bad", f"{text}: right answers are charged more than wrong ones.{lost}")
         if charged.sign > 0:
-            return Verdict("good", f"{text}: wrong answers are charged more.")
+            return Remark("good", f"{text}: wrong answers are charged more.")
         lost = (
             ": what the deviations know is lost on the way"
             if straying and straying.sign > 0
             else ""
         )
-        return Verdict("plain", f"{text}, which is no better than chance{lost}.")
+        return Remark("plain", f"{text}, which is no better than chance{lost}.")
     return None
 
 
-def _place(series: dict[str, tuple[float | None, ...]]) -> Verdict | None:
+def _place(series: dict[str, tuple[float | None, ...]]) -> Remark | None:
     """Where the charge falls, and how much of it needs no latents to be told."""
     place, token, at = (
         _last(series.get(name, ()))
@@ -235,10 +235,10 @@ def _place(series: dict[str, tuple[float | None, ...]]) -> Verdict | None:
         if most > 0.5
         else ""
     )
-    return Verdict("plain", f"The charge {'; it '.join(parts)}.{hint}")
+    return Remark("plain", f"The charge {'; it '.join(parts)}.{hint}")
 
 
-def _weight(series: dict[str, tuple[float | None, ...]]) -> Verdict | None:
+def _weight(series: dict[str, tuple[float | None, ...]]) -> Remark | None:
     """How much of the training signal is the flow's?"""
     share, alone = (
         _last(series.get(name, ())) for name in ("flow/advantage_share", "flow/only_groups_frac")
@@ -248,10 +248,10 @@ def _weight(series: dict[str, tuple[float | None, ...]]) -> Verdict | None:
     text = f"{percent(fmean(share))} of the size of the advantages comes from the flow"
     if len(alone) >= LEAST_STEPS:
         text += f"; in {percent(fmean(alone))} of the groups it alone moves the policy"
-    return Verdict("plain", f"{text} (last {_steps(len(share))}).")
+    return Remark("plain", f"{text} (last {_steps(len(share))}).")
 
 
-def _field(series: dict[str, tuple[float | None, ...]], reference: float | None) -> Verdict | None:
+def _field(series: dict[str, tuple[float | None, ...]], reference: float | None) -> Remark | None:
     """Does the field follow what it learns from, and does it know anything?"""
     ends = _ends(series.get("flow/loss", ()))
     if ends is None:
@@ -273,10 +273,10 @@ def _field(series: dict[str, tuple[float | None, ...]], reference: float | None)
             if unfit
             else ""
         )
-    return Verdict("bad" if unfit or last > 1.5 * first else "plain", f"{text}.")
+    return Remark("bad" if unfit or last > 1.5 * first else "plain", f"{text}.")
 
 
-def _fitted(yardstick: Yardstick | None) -> Verdict | None:
+def _fitted(yardstick: Yardstick | None) -> Remark | None:
     """What the fit came to, before training."""
     known = yardstick.overall() if yardstick else {}
     others = {name: value for name, value in known.items() if name != FIELD}
@@ -290,7 +290,7 @@ def _fitted(yardstick: Yardstick | None) -> Verdict | None:
     if best != KNOWS_NOTHING:
         text += f", the best that needs no field ({best}) {others[best]:.3g}"
     level: Literal["good", "bad", "plain"] = "good" if known[FIELD] < others[best] else "plain"
-    return Verdict("bad" if known[FIELD] > others[KNOWS_NOTHING] else level, f"{text}.")
+    return Remark("bad" if known[FIELD] > others[KNOWS_NOTHING] else level, f"{text}.")
 
 
 def _readings(

@@ -14,7 +14,7 @@ from rlfr_vlm.report.evaluation import find_benchmarks, is_training_run
 from rlfr_vlm.report.evaluation_page import write_evaluation
 from rlfr_vlm.report.findings import Findings, examine
 from rlfr_vlm.report.folders import existing_folder, writable_file
-from rlfr_vlm.report.reading import Problem
+from rlfr_vlm.report.reading import FileNote
 from rlfr_vlm.report.rollout_data import RolloutData
 from rlfr_vlm.report.run_files import Evaluation, Metrics, RunFiles, read_run
 from rlfr_vlm.report.template import asset, json_block, page, plotly_script, text_block, write_page
@@ -69,7 +69,7 @@ def _page(
     run: RunFiles,
     rollouts: RolloutData,
     findings: Findings,
-    problems: list[Problem],
+    problems: list[FileNote],
     evaluated: list[dict[str, Any]],
 ) -> str:
     data = {
@@ -109,7 +109,7 @@ def _page(
     return page("page.html", run.name, "".join(map(asset, STYLES)), blocks, scripts)
 
 
-def _overview(run: RunFiles, problems: list[Problem]) -> dict[str, Any]:
+def _overview(run: RunFiles, problems: list[FileNote]) -> dict[str, Any]:
     series = run.metrics.series or {}
     seconds = [value for value in series.get("timing_s/step", ()) if value is not None]
     state, status = _status(run)

@@ -15,8 +15,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rlfr_vlm.flow.separation import wins
-from rlfr_vlm.report.flow_health import Verdict, against_chance, in_words
-from rlfr_vlm.report.reading import Problem
+from rlfr_vlm.report.flow_health import Remark, against_chance, in_words
+from rlfr_vlm.report.reading import FileNote
 from rlfr_vlm.report.rollout_data import short
 from rlfr_vlm.report.run_files import Group, Metrics
 
@@ -92,7 +92,7 @@ class LatentCensus:
             )
             self.latents.append(response.latent)
 
-    def matrix(self, problems: list[Problem]) -> tuple[list[Row], Matrix]:
+    def matrix(self, problems: list[FileNote]) -> tuple[list[Row], Matrix]:
         """Rows by step and place, and their latents [N, D]: those of the commonest length. Centred
         and scaled to a size near 1.
         """
@@ -102,7 +102,7 @@ class LatentCensus:
         unusable = self.num_unusable + len(self.latents) - len(kept)
         if unusable:
             problems.append(
-                Problem(
+                FileNote(
                     "damaged",
                     "rollouts",
                     f"{unusable} latents are not numbers of one length; left out",
@@ -127,7 +127,7 @@ class LatentView:
     explained: tuple[float, float]  # shares of the variance
     curves: Metrics  # auc, auc_in_group, drift, drift_chance by step
     num_responses: int
-    verdicts: tuple[Verdict, ...]
+    verdicts: tuple[Remark, ...]
 
     def for_page(self) -> dict[str, Any]:
         """As JSON, without points and curves."""
@@ -139,7 +139,7 @@ class LatentView:
         }
 
 
-def latent_view(census: LatentCensus, problems: list[Problem]) -> LatentView | None:
+def latent_view(census: LatentCensus, problems: list[FileNote]) -> LatentView | None:
     """Project, compare and measure; None where the rollouts hold no latents that differ."""
     rows, x = census.matrix(problems)
     if not len(rows) or not x.any():
@@ -164,7 +164,7 @@ def latent_view(census: LatentCensus, problems: list[Problem]) -> LatentView | N
     )
 
 
-def _apart(auc: tuple[float | None, ...], in_group: tuple[float | None, ...]) -> Verdict:
+def _apart(auc: tuple[float | None, ...], in_group: tuple[float | None, ...]) -> Remark:
     """Whether a line separates right from wrong."""
     pairs, siblings = against_chance(auc), against_chance(in_group)
     if pairs is None:
@@ -172,36 +172,36 @@ def _apart(auc: tuple[float | None, ...], in_group: tuple[float | None, ...]) ->
             f"a step counts with {LEAST_OF_EACH} right and {LEAST_OF_EACH} wrong responses, "
             f"and the others need {LEAST_TO_FIT} of each"
         )
-        return Verdict("none", f"No verdict on right and wrong: too few responses ({least}).")
+        return Remark("none", f"No verdict on right and wrong: too few responses ({least}).")
     over = in_words(pairs, siblings, f"over {pairs.count} steps")
     if pairs.sign <= 0:
-        return Verdict(
+        return Remark(
             "plain",
             "No line fitted on other steps separates right from wrong answers better than chance: "
             f"{over}.",
         )
     apart = "Right and wrong answers lie apart, along a line fitted on other steps"
     if siblings and siblings.sign <= 0:
-        return Verdict(
+        return Remark(
             "plain",
             f"{apart}, but not clearly among siblings: {over}. The line may tell hard questions "
             "from easy ones.",
         )
-    return Verdict("good", f"{apart}: {over}.")
+    return Remark("good", f"{apart}: {over}.")
 
 
-def _moved(drift: tuple[float | None, ...], chance: tuple[float | None, ...]) -> Verdict:
+def _moved(drift: tuple[float | None, ...], chance: tuple[float | None, ...]) -> Remark:
     """How far the last responses are from the first ones."""
     last, floor = (
         [value for value in values[-10:] if value is not None] for values in (drift, chance)
     )
     if len(drift) < 2 or not last:
-        return Verdict("none", "No verdict on drift: there is one step.")
+        return Remark("none", "No verdict on drift: there is one step.")
     text = f"The last responses lie {fmean(last):.2f} spreads from the first ones"
     if not floor:
-        return Verdict("plain", f"{text}.")
+        return Remark("plain", f"{text}.")
     than = "more than" if fmean(last) > 1.5 * fmean(floor) else "not clearly more than"
-    return Verdict(
+    return Remark(
         "plain",
         f"{text}, {than} the {fmean(floor):.2f} that the draw of questions alone would give.",
     )

@@ -16,7 +16,7 @@ import numpy as np
 
 from rlfr_vlm.report.attention import AttentionBudget
 from rlfr_vlm.report.pictures import load_picture
-from rlfr_vlm.report.reading import Problem
+from rlfr_vlm.report.reading import FileNote
 from rlfr_vlm.report.run_files import QUANTITIES, Group, Response, RolloutFile, read_rollouts
 from rlfr_vlm.report.template import compress
 
@@ -26,7 +26,7 @@ MIN_STEPS = 32  # when there is too much, no step takes more than this share of 
 
 
 @dataclass(frozen=True)
-class Scale:
+class ColourRange:
     """Range of a per-token quantity over the whole run, which fixes its colours."""
 
     kind: Literal["signed", "penalty", "bonus", "magnitude"]
@@ -41,7 +41,7 @@ class RolloutData:
     index: str  # all groups without their tokens: base64 of gzipped JSON
     steps: dict[int, str]  # tokens and traces of a step's groups, likewise
     pictures: dict[str, str]  # key -> data URL
-    scales: dict[str, Scale]
+    scales: dict[str, ColourRange]
     num_groups: int
     num_responses: int
     num_groups_left_out: int  # of the steps shown
@@ -58,7 +58,7 @@ def pack_rollouts(
     folder: Path,
     files: tuple[RolloutFile, ...],
     budget: int,
-    problems: list[Problem],
+    problems: list[FileNote],
     censuses: Sequence[Census] = (),
 ) -> RolloutData:
     """Pack steps until `budget` bytes are used: first and last step first, then the middles of the
@@ -219,7 +219,7 @@ class _Range:
             # None becomes nan
             self.parts.append(np.array(values, dtype=np.float64).astype(np.float32))
 
-    def scale(self, name: str) -> Scale | None:
+    def scale(self, name: str) -> ColourRange | None:
         """The range that holds all but the outermost percent; None without values."""
         values = np.concatenate(self.parts) if self.parts else np.empty(0, dtype=np.float32)
         values = values[np.isfinite(values)]
@@ -231,15 +231,15 @@ class _Range:
         if name == "advantages":
             return _around_zero(low, high)
         if name == "logprobs":
-            return Scale("magnitude", low, 0.0)
-        return Scale("magnitude", 0.0 if name == "entropy" else low, high)
+            return ColourRange("magnitude", low, 0.0)
+        return ColourRange("magnitude", 0.0 if name == "entropy" else low, high)
 
 
-def _around_zero(low: float, high: float) -> Scale:
+def _around_zero(low: float, high: float) -> ColourRange:
     if low < 0 < high:
         size = max(-low, high)
-        return Scale("signed", -size, size)
-    return Scale("penalty", low, 0.0) if low < 0 else Scale("bonus", 0.0, high)
+        return ColourRange("signed", -size, size)
+    return ColourRange("penalty", low, 0.0) if low < 0 else ColourRange("bonus", 0.0, high)
 
 
 class _Pictures:
@@ -268,13 +268,13 @@ class _Pictures:
         loaded = self._load(image)
         return loaded[0] if loaded else None
 
-    def problems(self) -> list[Problem]:
+    def problems(self) -> list[FileNote]:
         """One line for all pictures that could not be shown."""
         bad = [image for image, loaded in self._loaded.items() if loaded is None]
         if not bad:
             return []
         return [
-            Problem(
+            FileNote(
                 "damaged",
                 "rollouts",
                 f"{len(bad)} pictures are missing, outside the run folder or not pictures, first "
