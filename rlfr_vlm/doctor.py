@@ -11,6 +11,7 @@ import subprocess
 import sys
 from importlib import metadata
 
+import psutil
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
@@ -67,7 +68,7 @@ def devices() -> str:
             for i in range(torch.cuda.device_count())
         ]
         return ", ".join(names)
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+    memory = psutil.virtual_memory().total / 2**30
     return f"CPU, {os.cpu_count()} cores, {memory:.0f} GiB"
 
 

@@ -10,7 +10,7 @@ import rlfr_vlm
 
 ROOT = Path(rlfr_vlm.__file__).parent
 LEVELS = [
-    {"errors", "faults", "finite"},
+    {"errors", "faults", "finite", "shares"},
     {"config", "types"},
     {"ranks", "batch"},
     {"flow"},
@@ -80,7 +80,7 @@ def test_light_modules_load_nothing_heavy():
         "import sys, rlfr_vlm, rlfr_vlm.config, rlfr_vlm.types, rlfr_vlm.algorithm.losses, "
         "rlfr_vlm.algorithm.advantages\n"
         "import rlfr_vlm.flow.field, rlfr_vlm.flow.reward, rlfr_vlm.cli\n"
-        "heavy = {'vllm', 'deepspeed', 'ray', 'vlmeval', 'transformers'} & set(sys.modules)\n"
+        "heavy = {'vllm', 'deepspeed', 'ray', 'vlmeval', 'transformers', 'scipy'} & set(sys.modules)\n"
         "assert not heavy, heavy"
     )
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT.parent)
@@ -116,3 +116,21 @@ def test_a_fault_point_and_a_poisoned_value_never_share_a_name():
         set(re.findall(rf'\b{call}\("(\w+)"', text)) for call in ("faultpoint", "poison")
     )
     assert points and values and not points & values
+
+
+def test_a_class_name_has_one_meaning():
+    """Over the whole package, also beside the aliases of types at the top of a module."""
+    classes, aliases = {}, {}
+    for path in sorted(ROOT.rglob("*.py")):
+        tree, place = ast.parse(path.read_text()), path.relative_to(ROOT).as_posix()
+        for node in ast.walk(tree):
+            if isinstance(node, ast.ClassDef):
+                classes.setdefault(node.name, []).append(place)
+        for node in tree.body:
+            if isinstance(node, ast.Assign) and isinstance(node.value, ast.Subscript | ast.BinOp):
+                for target in node.targets:
+                    if isinstance(target, ast.Name):
+                        aliases.setdefault(target.id, []).append(place)
+    assert len(classes) > 200
+    found = {name: places + aliases.get(name, []) for name, places in classes.items()}
+    assert not {name: places for name, places in found.items() if len(places) > 1}

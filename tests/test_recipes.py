@@ -450,7 +450,7 @@ def test_rows_are_counted_in_every_format_and_unknown_ones_said(tmp_path):
     parquet.write_table(
         pytest.importorskip("pyarrow").Table.from_pylist(rows), tmp_path / "rows.parquet"
     )
-    assert schedule.count_rows(str(tmp_path / "rows.parquet"), 2) == schedule.Rows(
+    assert schedule.count_rows(str(tmp_path / "rows.parquet"), 2) == schedule.RowCount(
         2, f"2 of 3 rows: {tmp_path}/rows.parquet"
     )
     table = pytest.importorskip("pyarrow").Table.from_pylist(rows)

@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from rlfr_vlm.errors import UserError
-from rlfr_vlm.evaluation.ledger import COUNTED, Answer, Sample, Verdict, read_ledger
+from rlfr_vlm.evaluation.ledger import COUNTED, Answer, Judgement, SampleKey, read_ledger
 from rlfr_vlm.evaluation.statistics import DRAWS, Estimate, Paired, estimate, paired, shares
+from rlfr_vlm.shares import points
 
 MAX_FAILED = 0.01  # above this share of samples without a verdict no score is shown
 LISTED = 50  # problem ids named in a text; CSV has all
@@ -32,12 +33,12 @@ SUBJECT = ("model", "checkpoint", "seed")  # what is compared
 
 
 @dataclass(frozen=True)
-class Side:
+class StoredEvaluation:
     """One evaluation of one benchmark, as read."""
 
     protocol: dict[str, Any]
-    answers: dict[Sample, Answer]
-    verdicts: dict[Sample, Verdict]
+    answers: dict[SampleKey, Answer]
+    verdicts: dict[SampleKey, Judgement]
     golds: dict[str, list[str]]  # gold answers by problem id, where they are stored
 
     @property
@@ -76,8 +77,8 @@ class Comparison:
     b: Tally
     change: Paired | None  # None: withheld
     withheld: str  # why
-    lost: tuple[Sample, ...]  # right in A, wrong in B
-    gained: tuple[Sample, ...]
+    lost: tuple[SampleKey, ...]  # right in A, wrong in B
+    gained: tuple[SampleKey, ...]
     warnings: tuple[str, ...]  # differences in how the answers were got
     expected: tuple[str, ...]  # differences in what is compared
 
@@ -144,14 +145,14 @@ def benchmark_folders(folder: Path) -> dict[str, Path]:
     return found
 
 
-def read_side(folder: Path) -> Side:
+def read_side(folder: Path) -> StoredEvaluation:
     """One evaluation of one benchmark, also while it is running."""
     path = folder / "problems.jsonl"
     rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-    return Side(*read_ledger(folder), {row["id"]: row["golds"] for row in rows})
+    return StoredEvaluation(*read_ledger(folder), {row["id"]: row["golds"] for row in rows})
 
 
-def compare_benchmark(name: str, a: Side, b: Side) -> Comparison:
+def compare_benchmark(name: str, a: StoredEvaluation, b: StoredEvaluation) -> Comparison:
     """B against A on one benchmark. Raises UserError naming what makes them incomparable."""
     found = protocol_differences(a.protocol, b.protocol, same_golds=a.golds == b.golds != {})
     if found.refused:
@@ -207,7 +208,9 @@ def protocol_differences(
     )
 
 
-def flips(a: Side, b: Side) -> tuple[tuple[Sample, ...], tuple[Sample, ...]]:
+def flips(
+    a: StoredEvaluation, b: StoredEvaluation
+) -> tuple[tuple[SampleKey, ...], tuple[SampleKey, ...]]:
     """(right in A and wrong in B, wrong in A and right in B), of the samples with a verdict in
     both.
 
@@ -223,7 +226,7 @@ def flips(a: Side, b: Side) -> tuple[tuple[Sample, ...], tuple[Sample, ...]]:
     return lost, tuple(s for s in both if b.verdicts[s].verdict == "correct")
 
 
-def _same_problems(name: str, a: Side, b: Side) -> None:
+def _same_problems(name: str, a: StoredEvaluation, b: StoredEvaluation) -> None:
     ids_a, ids_b = {p for p, _ in a.answers}, {p for p, _ in b.answers}
     only = [
         f"{len(ids)} only in {which} ({_some(sorted(ids), 3)})"
@@ -237,7 +240,7 @@ def _same_problems(name: str, a: Side, b: Side) -> None:
         )
 
 
-def _correct(side: Side) -> dict[str, list[bool]]:
+def _correct(side: StoredEvaluation) -> dict[str, list[bool]]:
     """Whether right, of every sample with a verdict, by problem."""
     found: defaultdict[str, list[bool]] = defaultdict(list)
     for problem, sample in sorted(side.verdicts):
@@ -247,7 +250,7 @@ def _correct(side: Side) -> dict[str, list[bool]]:
     return found
 
 
-def _tally(side: Side, correct: Sequence[Sequence[bool]]) -> Tally:
+def _tally(side: StoredEvaluation, correct: Sequence[Sequence[bool]]) -> Tally:
     kinds = Counter(
         side.verdicts[s].verdict if s in side.verdicts else "unjudged" for s in side.answers
     )
@@ -345,7 +348,7 @@ def _percent(e: Estimate | None, sign: str = "") -> str:
     return (
         "-"
         if e is None
-        else f"{100 * e.value:{sign}.1f} [{100 * e.low:{sign}.1f}, {100 * e.high:{sign}.1f}]"
+        else f"{points(e.value, 1, sign)} [{points(e.low, 1, sign)}, {points(e.high, 1, sign)}]"
     )
 
 
@@ -361,7 +364,7 @@ def _remarks(c: Comparison) -> list[str]:
     return remarks + [f"compared: {difference}" for difference in c.expected]
 
 
-def _by_problem(samples: Sequence[Sample]) -> list[str]:
+def _by_problem(samples: Sequence[SampleKey]) -> list[str]:
     """Problem ids, with the number of samples where it is more than one."""
     return [
         f"{problem} x{count}" if count > 1 else problem

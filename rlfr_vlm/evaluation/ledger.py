@@ -32,7 +32,7 @@ from rlfr_vlm.config import differences
 from rlfr_vlm.errors import UserError
 from rlfr_vlm.types import FinishReason
 
-Sample = tuple[str, int]  # problem id, sample index
+SampleKey = tuple[str, int]  # problem id, sample index
 FinalVerdict = Literal["correct", "wrong", "unjudged", "failed", "error"]
 COUNTED = ("correct", "wrong")
 
@@ -51,7 +51,7 @@ class Answer:
 
 
 @dataclass(frozen=True)
-class Verdict:
+class Judgement:
     """What became of a response."""
 
     problem: str
@@ -83,8 +83,8 @@ class Ledger:
             self._lock.acquire(timeout=0)
         except filelock.Timeout:
             raise UserError(f"{folder} is in use by another evaluation") from None
-        self.answers: dict[Sample, Answer] = {}
-        self.verdicts: dict[Sample, Verdict] = {}
+        self.answers: dict[SampleKey, Answer] = {}
+        self.verdicts: dict[SampleKey, Judgement] = {}
         try:
             self._bind(protocol)
             self._read()
@@ -116,7 +116,7 @@ class Ledger:
             os.truncate(self.path, good)
         _, self.answers, self.verdicts = read_ledger(self.folder)
 
-    def append(self, records: Iterable[Answer | Verdict]) -> None:
+    def append(self, records: Iterable[Answer | Judgement]) -> None:
         """Write and flush to disk; what is here survives a kill."""
         lines = []
         for record in records:
@@ -131,11 +131,11 @@ class Ledger:
             file.flush()
             os.fsync(file.fileno())
 
-    def unanswered(self, samples: Iterable[Sample]) -> list[Sample]:
+    def unanswered(self, samples: Iterable[SampleKey]) -> list[SampleKey]:
         """Those without a response, in order."""
         return [s for s in samples if s not in self.answers]
 
-    def ungraded(self, samples: Iterable[Sample]) -> list[Sample]:
+    def ungraded(self, samples: Iterable[SampleKey]) -> list[SampleKey]:
         """Those with a response and without a verdict, or whose judge failed, in order."""
         return [
             s
@@ -149,7 +149,9 @@ class Ledger:
         self._lock.release()
 
 
-def read_ledger(folder: Path) -> tuple[dict[str, Any], dict[Sample, Answer], dict[Sample, Verdict]]:
+def read_ledger(
+    folder: Path,
+) -> tuple[dict[str, Any], dict[SampleKey, Answer], dict[SampleKey, Judgement]]:
     """Protocol, answers and verdicts of a benchmark's folder, without its lock: while it is being
     written, up to its last whole line.
 
@@ -161,13 +163,13 @@ def read_ledger(folder: Path) -> tuple[dict[str, Any], dict[Sample, Answer], dic
         lines = path.read_bytes().split(b"\n")[:-1]
     except (OSError, ValueError) as error:
         raise UserError(f"{folder}: not a readable evaluation: {error}") from None
-    answers: dict[Sample, Answer] = {}
-    verdicts: dict[Sample, Verdict] = {}
+    answers: dict[SampleKey, Answer] = {}
+    verdicts: dict[SampleKey, Judgement] = {}
     for number, text in enumerate(lines, 1):
         try:
             line = json.loads(text)
             kind, hash_ = line.pop("kind"), line.pop("protocol")
-            record = (Answer if kind == "response" else Verdict)(**line)
+            record = (Answer if kind == "response" else Judgement)(**line)
         except (ValueError, TypeError, KeyError, AttributeError) as error:
             raise UserError(f"{path}:{number}: not a line of a ledger: {error}") from None
         if hash_ != bound["hash"]:

@@ -17,7 +17,7 @@ from rlfr_vlm.data.images import open_image
 from rlfr_vlm.data.render import Renderer
 from rlfr_vlm.errors import UserError
 from rlfr_vlm.evaluation.benchmarks import Benchmark, Problem
-from rlfr_vlm.evaluation.ledger import Answer, Sample
+from rlfr_vlm.evaluation.ledger import Answer, SampleKey
 from rlfr_vlm.evaluation.server.endpoint import ChatRequest, Endpoint, Failure, data_url
 from rlfr_vlm.rollout.engine import Sampler, SamplingConfig
 from rlfr_vlm.types import EncodedPrompt, FinishReason, request_seed
@@ -40,7 +40,7 @@ class Responder(Protocol):
     identity: dict[str, Any]  # what of it decides the numbers
 
     def respond(
-        self, samples: Sequence[Sample], problems: dict[str, Problem], benchmark: Benchmark
+        self, samples: Sequence[SampleKey], problems: dict[str, Problem], benchmark: Benchmark
     ) -> Iterator[list[Answer | Unanswered]]:
         """Answers to these samples, part by part as they are ready."""
         ...
@@ -55,7 +55,7 @@ class EngineResponder:
         self.engine, self.renderer, self.seed, self.identity = engine, renderer, seed, identity
 
     def respond(
-        self, samples: Sequence[Sample], problems: dict[str, Problem], benchmark: Benchmark
+        self, samples: Sequence[SampleKey], problems: dict[str, Problem], benchmark: Benchmark
     ) -> Iterator[list[Answer | Unanswered]]:
         """Problems with all their samples missing together, the remaining samples one by one; seeds
         do not depend on that.
@@ -137,7 +137,7 @@ class EndpointResponder:
         )
 
     def respond(
-        self, samples: Sequence[Sample], problems: dict[str, Problem], benchmark: Benchmark
+        self, samples: Sequence[SampleKey], problems: dict[str, Problem], benchmark: Benchmark
     ) -> Iterator[list[Answer | Unanswered]]:
         """One request per sample, many at a time; each answer is handed out when it arrives."""
         requests = (

@@ -17,7 +17,7 @@ from rlfr_vlm.config import Config
 from rlfr_vlm.data.images import ImageError, open_image
 from rlfr_vlm.errors import StoppedError, UserError
 from rlfr_vlm.evaluation.benchmarks import Benchmark, Problem
-from rlfr_vlm.evaluation.ledger import COUNTED, Answer, FinalVerdict, Ledger, Sample, Verdict
+from rlfr_vlm.evaluation.ledger import COUNTED, Answer, FinalVerdict, Judgement, Ledger, SampleKey
 from rlfr_vlm.evaluation.responders import Responder, Unanswered
 from rlfr_vlm.evaluation.server.judge import Judge, JudgeItem, JudgeVerdict
 from rlfr_vlm.evaluation.statistics import Scored, shares, summarize
@@ -42,7 +42,7 @@ class BenchmarkRun:
     say: Callable[[str], None] = print
 
     @property
-    def samples(self) -> list[Sample]:
+    def samples(self) -> list[SampleKey]:
         """Every (problem, sample index), in order."""
         return [(p.prompt.id, k) for p in self.problems for k in range(self.benchmark.num_samples)]
 
@@ -183,7 +183,7 @@ def answer(run: BenchmarkRun, ledger: Ledger) -> None:
         )
 
 
-def grade_by_rules(run: BenchmarkRun, ledger: Ledger, samples: Sequence[Sample]) -> None:
+def grade_by_rules(run: BenchmarkRun, ledger: Ledger, samples: Sequence[SampleKey]) -> None:
     """Verdicts of the training grader, where they are final."""
     if run.cfg.eval.grading not in ("rule", "rule_then_judge") or not samples:
         return
@@ -192,12 +192,12 @@ def grade_by_rules(run: BenchmarkRun, ledger: Ledger, samples: Sequence[Sample])
     for sample, rule in zip(waiting, rules(run, ledger, waiting), strict=True):
         if run.cfg.eval.grading == "rule" or rule.verdict == "correct":
             verdicts.append(
-                Verdict(*sample, rule.verdict, rule.prediction, rule.reason, rule.verdict)
+                Judgement(*sample, rule.verdict, rule.prediction, rule.reason, rule.verdict)
             )
     ledger.append(verdicts)
 
 
-def rules(run: BenchmarkRun, ledger: Ledger, samples: Sequence[Sample]) -> list[Graded]:
+def rules(run: BenchmarkRun, ledger: Ledger, samples: Sequence[SampleKey]) -> list[Graded]:
     """What the training grader says of stored responses."""
     problems = run.by_id
     pairs = []
@@ -231,11 +231,11 @@ def judge_rest(run: BenchmarkRun, ledger: Ledger) -> None:
 
 
 def decide(
-    sample: Sample, rule: Graded, said: JudgeVerdict, settings: Mapping[str, Any]
-) -> Verdict:
+    sample: SampleKey, rule: Graded, said: JudgeVerdict, settings: Mapping[str, Any]
+) -> Judgement:
     """The verdict where a judge has been asked; a judge that failed to answer decides nothing."""
     judge = {"verdict": said.verdict, "reply": said.reply, "attempts": said.attempts, **settings}
-    return Verdict(
+    return Judgement(
         *sample,
         said.verdict,
         rule.prediction,

@@ -9,7 +9,6 @@ Problems are the units of chance: samples of one problem are one cluster, whatev
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections import defaultdict
 from collections.abc import Sequence
@@ -19,7 +18,6 @@ import numpy as np
 
 Z = 1.959963984540054  # of a two-sided 95 % interval
 DRAWS = 10_000  # of the permutation test
-ENUMERATED = 12  # up to so many problems that differ, its p value is exact
 
 
 @dataclass(frozen=True)
@@ -222,36 +220,39 @@ def difference_interval(differences: Sequence[float]) -> tuple[float, float]:
 def mcnemar(lost: int, gained: int) -> float:
     """Exact McNemar test: two-sided binomial p value of this split of the problems that changed,
     each way being as likely.
-
-    p = min(1, 2 sum_{i <= min(lost, gained)} C(n, i) / 2^n),   n = lost + gained
     """
-    n = lost + gained
-    tail = term = 1
-    for i in range(min(lost, gained)):
-        term = term * (n - i) // (i + 1)
-        tail += term
-    return min(1.0, 2 * tail / 2**n)
+    from scipy.stats import binomtest
+
+    return float(binomtest(gained, lost + gained).pvalue) if lost + gained else 1.0
 
 
 def permutation(differences: Sequence[float], seed: int = 0) -> float:
     """Two-sided p value of a paired permutation test: the labels of the two models are swapped, or
     not, at each problem.
 
-    Exact where few problems differ; else (1 + extremes) / (1 + draws) of seeded draws.
+    Exact where the problems that differ can be swapped in at most DRAWS ways; else (1 + extremes) /
+    (1 + DRAWS) of seeded draws.
     """
+    from scipy.stats import permutation_test
+
     changed = np.array([d for d in differences if d], dtype=float)
-    if not len(changed):
+    if len(changed) < 2:  # swapped or not, one difference is of one size
         return 1.0
-    least = abs(changed.sum()) - 1e-9  # sums of the same terms in another order differ by rounding
-    if len(changed) <= ENUMERATED:
-        signs = np.array(list(itertools.product((-1.0, 1.0), repeat=len(changed))))
-        return float(np.mean(np.abs(signs @ changed) >= least))
-    random = np.random.default_rng(seed)
-    extremes = 0
-    for _ in range(10):
-        signs = random.integers(0, 2, (DRAWS // 10, len(changed))) * 2.0 - 1.0
-        extremes += int(np.count_nonzero(np.abs(signs @ changed) >= least))
-    return (1 + extremes) / (1 + DRAWS)
+
+    def size(x: np.ndarray, axis: int) -> np.ndarray:
+        return np.abs(x.sum(axis).round(9))  # sums that are equal may differ by rounding
+
+    found = permutation_test(
+        (changed,),
+        size,
+        permutation_type="samples",
+        vectorized=True,
+        n_resamples=DRAWS,
+        batch=DRAWS // 10,
+        alternative="greater",
+        random_state=np.random.default_rng(seed),
+    )
+    return float(found.pvalue)
 
 
 def _mean(values: Sequence[float]) -> float:

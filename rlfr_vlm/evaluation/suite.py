@@ -33,6 +33,7 @@ from rlfr_vlm.evaluation.vlm import adapter as vlm
 from rlfr_vlm.models.policy import Policy
 from rlfr_vlm.rewards.grader import Grader
 from rlfr_vlm.rollout.engine import Sampler
+from rlfr_vlm.shares import points
 
 
 @dataclass(frozen=True)
@@ -209,8 +210,8 @@ def line(summary: dict[str, Any]) -> str:
             f"{summary['maj_at_k']:.3f}"
         )
     text += (
-        f"; truncated {summary['truncated']:.1%}, no answer found "
-        f"{1 - summary['extracted']:.1%}, {summary['mean_length']:.0f} tokens"
+        f"; truncated {points(summary['truncated'])}%, no answer found "
+        f"{points(1 - summary['extracted'])}%, {summary['mean_length']:.0f} tokens"
     )
     without = {name: counts[name] for name in ("unjudged", "failed", "error") if counts[name]}
     return (

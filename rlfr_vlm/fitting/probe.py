@@ -18,6 +18,7 @@ from rlfr_vlm.flow.field import FlowField
 from rlfr_vlm.flow.separation import Separation, separation
 from rlfr_vlm.models.pack import micro_batches, pack
 from rlfr_vlm.models.policy import Policy
+from rlfr_vlm.shares import points
 
 
 @dataclass(frozen=True)
@@ -48,7 +49,7 @@ class Probe:
             )
         return (
             f"wrong siblings have more (AUC, 95 %; {self.num_responses} responses, "
-            f"{self.accuracy:.0%} right):  {known}"
+            f"{points(self.accuracy, 0)}% right):  {known}"
         )
 
 

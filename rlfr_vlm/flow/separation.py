@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 
 RESAMPLES = 1000
 
@@ -23,11 +24,15 @@ class Separation:
         return f"{self.auc:.2f} [{self.low:.2f}, {self.high:.2f}]"
 
 
-def wins(values: Sequence[float], correct: Sequence[bool]) -> tuple[float, int]:
+def wins(
+    values: Sequence[float] | NDArray[np.float64], correct: Sequence[bool] | NDArray[np.bool_]
+) -> tuple[float, int]:
     """Pairs of a wrong and a right response in which the wrong one has more, a tie counting one
     half; and how many pairs there are.
 
-    Values that are not finite have no part in it.
+    Values that are not finite have no part in it. The first number is the statistic of Mann and
+    Whitney's test; every training step asks for it group by group, which scipy's takes eight times
+    as long for, and a second to be imported.
     """
     known = [
         (value, right) for value, right in zip(values, correct, strict=True) if np.isfinite(value)

@@ -18,7 +18,7 @@ from rlfr_vlm.launch.processes import Ended, Place, started
 from rlfr_vlm.models.policy import Policy
 from rlfr_vlm.ranks import Launch, Ranks, join
 from rlfr_vlm.rollout.remote import RemoteEngine, Workers
-from rlfr_vlm.rollout.worker import Problem, RolloutWorker, answered
+from rlfr_vlm.rollout.worker import ErrorMessage, RolloutWorker, answered
 
 
 class Actor:
@@ -47,7 +47,7 @@ class Actor:
 class TrainerActor(Actor):
     """A training rank."""
 
-    def port(self, host: str) -> int | Problem:
+    def port(self, host: str) -> int | ErrorMessage:
         """A port that rank 0 will listen on: bound until then, by a socket that lets this process
         bind it once more.
         """
@@ -59,7 +59,7 @@ class TrainerActor(Actor):
             self._held.bind((host, 0))
         except OSError as error:
             self._held.close()
-            return Problem(
+            return ErrorMessage(
                 "UserError",
                 f"ray.bind={host} is no address of {socket.gethostname()}, where rank 0 is: "
                 f"{error.strerror}",
@@ -111,5 +111,5 @@ class EngineActor(Actor):
         try:
             self._worker = self._worker or RolloutWorker(self.cfg)
         except UserError as error:
-            return Problem.of(error)
+            return ErrorMessage.of(error)
         return answered(self._worker, method, arguments)

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from rlfr_vlm.errors import DiskFullError, Preempted, UserError
 from rlfr_vlm.ranks import lost_others
-from rlfr_vlm.rollout.worker import Problem
+from rlfr_vlm.rollout.worker import ErrorMessage
 
 END_SECONDS = 30.0  # for a killed process to be gone
 
@@ -38,7 +38,7 @@ class Ended:
     """How a training rank ended by itself."""
 
     path: str | None = None  # the run's folder
-    problem: Problem | None = None  # meant for the user
+    problem: ErrorMessage | None = None  # meant for the user
     trace: str = ""  # of an error that is not
     peer: bool = False  # it only lost the others
 
@@ -48,7 +48,7 @@ class Ended:
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
             error = DiskFullError(f"no space left on the disk: {error.filename}")
         if isinstance(error, UserError | Preempted):
-            return cls(problem=Problem.of(error), peer=lost_others(error))
+            return cls(problem=ErrorMessage.of(error), peer=lost_others(error))
         return cls(trace="".join(traceback.format_exception(error)), peer=lost_others(error))
 
     @property
@@ -92,7 +92,11 @@ def verdict(ended: Mapping[int, Ended], died: Mapping[int, str], silent: list[in
 
 
 def started(pid: int) -> str | None:
-    """When a process started, in the kernel's ticks; None where there is none, or no /proc."""
+    """When a process started, in the kernel's ticks; None where there is none, or no /proc.
+
+    Not psutil's `create_time`: that is counted from the clock's idea of when the machine booted,
+    and another process that asks after the clock was set gets another number.
+    """
     try:
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except OSError:

@@ -41,7 +41,7 @@ from rlfr_vlm.launch.placement import (
 from rlfr_vlm.launch.processes import Ended, Place, brief, end_process, send, verdict
 from rlfr_vlm.ranks import LOOPBACK, Launch
 from rlfr_vlm.rollout.remote import WorkerLost
-from rlfr_vlm.rollout.worker import Problem
+from rlfr_vlm.rollout.worker import ErrorMessage
 
 START_ATTEMPTS = 3
 START_SECONDS = 300.0  # for actors to start
@@ -300,7 +300,7 @@ class _Run:
                 "this address does not join; set it to one of this machine that the others reach"
             )
         (port,) = self._wait([self.trainers[0].port.remote(bind)])
-        if isinstance(port, Problem):
+        if isinstance(port, ErrorMessage):
             raise port.error()
         workers = RayWorkers(self.engines) if self.engines else None
         calls = []
@@ -408,7 +408,7 @@ class _Run:
                 ) from None
             except RayActorError:
                 continue  # it is being started again
-            if isinstance(state, Problem):
+            if isinstance(state, ErrorMessage):
                 raise state.error()
             if state.pid != self.engine_pids[number]:
                 before, self.engine_pids[number] = self.engine_pids[number], state.pid

@@ -187,7 +187,7 @@ class PackedLayout:
 
 
 @dataclass(frozen=True)
-class Watch:
+class WatchedTokens:
     """Tokens whose attention is wanted: the last `num_queries` of a sequence whose tokens see one
     another causally.
     """
@@ -204,7 +204,9 @@ class WatchedLayout:
     It is for forwards without gradients: recomputation would be counted twice.
     """
 
-    def __init__(self, inner: Layout, layers: Sequence[int], watches: Sequence[Watch]) -> None:
+    def __init__(
+        self, inner: Layout, layers: Sequence[int], watches: Sequence[WatchedTokens]
+    ) -> None:
         """layers: decoder layers whose attention is averaged."""
         self.inner, self.layers, self.watches = inner, frozenset(layers), watches
         self.max_keys = inner.max_keys

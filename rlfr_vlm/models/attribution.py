@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from rlfr_vlm.models.attention import Watch, WatchedLayout
+from rlfr_vlm.models.attention import WatchedLayout, WatchedTokens
 from rlfr_vlm.models.pack import PackedBatch
 from rlfr_vlm.models.policy import Policy
 from rlfr_vlm.types import EncodedPrompt, Rollout
@@ -75,7 +75,7 @@ def attribute(
     return found
 
 
-def _watch(batch: PackedBatch, response: int, columns: Tensor) -> Watch:
+def _watch(batch: PackedBatch, response: int, columns: Tensor) -> WatchedTokens:
     """The positions that predict a response, and its prompt's image tokens."""
     device = batch.token_ids.device
     prompt = torch.arange(
@@ -84,7 +84,7 @@ def _watch(batch: PackedBatch, response: int, columns: Tensor) -> Watch:
     start, length = int(batch.starts[response]), int(batch.lengths[response])
     # nothing is predicted from the last token
     read = torch.arange(start, start + length - 1, device=device)
-    return Watch(torch.cat([prompt, read]), length, columns.to(device))
+    return WatchedTokens(torch.cat([prompt, read]), length, columns.to(device))
 
 
 def picture_grids(prompt: EncodedPrompt, merge_size: int) -> tuple[Grid, ...]:

@@ -27,8 +27,8 @@ from rlfr_vlm.planning.memory import (
     FIELD_TILE,
     PREFILL_TOKENS,
     VOCAB_TILE,
+    BatchShape,
     Machine,
-    MicroBatch,
     micro_batch,
     num_trained,
 )
@@ -169,7 +169,7 @@ def _step(cfg: Config, bench: Bench, vllm: bool) -> dict[str, float]:
 # -- forward and backward --------------------------------------------------------------------------
 
 
-def layer_operations(shape: ModelShape, batch: MicroBatch) -> float:
+def layer_operations(shape: ModelShape, batch: BatchShape) -> float:
     """Floating-point operations of one layer's forward."""
     pairs = batch.prompts * batch.prompt**2 + batch.samples * batch.response * (
         batch.prompt + batch.response
@@ -177,12 +177,12 @@ def layer_operations(shape: ModelShape, batch: MicroBatch) -> float:
     return 2.0 * shape.layer * batch.tokens + 4.0 * shape.queries * pairs
 
 
-def layer_rates(cfg: Config, bench: Bench, batch: MicroBatch) -> tuple[float, float]:
+def layer_rates(cfg: Config, bench: Bench, batch: BatchShape) -> tuple[float, float]:
     """Seconds of one operation of a layer's forward: without gradient, and with its backward."""
     group = max(1, min(cfg.rollout.group_size, round(batch.samples)))
     tokens = bench.budget / (6.0 * bench.shape.layer)
     scale = min(1.0, tokens / (batch.prompt + group * batch.response))
-    small = MicroBatch(
+    small = BatchShape(
         max(1, int(batch.prompt * scale)), max(1, int(batch.response * scale)), 1, group, 1
     )
     starts = [small.prompt + i * small.response for i in range(group)]
@@ -282,7 +282,7 @@ def rollout_seconds(cfg: Config, bench: Bench, vllm: bool, samples: float, forwa
         samples
         / group
         * shape.layers
-        * layer_operations(shape, MicroBatch(prompt, response, 1, 0, 0))
+        * layer_operations(shape, BatchShape(prompt, response, 1, 0, 0))
         * forward
     )
     token = shape.layers * decode_seconds(cfg, bench, int(requests)) + sampler_seconds(

@@ -13,8 +13,8 @@ from rlfr_vlm.planning.memory import (
     GIB,
     GRADER,
     PREFILL_TOKENS,
+    BatchShape,
     Machine,
-    MicroBatch,
     Parts,
     Table,
     activations,
@@ -154,7 +154,7 @@ def _updates(cfg: Config, shape: ModelShape, machine: Machine, gradients: float)
     return found
 
 
-def _forward(cfg: Config, shape: ModelShape, batch: MicroBatch, kind: str) -> Parts:
+def _forward(cfg: Config, shape: ModelShape, batch: BatchShape, kind: str) -> Parts:
     """Forward and the start of the backward: all activations are there."""
     parts: Parts = {"activations": activations(cfg, shape, batch, kind)}
     if shape.vision is not None:
@@ -187,7 +187,7 @@ def _end_of_backward(cfg: Config, shape: ModelShape) -> float:
     return float(element(cfg) * (copies + shape.embedding))
 
 
-def _field_backward(cfg: Config, shape: ModelShape, batch: MicroBatch) -> float:
+def _field_backward(cfg: Config, shape: ModelShape, batch: BatchShape) -> float:
     """The latents, one tile's graph (per block 14 tensors of its size, in float32 or under
     autocast) and the noise of a response.
     """

@@ -56,7 +56,7 @@ class Table:
 
 
 @dataclass(frozen=True)
-class MicroBatch:
+class BatchShape:
     """A packed batch of prompts and responses of one length each; see models/pack.py."""
 
     prompt: int  # tokens
@@ -95,7 +95,7 @@ def samples_per_update(cfg: Config) -> int:
     )
 
 
-def micro_batch(cfg: Config, budget: int) -> MicroBatch:
+def micro_batch(cfg: Config, budget: int) -> BatchShape:
     """A micro-batch as full as `budget` tokens let it be, of prompts and responses at their limits;
     a single sample may exceed it.
     """
@@ -104,7 +104,7 @@ def micro_batch(cfg: Config, budget: int) -> MicroBatch:
     tokens = min(max(budget, prompt + response), update_tokens(cfg))
     prompts = max(1.0, tokens / (prompt + group * response))
     samples = (tokens - prompts * prompt) / response
-    return MicroBatch(
+    return BatchShape(
         prompt, response, prompts, samples, prompts if cfg.rollout.ignore_eos else samples
     )
 
@@ -194,7 +194,7 @@ def held(cfg: Config, shape: ModelShape) -> tuple[Parts, Parts]:
 # -- activations -----------------------------------------------------------------------------------
 
 
-def layer_activations(cfg: Config, shape: ModelShape, batch: MicroBatch, kind: str) -> float:
+def layer_activations(cfg: Config, shape: ModelShape, batch: BatchShape, kind: str) -> float:
     """What autograd keeps of one decoder layer.
 
     Two norms (their input in float32, the normed state, their output), queries, keys, values and
@@ -230,7 +230,7 @@ def _norm(cfg: Config, width: int) -> int:
     return width * (4 + size + (0 if cfg.model.lora is not None else size))
 
 
-def _attention(shape: ModelShape, batch: MicroBatch, kind: str, size: int) -> float:
+def _attention(shape: ModelShape, batch: BatchShape, kind: str, size: int) -> float:
     """Gathered queries, keys, values, the output, and on CPU what the masks or probabilities
     take.
     """
@@ -253,7 +253,7 @@ def _attention(shape: ModelShape, batch: MicroBatch, kind: str, size: int) -> fl
     return total
 
 
-def activations(cfg: Config, shape: ModelShape, batch: MicroBatch, kind: str) -> float:
+def activations(cfg: Config, shape: ModelShape, batch: BatchShape, kind: str) -> float:
     """What autograd keeps of a micro-batch's forward; with gradient checkpointing each layer's
     input and one layer whole.
     """
@@ -264,7 +264,7 @@ def activations(cfg: Config, shape: ModelShape, batch: MicroBatch, kind: str) ->
     return shape.layers * element(cfg) * shape.hidden * batch.tokens + layer + ends
 
 
-def vision_activations(cfg: Config, shape: ModelShape, batch: MicroBatch) -> float:
+def vision_activations(cfg: Config, shape: ModelShape, batch: BatchShape) -> float:
     """The same of a vision tower that learns; of a frozen one only a block's states come and go."""
     if shape.vision is None:
         return 0.0
@@ -293,7 +293,7 @@ def patches_per_prompt(cfg: Config, shape: ModelShape) -> float:
     return tokens * shape.vision.merge**2
 
 
-def head_tiles(cfg: Config, shape: ModelShape, batch: MicroBatch) -> tuple[float, float]:
+def head_tiles(cfg: Config, shape: ModelShape, batch: BatchShape) -> tuple[float, float]:
     """What models/logprobs.py holds beyond its inputs: (in its forward with entropy, in its
     backward with the head's gradient).
     """

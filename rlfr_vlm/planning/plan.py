@@ -16,6 +16,8 @@ from itertools import chain
 from pathlib import Path
 from typing import Any, Literal
 
+import psutil
+
 from rlfr_vlm.config import Config
 from rlfr_vlm.errors import UserError
 from rlfr_vlm.planning.footprint import disk, engine_problem, num_ranks, predict, uses_vllm
@@ -180,7 +182,7 @@ def gpu_memory() -> int | None:
 
 def host_memory() -> int:
     """Bytes of main memory that this process may use: the machine's, or its container's limit."""
-    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    total = psutil.virtual_memory().total
     try:
         return min(total, int(Path("/sys/fs/cgroup/memory.max").read_text()))
     except (OSError, ValueError):  # no such limit
@@ -189,7 +191,7 @@ def host_memory() -> int:
 
 def imported_bytes(modules: Sequence[str]) -> float | None:
     """Resident bytes of a fresh interpreter that imports these modules; None where it cannot."""
-    code = f"import {', '.join(modules)}\nprint(open('/proc/self/statm').read().split()[1])"
+    code = f"import psutil, {', '.join(modules)}\nprint(psutil.Process().memory_info().rss)"
     environment = {**os.environ, "VLLM_LOGGING_LEVEL": "ERROR", "HF_HUB_OFFLINE": "1"}
     try:
         done = subprocess.run(
@@ -199,11 +201,7 @@ def imported_bytes(modules: Sequence[str]) -> float | None:
             timeout=300,
             env=environment,
         )
-        return (
-            float(int(done.stdout.split()[-1]) * os.sysconf("SC_PAGE_SIZE"))
-            if done.returncode == 0
-            else None
-        )
+        return float(done.stdout.split()[-1]) if done.returncode == 0 else None
     except (OSError, ValueError, IndexError, subprocess.TimeoutExpired):
         return None
 

@@ -11,21 +11,21 @@ from rlfr_vlm.planning.wording import number
 
 
 @dataclass(frozen=True)
-class Rows:
+class RowCount:
     """How many rows a data file has, as far as can be told without downloading or checking them."""
 
     count: int | None
     text: str
 
 
-def count_rows(source: str, limit: int | None = None) -> Rows:
+def count_rows(source: str, limit: int | None = None) -> RowCount:
     """Rows of a data file, good and bad ones, at most `limit`. Raises UserError for one that cannot
     be read.
     """
     path = Path(source)
     if not path.exists():
         local = path.suffix or source.startswith((".", "/"))
-        return Rows(
+        return RowCount(
             None,
             f"rows unknown: {source} {'is not there yet' if local else 'is read from the hub'}",
         )
@@ -39,13 +39,13 @@ def count_rows(source: str, limit: int | None = None) -> Rows:
             f"{' '.join(str(error).split())[:200]}"
         ) from None
     except ImportError:
-        return Rows(
+        return RowCount(
             None,
             f"rows unknown: {source}: reading Parquet and Arrow needs the extra: pip install "
             "'rlfr-vlm[data]'",
         )
     count = min(found, limit or found)
-    return Rows(
+    return RowCount(
         count, f"{number(count)}{f' of {number(found)}' if count < found else ''} rows: {source}"
     )
 

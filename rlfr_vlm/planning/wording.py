@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from rlfr_vlm.config import Config
 from rlfr_vlm.errors import UserError
+from rlfr_vlm.shares import points
 
 Lines = list[tuple[str, str]]  # name, text
 SHOWN = 8  # numbers of a list that are spelled out
@@ -13,7 +14,7 @@ def learning_rate(peak: float, updates: int | None, warmup_frac: float, min_rati
     """Peak, warm-up and decay."""
     end = "constant after that" if min_ratio == 1 else f"then a cosine down to {peak * min_ratio:g}"
     if updates is None:
-        return f"{peak:g} after {warmup_frac:.0%} of warm-up, {end}"
+        return f"{peak:g} after {points(warmup_frac, 0)}% of warm-up, {end}"
     warmup = int(updates * warmup_frac)
     return (
         f"{peak:g} after {number(warmup)} {'update' if warmup == 1 else 'updates'} of warm-up, "

@@ -28,6 +28,7 @@ from rlfr_vlm.preflight.notices import (
     response_notices,
     text_notices,
 )
+from rlfr_vlm.shares import percent
 from rlfr_vlm.types import Prompt
 
 MIN_SIDE = 28  # pixels: below it a picture has less than a token to a side
@@ -203,7 +204,7 @@ class Examiner:
             )
         if clear := _clear_share(image):
             notices.append(
-                ("image_transparent", f"{100 * clear:.0f} % of the picture is transparent")
+                ("image_transparent", f"{percent(clear, 0)} of the picture is transparent")
             )
         # last: to count frames moves the picture on, and a damaged one need not come back
         notices += header_notices(image)

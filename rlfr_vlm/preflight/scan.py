@@ -19,7 +19,7 @@ from rlfr_vlm.data.rows import read_rows, row_origin
 from rlfr_vlm.errors import UserError
 from rlfr_vlm.preflight.facts import Facts, Role, Task, digest_of
 from rlfr_vlm.preflight.kinds import KINDS
-from rlfr_vlm.preflight.workers import Workers
+from rlfr_vlm.preflight.workers import RowWorkers
 from rlfr_vlm.rewards.answers import MAX_GOLD, unwrap_gold
 from rlfr_vlm.rewards.grader import LATE, Grader
 
@@ -91,7 +91,7 @@ class FileScan:
 def scan(
     cfg: Config,
     sources: dict[Role, str],
-    workers: Workers,
+    workers: RowWorkers,
     grader: Grader,
     quarantine: frozenset[str] = frozenset(),
     on_error: Callable[[Finding], None] = lambda _: None,

@@ -14,6 +14,7 @@ from rlfr_vlm.preflight.facts import Role
 from rlfr_vlm.preflight.figures import by_kind
 from rlfr_vlm.preflight.kinds import KINDS
 from rlfr_vlm.preflight.scan import FileScan, Finding
+from rlfr_vlm.shares import percent
 
 FIRST_ROWS = 4
 BAR = 40  # characters of the longest
@@ -97,12 +98,6 @@ def histogram(bins: list[list[int]], limit: int) -> list[str]:
             marked = True
         lines.append(f"{low:>6}-{high:<6} {'#' * (-(-BAR * count // most)):<{BAR}} {count}")
     return lines if marked else [*lines, mark]
-
-
-def percent(share: float) -> str:
-    """Of a share, with as many digits as tell it from none and from all."""
-    text = f"{100 * share:.1f} %"
-    return f"{100 * share:.3g} %" if text in ("0.0 %", "100.0 %") and share not in (0, 1) else text
 
 
 def findings_table(findings: list[Finding]) -> Table:

@@ -22,7 +22,7 @@ from rlfr_vlm.preflight.files import check_copies, copied_settings, write_copies
 from rlfr_vlm.preflight.kinds import KINDS
 from rlfr_vlm.preflight.scan import Finding, scan
 from rlfr_vlm.preflight.show import place, print_results
-from rlfr_vlm.preflight.workers import Workers
+from rlfr_vlm.preflight.workers import RowWorkers
 from rlfr_vlm.rewards.grader import Grader
 
 WIDTH = 140  # of what is printed into a file
@@ -72,7 +72,7 @@ def validate(cfg: Config, options: Options) -> int:
     errors = Console(stderr=True)
     with (
         Grader(cfg.reward.grader, cfg.reward.answer) as grader,
-        Workers(
+        RowWorkers(
             cfg, sources, options.count_tokens, options.workers, options.row_seconds
         ) as workers,
         _progress(errors, sources) as (on_row, say),

@@ -58,7 +58,7 @@ def _serve(pipe: Connection, cfg: Config, sources: dict[Role, str], with_model: 
 
 
 @dataclass
-class _Worker:
+class _RowWorker:
     process: Any
     pipe: Connection
     deadline: float
@@ -67,7 +67,7 @@ class _Worker:
     alone: bool = False  # whether the row in hand is a suspect, by itself
 
 
-class Workers:
+class RowWorkers:
     """A pool; a context manager."""
 
     def __init__(
@@ -94,7 +94,7 @@ class Workers:
         self.failure: UserError | None = None
         self._workers = [self._start() for _ in range(count)]
 
-    def __enter__(self) -> Workers:
+    def __enter__(self) -> RowWorkers:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -103,12 +103,12 @@ class Workers:
             worker.pipe.close()
             worker.process.join()
 
-    def _start(self) -> _Worker:
+    def _start(self) -> _RowWorker:
         ours, theirs = self._context.Pipe()
         process = self._context.Process(target=_serve, args=(theirs, *self._arguments), daemon=True)
         process.start()
         theirs.close()
-        return _Worker(process, ours, time.monotonic() + START_SECONDS)
+        return _RowWorker(process, ours, time.monotonic() + START_SECONDS)
 
     def examine(self, role: Role, tasks: Iterable[Task]) -> Iterator[Facts]:
         """Facts of the rows, in order."""
@@ -146,7 +146,7 @@ class Workers:
             for facts in self._collect(suspects, again):
                 finished[facts.number] = facts
 
-    def _hand(self, worker: _Worker, role: Role, chunk: list[Task]) -> None:
+    def _hand(self, worker: _RowWorker, role: Role, chunk: list[Task]) -> None:
         worker.tasks, worker.deadline = chunk, time.monotonic() + self._row_seconds
         try:
             worker.pipe.send((role, chunk))
@@ -171,7 +171,7 @@ class Workers:
                 found += self._replace(slot, isinstance(loss, TimeoutError), suspects, again)
         return found
 
-    def _hear(self, worker: _Worker, found: list[Facts]) -> None:
+    def _hear(self, worker: _RowWorker, found: list[Facts]) -> None:
         while worker.pipe.poll():
             message = worker.pipe.recv()
             if isinstance(message, UserError):

@@ -12,7 +12,7 @@ from typing import Any
 from rlfr_vlm.evaluation.ledger import COUNTED
 from rlfr_vlm.evaluation.statistics import Paired, paired
 from rlfr_vlm.report.reading import (
-    Problem,
+    FileNote,
     as_number,
     as_text,
     as_whole,
@@ -87,7 +87,7 @@ class Versus:
     words: tuple[str, ...]  # why not, or what a reader should know
 
 
-def read_answers(folder: Path, step: int, problems: list[Problem]) -> Answers | str:
+def read_answers(folder: Path, step: int, problems: list[FileNote]) -> Answers | str:
     """The responses of `eval/step_N.jsonl`, or why they cannot be compared."""
     name = f"eval/step_{step:06d}.jsonl"
     path = folder / name
@@ -95,7 +95,7 @@ def read_answers(folder: Path, step: int, problems: list[Problem]) -> Answers | 
         return f"{name} is not there"
     found: dict[str, Answered] = {}
     repeated = without = 0
-    own: list[Problem] = []
+    own: list[FileNote] = []
     for row in json_lines(path, own):
         at, key = as_whole(row.get("sample_index")), as_text(row.get("id"))
         if at is None or not key:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, TypedDict
 
-from rlfr_vlm.report.reading import Problem, as_number
+from rlfr_vlm.report.reading import FileNote, as_number
 from rlfr_vlm.report.run_files import Group, Response
 
 ATTENTION_BYTES = 2_000_000  # of the page
@@ -101,12 +101,12 @@ class AttentionBudget:
         self.misfits += found is None
         return found
 
-    def problems(self) -> list[Problem]:
+    def problems(self) -> list[FileNote]:
         """One line for everything that did not fit."""
         if not self.misfits:
             return []
         return [
-            Problem(
+            FileNote(
                 "damaged",
                 "rollouts",
                 f"{self.misfits} responses have attention that does not fit their tokens and "

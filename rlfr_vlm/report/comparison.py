@@ -17,7 +17,7 @@ from rlfr_vlm.errors import UserError
 from rlfr_vlm.report.answers import Answers, Versus, against, read_answers
 from rlfr_vlm.report.evaluation import find_benchmarks, is_training_run
 from rlfr_vlm.report.folders import existing_folder
-from rlfr_vlm.report.reading import Problem
+from rlfr_vlm.report.reading import FileNote
 from rlfr_vlm.report.run_files import Evaluation, RunFiles, read_run
 
 OWN = ("output_dir", "resume")  # settings in which any two runs may differ
@@ -31,7 +31,7 @@ class Compared:
 
     name: str  # unlike that of any other
     files: RunFiles
-    problems: tuple[Problem, ...]
+    problems: tuple[FileNote, ...]
     hours: tuple[float | None, ...]  # of training up to the end of each step of `files.metrics`
     # the config without OWN, its own folder in paths written as {output_dir}
     settings: dict[str, Any]
@@ -103,7 +103,7 @@ def _compared(folder: Path, name: str) -> Compared:
     problems = list(files.problems)
     if _only_evaluated(folder):
         problems.append(
-            Problem(
+            FileNote(
                 "note",
                 "metrics.jsonl",
                 "an evaluation, no training; rlfr-vlm compare A B compares evaluations",
@@ -146,7 +146,7 @@ def _with_versus(first: Compared, run: Compared) -> Compared:
         if common
         else (max(steps[0], default=None), max(steps[1], default=None))
     )
-    notes: list[Problem] = []
+    notes: list[FileNote] = []
     sides = [_answers(each, step, notes) for each, step in zip((first, run), pair, strict=True)]
     versus = against(sides[0], sides[1])
     words = list(versus.words)
@@ -156,7 +156,7 @@ def _with_versus(first: Compared, run: Compared) -> Compared:
     return Compared(run.name, run.files, run.problems, run.hours, run.settings, found)
 
 
-def _answers(run: Compared, step: int | None, notes: list[Problem]) -> Answers | str:
+def _answers(run: Compared, step: int | None, notes: list[FileNote]) -> Answers | str:
     return "no evaluation" if step is None else read_answers(run.files.folder, step, notes)
 
 

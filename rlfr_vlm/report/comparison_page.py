@@ -22,7 +22,7 @@ from rlfr_vlm.report.comparison import (
 )
 from rlfr_vlm.report.folders import writable_file
 from rlfr_vlm.report.pooling import Band, pooled
-from rlfr_vlm.report.reading import Problem
+from rlfr_vlm.report.reading import FileNote
 from rlfr_vlm.report.run_files import Evaluation
 from rlfr_vlm.report.scripts import joined
 from rlfr_vlm.report.template import (
@@ -151,7 +151,7 @@ class ComparisonData(TypedDict):
     runs: list[ComparedData]
     groups: list[GroupData]
     settings: list[Setting]
-    problems: list[Problem]
+    problems: list[FileNote]
     numMoreProblems: int
     curves: ComparedCurves
 
@@ -185,7 +185,7 @@ def write_comparison(folders: Sequence[Path], path: Path) -> Path:
     runs = read_compared(folders)
     groups = seed_groups(runs)
     notes = [
-        Problem(note.kind, f"{run.name}: {note.file}", note.text)
+        FileNote(note.kind, f"{run.name}: {note.file}", note.text)
         for run in runs
         for note in run.problems
     ]
@@ -411,7 +411,7 @@ def _rounded(value: float | None) -> float | None:
 
 
 def _flips(
-    first: Compared, run: Compared, versus: Versus | None, notes: list[Problem]
+    first: Compared, run: Compared, versus: Versus | None, notes: list[FileNote]
 ) -> list[Flip]:
     """The flipped problems with both greedy responses, those gained first."""
     if versus is None or versus.steps is None:

@@ -1,7 +1,7 @@
 """Benchmark folders as typed values, read without their lock, also while an evaluation writes to
 them.
 
-What is missing, damaged or half-written becomes a `Problem` to be shown; nothing here raises for
+What is missing, damaged or half-written becomes a `FileNote` to be shown; nothing here raises for
 it. Numbers are counted from the ledger.
 """
 
@@ -19,7 +19,7 @@ from typing import Any
 from rlfr_vlm.evaluation.ledger import COUNTED
 from rlfr_vlm.evaluation.statistics import Estimate, estimate, shares
 from rlfr_vlm.report.reading import (
-    Problem,
+    FileNote,
     as_number,
     as_text,
     as_whole,
@@ -54,7 +54,7 @@ VERDICTS = (
 
 
 @dataclass(frozen=True)
-class Sample:
+class EvaluatedResponse:
     """One response and what became of it."""
 
     index: int
@@ -91,7 +91,7 @@ class EvaluatedProblem:
     images: tuple[str, ...]  # relative to the benchmark's folder
     golds: tuple[str, ...]  # any of them is right
     data_source: str
-    samples: tuple[Sample, ...]
+    samples: tuple[EvaluatedResponse, ...]
 
 
 @dataclass(frozen=True)
@@ -121,7 +121,7 @@ class BenchmarkFiles:
     problems: tuple[EvaluatedProblem, ...]
 
     @property
-    def samples(self) -> list[Sample]:
+    def samples(self) -> list[EvaluatedResponse]:
         """Of all problems."""
         return [sample for problem in self.problems for sample in problem.samples]
 
@@ -158,13 +158,13 @@ def is_training_run(folder: Path) -> bool:
     return any(is_there(folder / name) for name in TRAINING)
 
 
-def read_benchmark(folder: Path, base: Path, notes: list[Problem]) -> BenchmarkFiles:
+def read_benchmark(folder: Path, base: Path, notes: list[FileNote]) -> BenchmarkFiles:
     """What the folder holds. `base` is the folder that names are relative to."""
     place = folder.relative_to(base).as_posix()
     name = os.fsencode(
         place.removeprefix("eval/") if folder != base else folder.resolve().name
     ).decode("utf-8", "replace")
-    own: list[Problem] = []
+    own: list[FileNote] = []
     bound = json_object(folder / "protocol.json", own)
     protocol = bound["protocol"] if isinstance(bound.get("protocol"), dict) else {}
     summary = json_object(folder / "summary.json", own) if is_there(folder / "summary.json") else {}
@@ -177,7 +177,7 @@ def read_benchmark(folder: Path, base: Path, notes: list[Problem]) -> BenchmarkF
     order = dict.fromkeys([problem.id for problem in asked] + list(problems))
     if len(order) > len(asked) and asked:
         own.append(
-            Problem(
+            FileNote(
                 "damaged",
                 "problems.jsonl",
                 f"{len(order) - len(asked)} problems of the ledger are not in it",
@@ -185,15 +185,15 @@ def read_benchmark(folder: Path, base: Path, notes: list[Problem]) -> BenchmarkF
         )
     if len(problems) < len(asked):
         own.append(
-            Problem(
+            FileNote(
                 "damaged",
                 "problems.jsonl",
                 f"{len(asked) - len(problems)} problems have the id of another; left out",
             )
         )
     wanted = _wanted(protocol, summary)
-    by_problem: dict[str, dict[int, Sample]] = {
-        id_: {k: Sample(k) for k in range(wanted)} for id_ in order
+    by_problem: dict[str, dict[int, EvaluatedResponse]] = {
+        id_: {k: EvaluatedResponse(k) for k in range(wanted)} for id_ in order
     }
     for (id_, _), sample in samples.items():
         by_problem[id_][sample.index] = sample
@@ -250,7 +250,7 @@ def headline(files: BenchmarkFiles) -> Headline:
     )
 
 
-def _decided(samples: Sequence[Sample]) -> list[bool]:
+def _decided(samples: Sequence[EvaluatedResponse]) -> list[bool]:
     return [sample.verdict == "correct" for sample in samples if sample.verdict in COUNTED]
 
 
@@ -286,7 +286,9 @@ def _problem(row: dict[str, Any]) -> EvaluatedProblem:
     )
 
 
-def _samples(path: Path, hash_: str, notes: list[Problem]) -> dict[tuple[str, int], Sample]:
+def _samples(
+    path: Path, hash_: str, notes: list[FileNote]
+) -> dict[tuple[str, int], EvaluatedResponse]:
     """By problem and index; a later line on the same sample replaces an earlier one."""
     answers: dict[tuple[str, int], dict[str, Any]] = {}
     verdicts: dict[tuple[str, int], dict[str, Any]] = {}
@@ -308,7 +310,7 @@ def _samples(path: Path, hash_: str, notes: list[Problem]) -> dict[tuple[str, in
             )
     if strange:
         notes.append(
-            Problem(
+            FileNote(
                 "damaged",
                 path.name,
                 f"{strange} lines are neither a response nor a verdict; left out",
@@ -316,16 +318,16 @@ def _samples(path: Path, hash_: str, notes: list[Problem]) -> dict[tuple[str, in
         )
     if foreign:
         notes.append(
-            Problem("damaged", path.name, f"{foreign} lines belong to another protocol; left out")
+            FileNote("damaged", path.name, f"{foreign} lines belong to another protocol; left out")
         )
     if lost := len(verdicts.keys() - answers.keys()):
-        notes.append(Problem("damaged", path.name, f"{lost} verdicts have no response; left out"))
+        notes.append(FileNote("damaged", path.name, f"{lost} verdicts have no response; left out"))
     return {key: _sample(key[1], answer, verdicts.get(key, {})) for key, answer in answers.items()}
 
 
-def _sample(index: int, answer: dict[str, Any], verdict: dict[str, Any]) -> Sample:
+def _sample(index: int, answer: dict[str, Any], verdict: dict[str, Any]) -> EvaluatedResponse:
     judge = verdict.get("judge")
-    return Sample(
+    return EvaluatedResponse(
         index=index,
         verdict=as_text(verdict.get("verdict")) or "pending",
         response=as_text(answer.get("response")),

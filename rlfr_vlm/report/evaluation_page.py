@@ -18,14 +18,14 @@ from rlfr_vlm.report.evaluation import (
     STEP,
     BenchmarkFiles,
     EvaluatedProblem,
-    Sample,
+    EvaluatedResponse,
     flat,
     headline,
     model_names,
     read_benchmark,
 )
 from rlfr_vlm.report.pictures import PictureData, load_picture
-from rlfr_vlm.report.reading import Problem, as_number, as_text
+from rlfr_vlm.report.reading import FileNote, as_number, as_text
 from rlfr_vlm.report.scripts import joined
 from rlfr_vlm.report.template import (
     asset,
@@ -100,7 +100,7 @@ class EvaluationData(TypedDict):
     model: str
     writtenAt: str
     benchmarks: list[BenchmarkData]
-    problems: list[Problem]
+    problems: list[FileNote]
     numMoreProblems: int
     numChunks: int
 
@@ -158,9 +158,9 @@ def write_evaluation(
     """Write the page of these benchmark folders below `base`. Returns it and the benchmarks'
     headline numbers.
     """
-    notes: list[Problem] = []
+    notes: list[FileNote] = []
     benchmarks = [read_benchmark(folder, base, notes) for folder in folders]
-    pictures = _Pictures(base, benchmarks, notes)
+    pictures = _ProblemPictures(base, benchmarks, notes)
     chunks, places = _responses(benchmarks, notes)
     rows = [
         json_text(_problem_row(number, problem, pictures, *next(places)))
@@ -261,7 +261,7 @@ def _value(number: Any) -> float | None:
 
 
 def _problem_row(
-    number: int, problem: EvaluatedProblem, pictures: _Pictures, chunk: int, at: int
+    number: int, problem: EvaluatedProblem, pictures: _ProblemPictures, chunk: int, at: int
 ) -> ProblemData:
     return {
         "benchmark": number,
@@ -276,7 +276,7 @@ def _problem_row(
     }
 
 
-def _sample_row(sample: Sample) -> SampleData:
+def _sample_row(sample: EvaluatedResponse) -> SampleData:
     row: dict[str, Any] = {
         "index": sample.index,
         "verdict": sample.verdict,
@@ -303,7 +303,7 @@ def _sample_row(sample: Sample) -> SampleData:
 
 
 def _responses(
-    benchmarks: Sequence[BenchmarkFiles], notes: list[Problem]
+    benchmarks: Sequence[BenchmarkFiles], notes: list[FileNote]
 ) -> tuple[list[str], Iterator[tuple[int, int]]]:
     """Compressed chunks, and for every problem its chunk and its place in there. Says so where
     responses had to be cut.
@@ -321,7 +321,7 @@ def _responses(
             f"{num_cut:,} responses of more than {cut:,} characters are shown without their "
             "middle, to keep this file small"
         )
-        notes.append(Problem("note", "ledger.jsonl", text))
+        notes.append(FileNote("note", "ledger.jsonl", text))
     return chunks, iter(places)
 
 
@@ -345,7 +345,7 @@ def _pack(
     return [*chunks, compress(texts)], places
 
 
-def _texts(sample: Sample, cut: int) -> SampleTexts:
+def _texts(sample: EvaluatedResponse, cut: int) -> SampleTexts:
     """The response and what the judge wrote. A response that is cut keeps more of its end, where
     its answer stands.
     """
@@ -364,11 +364,11 @@ def _texts(sample: Sample, cut: int) -> SampleTexts:
 # Pictures.
 
 
-class _Pictures:
+class _ProblemPictures:
     """The page's pictures, those of problems that were not all answered right first."""
 
     def __init__(
-        self, base: Path, benchmarks: Sequence[BenchmarkFiles], notes: list[Problem]
+        self, base: Path, benchmarks: Sequence[BenchmarkFiles], notes: list[FileNote]
     ) -> None:
         self.base = base
         self.folders = [files.folder for files in benchmarks]
@@ -397,13 +397,13 @@ class _Pictures:
                 f"{len(missing)} pictures are missing, outside the folder or not pictures, "
                 f"first {missing[0]}"
             )
-            notes.append(Problem("damaged", "images", text))
+            notes.append(FileNote("damaged", "images", text))
         if left_out:
             text = (
                 f"the pictures of {len(left_out):,} of {len(wanted):,} problems were left out "
                 "to keep this file small; each problem names them"
             )
-            notes.append(Problem("note", "images", text))
+            notes.append(FileNote("note", "images", text))
 
     def entry(self, number: int, image: str) -> PictureData:
         """What the page knows of a picture: where it is kept, or the file that it was left out

@@ -6,14 +6,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypedDict
 
-from rlfr_vlm.report.reading import Problem, as_number, as_text, as_whole, is_there, json_lines
+from rlfr_vlm.report.reading import FileNote, as_number, as_text, as_whole, is_there, json_lines
 
 MAX_EVENTS = 1000  # on the page; the last ones
 MAX_LETTERS = 1000  # of each text of an event
 
 
 @dataclass(frozen=True)
-class Event:
+class LoggedEvent:
     """One line of `events.jsonl`."""
 
     step: int
@@ -31,7 +31,7 @@ class Event:
 class EventData(TypedDict):
     """What the monitors said, as the page reads it."""
 
-    events: list[Event]
+    events: list[LoggedEvent]
     numLeftOut: int
     numRollBacks: int
     numStepsTakenBack: int
@@ -42,7 +42,7 @@ class EventData(TypedDict):
 class EventLog:
     """Events in the order of their file: after a roll-back, steps come again."""
 
-    events: tuple[Event, ...] = ()
+    events: tuple[LoggedEvent, ...] = ()
     num_left_out: int = 0  # earlier ones
     num_roll_backs: int = 0  # in `rolled_back.jsonl`
     num_steps_taken_back: int = 0
@@ -59,9 +59,9 @@ class EventLog:
         }
 
 
-def read_events(folder: Path, problems: list[Problem]) -> EventLog:
+def read_events(folder: Path, problems: list[FileNote]) -> EventLog:
     """The run's log of events. No file is no problem: the run had no monitors."""
-    events: list[Event] = []
+    events: list[LoggedEvent] = []
     left_out = strange = 0
     path = folder / "events.jsonl"
     for row in json_lines(path, problems, may_be_empty=True) if is_there(path) else ():
@@ -76,7 +76,7 @@ def read_events(folder: Path, problems: list[Problem]) -> EventLog:
     left_out += max(0, len(events) - MAX_EVENTS)
     if strange:
         problems.append(
-            Problem(
+            FileNote(
                 "damaged",
                 path.name,
                 f"{strange} events name no step, or neither monitor nor text; left out",
@@ -86,7 +86,7 @@ def read_events(folder: Path, problems: list[Problem]) -> EventLog:
     return EventLog(tuple(events[-MAX_EVENTS:]), left_out, roll_backs, steps, is_there(path))
 
 
-def _event(row: dict[str, Any]) -> Event | None:
+def _event(row: dict[str, Any]) -> LoggedEvent | None:
     step = as_whole(row.get("step"))
     texts = {
         name: as_text(row.get(name))[:MAX_LETTERS]
@@ -94,7 +94,7 @@ def _event(row: dict[str, Any]) -> Event | None:
     }
     if step is None or not (texts["monitor"] or texts["what"]):
         return None
-    return Event(
+    return LoggedEvent(
         step=step,
         since=as_whole(row.get("since")),
         value=as_number(row.get("value")),
@@ -104,7 +104,7 @@ def _event(row: dict[str, Any]) -> Event | None:
     )
 
 
-def _taken_back(path: Path, problems: list[Problem]) -> tuple[int, int]:
+def _taken_back(path: Path, problems: list[FileNote]) -> tuple[int, int]:
     """Roll-backs, and the steps that they took back: a step taken back twice counts twice."""
     if not is_there(path):
         return 0, 0

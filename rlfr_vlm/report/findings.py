@@ -19,7 +19,7 @@ from rlfr_vlm.report.latents import (
     NoLatents,
     latent_view,
 )
-from rlfr_vlm.report.reading import Problem
+from rlfr_vlm.report.reading import FileNote
 from rlfr_vlm.report.rollout_data import RolloutData, pack_rollouts
 from rlfr_vlm.report.run_files import Metrics, RunFiles
 from rlfr_vlm.report.template import compress, json_text, text_block
@@ -82,7 +82,7 @@ class Findings:
 
 
 def examine(
-    folder: Path, run: RunFiles, budget: int, problems: list[Problem]
+    folder: Path, run: RunFiles, budget: int, problems: list[FileNote]
 ) -> tuple[RolloutData, Findings]:
     """Read the run's rollouts once: those that the page carries, in `budget` bytes, and what all of
     them say.

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from statistics import fmean, stdev
 from typing import Any, Literal, TypedDict
 
@@ -12,6 +13,7 @@ from rlfr_vlm.flow.reference import unfit_loss
 from rlfr_vlm.report.reading import as_number
 from rlfr_vlm.report.run_files import Metrics
 from rlfr_vlm.report.yardstick import FIELD, KNOWS_NOTHING, Yardstick, YardstickData
+from rlfr_vlm.shares import percent
 
 LAST_STEPS = 20  # what a verdict looks at
 LEAST_STEPS = 5  # with a value among them; fewer give no verdict
@@ -20,7 +22,7 @@ ENDS = 0.1  # share of the steps at each end that a trend compares
 
 
 @dataclass(frozen=True)
-class Verdict:
+class Remark:
     """One line about the flow."""
 
     level: Literal["good", "bad", "plain", "none"]  # none: the data do not say
@@ -30,7 +32,7 @@ class Verdict:
 class FlowHealthData(TypedDict):
     """The flow's lines, as the page reads them."""
 
-    verdicts: list[Verdict]
+    verdicts: list[Remark]
     readings: dict[str, str]
     missing: str
     reference: float | None
@@ -41,7 +43,7 @@ class FlowHealthData(TypedDict):
 class FlowHealth:
     """Lines for the top of the view, and a sentence for each chart, by metric."""
 
-    verdicts: tuple[Verdict, ...]
+    verdicts: tuple[Remark, ...]
     readings: dict[str, str]
     missing: str  # why there is nothing to see; empty where there is something
     reference: float | None = None  # loss of a field that knows nothing
@@ -121,10 +123,10 @@ def _present(values: tuple[float | None, ...]) -> list[float]:
     return [value for value in values if value is not None and abs(value) < ABSURD]
 
 
-def _separation(series: dict[str, tuple[float | None, ...]]) -> Verdict:
+def _separation(series: dict[str, tuple[float | None, ...]]) -> Remark:
     """Do wrong answers stray further from the field than right ones?"""
     if "flow/auc" not in series and "flow/auc_in_group" not in series:
-        return Verdict(
+        return Remark(
             "none",
             "No verdict on right and wrong: flow/auc was not logged (a run of an earlier version).",
         )
@@ -134,7 +136,7 @@ def _separation(series: dict[str, tuple[float | None, ...]]) -> Verdict:
     )
     known = pairs or siblings
     if known is None:
-        return Verdict(
+        return Remark(
             "none",
             f"No verdict on right and wrong yet: of the last {LAST_STEPS} steps, {LEAST_STEPS} "
             "need a value of flow/auc.",
@@ -142,22 +144,22 @@ def _separation(series: dict[str, tuple[float | None, ...]]) -> Verdict:
     over = in_words(pairs, siblings, f"over the last {_steps(known.count)}")
     all_pairs, in_groups = (found.sign if found else 0 for found in (pairs, siblings))
     if siblings and all_pairs > 0 >= in_groups:
-        return Verdict(
+        return Remark(
             "plain",
             f"Wrong answers stray further, but not clearly among siblings: {over}. The field may "
             "tell hard questions from easy ones.",
         )
     if siblings and in_groups > 0 >= all_pairs:
-        return Verdict("good", f"Among siblings, wrong answers stray further: {over}.")
+        return Remark("good", f"Among siblings, wrong answers stray further: {over}.")
     if all_pairs > 0:
-        return Verdict("good", f"Wrong answers stray further: {over}.")
+        return Remark("good", f"Wrong answers stray further: {over}.")
     if all_pairs < 0 or in_groups < 0:
-        return Verdict(
+        return Remark(
             "bad",
             f"Right answers stray further than wrong ones: {over}. The flow reward works against "
             "the outcome.",
         )
-    return Verdict("plain", f"The field tells right from wrong no better than chance: {over}.")
+    return Remark("plain", f"The field tells right from wrong no better than chance: {over}.")
 
 
 @dataclass(frozen=True)
@@ -192,7 +194,7 @@ def in_words(pairs: MeanAuc | None, siblings: MeanAuc | None, where: str) -> str
     return f"{pairs} {where}{f', {siblings} among siblings' if siblings else ''}"
 
 
-def _charged(series: dict[str, tuple[float | None, ...]]) -> Verdict | None:
+def _charged(series: dict[str, tuple[float | None, ...]]) -> Remark | None:
     """Is what is charged the wrong responses, as the deviations are? The two side by side, among
     siblings where they are known there.
     """
@@ -211,19 +213,19 @@ def _charged(series: dict[str, tuple[float | None, ...]]) -> Verdict | None:
                 if straying and straying.sign > 0
                 else ""
             )
-            return Verdict("bad", f"{text}: right answers are charged more than wrong ones.{lost}")
+            return Remark("bad", f"{text}: right answers are charged more than wrong ones.{lost}")
         if charged.sign > 0:
-            return Verdict("good", f"{text}: wrong answers are charged more.")
+            return Remark("good", f"{text}: wrong answers are charged more.")
         lost = (
             ": what the deviations know is lost on the way"
             if straying and straying.sign > 0
             else ""
         )
-        return Verdict("plain", f"{text}, which is no better than chance{lost}.")
+        return Remark("plain", f"{text}, which is no better than chance{lost}.")
     return None
 
 
-def _place(series: dict[str, tuple[float | None, ...]]) -> Verdict | None:
+def _place(series: dict[str, tuple[float | None, ...]]) -> Remark | None:
     """Where the charge falls, and how much of it needs no latents to be told."""
     place, token, at = (
         _last(series.get(name, ()))
@@ -235,7 +237,7 @@ def _place(series: dict[str, tuple[float | None, ...]]) -> Verdict | None:
             f"falls at {fmean(place):.2f} of a response on average (0: its start, 1: its end)"
         )
     shares = [
-        f"{_percent(fmean(values))} by {name}"
+        f"{percent(fmean(values))} by {name}"
         for values, name in ((token, "the token's identity"), (at, "its place"))
         if len(values) >= LEAST_STEPS
     ]
@@ -249,23 +251,23 @@ def _place(series: dict[str, tuple[float | None, ...]]) -> Verdict | None:
         if most > 0.5
         else ""
     )
-    return Verdict("plain", f"The charge {'; it '.join(parts)}.{hint}")
+    return Remark("plain", f"The charge {'; it '.join(parts)}.{hint}")
 
 
-def _weight(series: dict[str, tuple[float | None, ...]]) -> Verdict | None:
+def _weight(series: dict[str, tuple[float | None, ...]]) -> Remark | None:
     """How much of the training signal is the flow's?"""
     share, alone = (
         _last(series.get(name, ())) for name in ("flow/advantage_share", "flow/only_groups_frac")
     )
     if len(share) < LEAST_STEPS:
         return None
-    text = f"{_percent(fmean(share))} of the size of the advantages comes from the flow"
+    text = f"{percent(fmean(share))} of the size of the advantages comes from the flow"
     if len(alone) >= LEAST_STEPS:
-        text += f"; in {_percent(fmean(alone))} of the groups it alone moves the policy"
-    return Verdict("plain", f"{text} (last {_steps(len(share))}).")
+        text += f"; in {percent(fmean(alone))} of the groups it alone moves the policy"
+    return Remark("plain", f"{text} (last {_steps(len(share))}).")
 
 
-def _field(series: dict[str, tuple[float | None, ...]], reference: float | None) -> Verdict | None:
+def _field(series: dict[str, tuple[float | None, ...]], reference: float | None) -> Remark | None:
     """Does the field follow what it learns from, and does it know anything?"""
     ends = _ends(series.get("flow/loss", ()))
     if ends is None:
@@ -278,7 +280,7 @@ def _field(series: dict[str, tuple[float | None, ...]], reference: float | None)
     )
     drift = _present(series.get("flow/drift", ()))
     if drift:
-        text += f", and its weights moved {_percent(drift[-1])} from where the run began"
+        text += f", and its weights moved {percent(drift[-1])} from where the run began"
     unfit = reference is not None and last > reference
     if reference is not None:
         text += f"; v = x_t / t, which knows nothing, has {reference:.3g}"
@@ -287,10 +289,10 @@ def _field(series: dict[str, tuple[float | None, ...]], reference: float | None)
             if unfit
             else ""
         )
-    return Verdict("bad" if unfit or last > 1.5 * first else "plain", f"{text}.")
+    return Remark("bad" if unfit or last > 1.5 * first else "plain", f"{text}.")
 
 
-def _fitted(yardstick: Yardstick | None) -> Verdict | None:
+def _fitted(yardstick: Yardstick | None) -> Remark | None:
     """What the fit came to, before training."""
     known = yardstick.overall() if yardstick else {}
     others = {name: value for name, value in known.items() if name != FIELD}
@@ -304,7 +306,7 @@ def _fitted(yardstick: Yardstick | None) -> Verdict | None:
     if best != KNOWS_NOTHING:
         text += f", the best that needs no field ({best}) {others[best]:.3g}"
     level: Literal["good", "bad", "plain"] = "good" if known[FIELD] < others[best] else "plain"
-    return Verdict("bad" if known[FIELD] > others[KNOWS_NOTHING] else level, f"{text}.")
+    return Remark("bad" if known[FIELD] > others[KNOWS_NOTHING] else level, f"{text}.")
 
 
 def _readings(
@@ -316,86 +318,86 @@ def _readings(
         if reference is None
         else f"; above {reference:.3g}, the dotted line, it knows less than v = x_t / t"
     )
-    meanings = {
+    meanings: dict[str, tuple[str, str, Callable[[float], str]]] = {
         "flow/loss": (
             "Error of the velocities on right responses",
             f"lower is a closer fit{nothing}",
-            "{:.3g}",
+            "{:.3g}".format,
         ),
         "flow/contrast_loss": (
             "Error of the contrast's velocities",
             "lower is a closer fit",
-            "{:.3g}",
+            "{:.3g}".format,
         ),
         "flow/charged_auc": (
             "How often a wrong response is charged more than a right one",
             "0.5: no better than chance",
-            "{:.2f}",
+            "{:.2f}".format,
         ),
         "flow/charged_auc_in_group": (
             "How often a wrong response is charged more than a right sibling",
             "0.5: chance",
-            "{:.2f}",
+            "{:.2f}".format,
         ),
         "flow/charge_place": (
             "Where in a response its flow rewards stand, by their size",
             "0: at its start, 1: at its end",
-            "{:.2f}",
+            "{:.2f}".format,
         ),
         "flow/charge_by_token": (
             "Share of the token rewards' variance between token ids",
             "100 %: a table of tokens would do",
-            "{:.1%}",
+            percent,
         ),
         "flow/charge_by_place": (
             "Share of the token rewards' variance between places",
             "100 %: they only count tokens",
-            "{:.1%}",
+            percent,
         ),
         "flow/auc": (
             "How often a wrong response strays further than a right one",
             "0.5: no better than chance",
-            "{:.2f}",
+            "{:.2f}".format,
         ),
         "flow/advantage_share": (
             "Share of the advantages' size that is the flow's",
             "0: the outcome alone",
-            "{:.1%}",
+            percent,
         ),
         "flow/only_groups_frac": (
             "Groups without a signal from outcomes",
             "only the flow moves the policy there",
-            "{:.1%}",
+            percent,
         ),
         "flow/drift": (
             "How far the field's weights are from the start",
             "relative to their size",
-            "{:.2%}",
+            partial(percent, digits=2),
         ),
         "flow/deviation_spread": (
             "Spread of deviations within a response",
             "near 0: every token deviates alike",
-            "{:.2f}",
+            "{:.2f}".format,
         ),
         "flow/grad_norm": (
             "Size of the field's gradient, before clipping",
             "0: no right response to learn from",
-            "{:.3g}",
+            "{:.3g}".format,
         ),
         "flow/selected_frac": (
             "Responses that the field learns from",
             "0: the field stands still",
-            "{:.1%}",
+            percent,
         ),
         "flow/deviation_mean": (
             "How far tokens stray from the field",
             "in the field's own units",
-            "{:.3g}",
+            "{:.3g}".format,
         ),
         "flow/reward_mean": (
             "What a response is given or charged by the flow",
             "summed over its tokens",
-            "{:.3g}",
+            "{:.3g}".format,
         ),
     }
     readings = {}
@@ -403,10 +405,8 @@ def _readings(
         if name not in series:
             continue
         ends = _ends(series[name])
-        figures = (
-            "" if ends is None else f" This run: {form.format(ends[0])} → {form.format(ends[1])}."
-        )
-        readings[name] = f"{meaning}; {scale}.{figures}".replace("%", " %").replace("  %", " %")
+        figures = "" if ends is None else f" This run: {form(ends[0])} → {form(ends[1])}."
+        readings[name] = f"{meaning}; {scale}.{figures}"
     return readings
 
 
@@ -426,7 +426,3 @@ def _ends(values: tuple[float | None, ...]) -> tuple[float, float] | None:
 
 def _steps(count: int) -> str:
     return f"{count} step{'' if count == 1 else 's'}"
-
-
-def _percent(share: float) -> str:
-    return f"{100 * share:.1f} %"

@@ -22,7 +22,7 @@ MAX_LETTERS = 60  # of a token
 
 
 @dataclass(frozen=True)
-class Place:
+class Occurrence:
     """Where a token occurs: a response of the rollout files."""
 
     step: int
@@ -42,7 +42,7 @@ class TokenRow:
     # share of the window's right responses that contain it; None without any
     in_right: float | None
     in_wrong: float | None
-    place: Place  # of its strongest reward of that sign, on the page where possible
+    place: Occurrence  # of its strongest reward of that sign, on the page where possible
 
 
 class TokenWindow(TypedDict):
@@ -65,7 +65,9 @@ class _Window:
     wrong: Counter[str] = field(default_factory=Counter)
     rewards: dict[str, float] = field(default_factory=dict)
     # (token, rewarded) -> best so far
-    places: dict[tuple[str, bool], tuple[tuple[bool, float], Place]] = field(default_factory=dict)
+    places: dict[tuple[str, bool], tuple[tuple[bool, float], Occurrence]] = field(
+        default_factory=dict
+    )
 
 
 class TokenCensus:
@@ -90,11 +92,11 @@ class TokenCensus:
         window = self.window_of[step]
         for number, group in enumerate(groups):
             for at, response in enumerate(group.responses):
-                self._count(window, response, Place(step, number, at, 0, number < num_on_page))
+                self._count(window, response, Occurrence(step, number, at, 0, number < num_on_page))
         if len(window.counts) > MAX_TOKENS:
             self._forget(window)
 
-    def _count(self, window: _Window, response: Response, place: Place) -> None:
+    def _count(self, window: _Window, response: Response, place: Occurrence) -> None:
         rewards = response.traces.get("flow_rewards")
         if rewards is None:
             return
@@ -116,7 +118,7 @@ class TokenCensus:
             if known is None or rank > known[0]:
                 window.places[token, reward > 0] = (
                     rank,
-                    Place(place.step, place.group, place.response, at, place.on_page),
+                    Occurrence(place.step, place.group, place.response, at, place.on_page),
                 )
 
     def _forget(self, window: _Window) -> None:

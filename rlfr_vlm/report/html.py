@@ -13,8 +13,8 @@ from rlfr_vlm.report.evaluation import find_benchmarks, is_training_run
 from rlfr_vlm.report.evaluation_page import BenchmarkData, write_evaluation
 from rlfr_vlm.report.findings import Findings, FindingsData, examine
 from rlfr_vlm.report.folders import existing_folder, writable_file
-from rlfr_vlm.report.reading import Problem
-from rlfr_vlm.report.rollout_data import RolloutData, Scale
+from rlfr_vlm.report.reading import FileNote
+from rlfr_vlm.report.rollout_data import ColourRange, RolloutData
 from rlfr_vlm.report.run_files import Evaluation, Metrics, RunFiles, read_run
 from rlfr_vlm.report.scripts import joined
 from rlfr_vlm.report.template import asset, json_block, page, plotly_script, text_block, write_page
@@ -44,7 +44,7 @@ class Overview(TypedDict):
     latestCheckpoint: str
     config: str
     environment: dict[str, str]
-    problems: list[Problem]
+    problems: list[FileNote]
     numMoreProblems: int
 
 
@@ -86,7 +86,7 @@ class RolloutBrowserData(TypedDict):
     """What the rollout browser needs before it unpacks anything."""
 
     steps: list[int]
-    scales: dict[str, Scale]
+    scales: dict[str, ColourRange]
     numGroups: int
     numResponses: int
     numGroupsLeftOut: int
@@ -130,7 +130,7 @@ def _page(
     run: RunFiles,
     rollouts: RolloutData,
     findings: Findings,
-    problems: list[Problem],
+    problems: list[FileNote],
     evaluated: list[BenchmarkData],
 ) -> str:
     data: RunData = {
@@ -170,7 +170,7 @@ def _page(
     return page("page.html", run.name, "".join(map(asset, STYLES)), blocks, scripts)
 
 
-def _overview(run: RunFiles, problems: list[Problem]) -> Overview:
+def _overview(run: RunFiles, problems: list[FileNote]) -> Overview:
     series = run.metrics.series or {}
     seconds = [value for value in series.get("timing_s/step", ()) if value is not None]
     state, status = _status(run)

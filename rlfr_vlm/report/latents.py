@@ -14,8 +14,9 @@ from typing import Any, TypedDict
 import numpy as np
 from numpy.typing import NDArray
 
-from rlfr_vlm.report.flow_health import Verdict, against_chance, in_words
-from rlfr_vlm.report.reading import Problem
+from rlfr_vlm.flow.separation import wins
+from rlfr_vlm.report.flow_health import Remark, against_chance, in_words
+from rlfr_vlm.report.reading import FileNote
 from rlfr_vlm.report.rollout_data import short
 from rlfr_vlm.report.run_files import Group, Metrics
 
@@ -91,7 +92,7 @@ class LatentCensus:
             )
             self.latents.append(response.latent)
 
-    def matrix(self, problems: list[Problem]) -> tuple[list[Row], Matrix]:
+    def matrix(self, problems: list[FileNote]) -> tuple[list[Row], Matrix]:
         """Rows by step and place, and their latents [N, D]: those of the commonest length. Centred
         and scaled to a size near 1.
         """
@@ -101,7 +102,7 @@ class LatentCensus:
         unusable = self.num_unusable + len(self.latents) - len(kept)
         if unusable:
             problems.append(
-                Problem(
+                FileNote(
                     "damaged",
                     "rollouts",
                     f"{unusable} latents are not numbers of one length; left out",
@@ -139,7 +140,7 @@ class LatentData(TypedDict):
     explained: tuple[float, float]
     numResponses: int
     numPoints: int
-    verdicts: list[Verdict]
+    verdicts: list[Remark]
 
 
 class NoLatents(TypedDict):
@@ -156,7 +157,7 @@ class LatentView:
     explained: tuple[float, float]  # shares of the variance
     curves: Metrics  # auc, auc_in_group, drift, drift_chance by step
     num_responses: int
-    verdicts: tuple[Verdict, ...]
+    verdicts: tuple[Remark, ...]
 
     def for_page(self) -> LatentData:
         """As JSON, without points and curves."""
@@ -168,7 +169,7 @@ class LatentView:
         }
 
 
-def latent_view(census: LatentCensus, problems: list[Problem]) -> LatentView | None:
+def latent_view(census: LatentCensus, problems: list[FileNote]) -> LatentView | None:
     """Project, compare and measure; None where the rollouts hold no latents that differ."""
     rows, x = census.matrix(problems)
     if not len(rows) or not x.any():
@@ -193,7 +194,7 @@ def latent_view(census: LatentCensus, problems: list[Problem]) -> LatentView | N
     )
 
 
-def _apart(auc: tuple[float | None, ...], in_group: tuple[float | None, ...]) -> Verdict:
+def _apart(auc: tuple[float | None, ...], in_group: tuple[float | None, ...]) -> Remark:
     """Whether a line separates right from wrong."""
     pairs, siblings = against_chance(auc), against_chance(in_group)
     if pairs is None:
@@ -201,36 +202,36 @@ def _apart(auc: tuple[float | None, ...], in_group: tuple[float | None, ...]) ->
             f"a step counts with {LEAST_OF_EACH} right and {LEAST_OF_EACH} wrong responses, "
             f"and the others need {LEAST_TO_FIT} of each"
         )
-        return Verdict("none", f"No verdict on right and wrong: too few responses ({least}).")
+        return Remark("none", f"No verdict on right and wrong: too few responses ({least}).")
     over = in_words(pairs, siblings, f"over {pairs.count} steps")
     if pairs.sign <= 0:
-        return Verdict(
+        return Remark(
             "plain",
             "No line fitted on other steps separates right from wrong answers better than chance: "
             f"{over}.",
         )
     apart = "Right and wrong answers lie apart, along a line fitted on other steps"
     if siblings and siblings.sign <= 0:
-        return Verdict(
+        return Remark(
             "plain",
             f"{apart}, but not clearly among siblings: {over}. The line may tell hard questions "
             "from easy ones.",
         )
-    return Verdict("good", f"{apart}: {over}.")
+    return Remark("good", f"{apart}: {over}.")
 
 
-def _moved(drift: tuple[float | None, ...], chance: tuple[float | None, ...]) -> Verdict:
+def _moved(drift: tuple[float | None, ...], chance: tuple[float | None, ...]) -> Remark:
     """How far the last responses are from the first ones."""
     last, floor = (
         [value for value in values[-10:] if value is not None] for values in (drift, chance)
     )
     if len(drift) < 2 or not last:
-        return Verdict("none", "No verdict on drift: there is one step.")
+        return Remark("none", "No verdict on drift: there is one step.")
     text = f"The last responses lie {fmean(last):.2f} spreads from the first ones"
     if not floor:
-        return Verdict("plain", f"{text}.")
+        return Remark("plain", f"{text}.")
     than = "more than" if fmean(last) > 1.5 * fmean(floor) else "not clearly more than"
-    return Verdict(
+    return Remark(
         "plain",
         f"{text}, {than} the {fmean(floor):.2f} that the draw of questions alone would give.",
     )
@@ -294,15 +295,13 @@ def separability(
         ):
             aucs.append(None)
             continue
-        direction = _discriminant(fit[0], fit[1])
-        pairs = [(here_right, here_wrong)]
-        if group is not None:
-            pairs = [
-                (here_right[group[here_right] == g], here_wrong[group[here_wrong] == g])
-                for g in np.unique(group[here_right])
-            ]
-        won = sum(_pairs_won(x[a] @ direction, x[b] @ direction) for a, b in pairs)
-        aucs.append(round(won / sum(len(a) * len(b) for a, b in pairs), 4))
+        to_wrong = -_discriminant(fit[0], fit[1])
+        here = np.concatenate((here_right, here_wrong))
+        parts = (
+            [here] if group is None else [here[group[here] == g] for g in np.unique(group[here])]
+        )
+        counted = [wins(x[part] @ to_wrong, verdict[part] == RIGHT) for part in parts]
+        aucs.append(round(sum(won for won, _ in counted) / sum(pairs for _, pairs in counted), 4))
     return tuple(aucs)
 
 
@@ -352,13 +351,6 @@ def _among_siblings(
     right = np.bincount(group[verdict == RIGHT], minlength=count)
     both = (right > 0) & (right < sizes)
     return x - (sums / np.maximum(1, sizes)[:, None])[group], both[group]
-
-
-def _pairs_won(right: Matrix, wrong: Matrix) -> float:
-    """Pairs in which the right one is higher; equal ones count half."""
-    ordered = np.sort(wrong)
-    below, to = np.searchsorted(ordered, right, "left"), np.searchsorted(ordered, right, "right")
-    return float((below + to).sum() / 2)
 
 
 def centroid_drift(

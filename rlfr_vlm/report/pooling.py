@@ -6,14 +6,6 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from rlfr_vlm.evaluation.statistics import Z
-
-# Quantiles of Student's t for a two-sided 95 % interval, by degrees of freedom from 1.
-T_975 = (
-    *(12.7062, 4.3027, 3.1824, 2.7764, 2.5706, 2.4469, 2.3646, 2.3060, 2.2622, 2.2281),
-    *(2.2010, 2.1788, 2.1604, 2.1448, 2.1314, 2.1199, 2.1098, 2.1009, 2.0930, 2.0860),
-)
-
 
 @dataclass(frozen=True)
 class Band:
@@ -26,14 +18,10 @@ class Band:
 
 
 def t_quantile(degrees: int) -> float:
-    """97.5 % quantile of Student's t; beyond the table from the normal's, with the first terms of
-    its expansion in 1 / degrees.
-    """
-    if degrees <= len(T_975):
-        return T_975[degrees - 1]
-    first, second = (Z**3 + Z) / 4, (5 * Z**5 + 16 * Z**3 + 3 * Z) / 96
-    third = (3 * Z**7 + 19 * Z**5 + 17 * Z**3 - 15 * Z) / 384
-    return Z + first / degrees + second / degrees**2 + third / degrees**3
+    """97.5 % quantile of Student's t."""
+    from scipy.special import stdtrit
+
+    return float(stdtrit(degrees, 0.975))
 
 
 def band(values: Sequence[float]) -> Band:

@@ -1,4 +1,4 @@
-"""Files as they are: missing, empty, torn by a kill, or damaged. What is wrong becomes a `Problem`
+"""Files as they are: missing, empty, torn by a kill, or damaged. What is wrong becomes a `FileNote`
 to be shown; nothing here raises for it.
 """
 
@@ -39,7 +39,7 @@ OF_A_RUN = (
 
 
 @dataclass(frozen=True)
-class Problem:
+class FileNote:
     """Something a reader of the run should know about its files."""
 
     kind: Literal["missing", "damaged", "note"]
@@ -47,7 +47,7 @@ class Problem:
     text: str
 
 
-def about_folder(folder: Path) -> list[Problem]:
+def about_folder(folder: Path) -> list[FileNote]:
     """What a folder that holds nothing of a run is, and what may have been meant."""
     try:
         entries = list(os.scandir(folder))
@@ -55,7 +55,7 @@ def about_folder(folder: Path) -> list[Problem]:
         return [unreadable(folder, error)]
     if not entries:
         return [
-            Problem(
+            FileNote(
                 "note",
                 relative(folder.resolve()),
                 "an empty folder; if a run is to write here, it has not started",
@@ -71,7 +71,7 @@ def about_folder(folder: Path) -> list[Problem]:
         else ""
     )
     return [
-        Problem(
+        FileNote(
             "note",
             relative(folder.resolve()),
             f"no run folder: nothing that training writes is in it{hint}",
@@ -88,7 +88,7 @@ def is_there(path: Path) -> bool:
 
 
 def json_lines(
-    path: Path, problems: list[Problem], growing: bool = False, may_be_empty: bool = False
+    path: Path, problems: list[FileNote], growing: bool = False, may_be_empty: bool = False
 ) -> Iterator[dict[str, Any]]:
     """The objects of a JSONL file. What parses counts, also without its line break; a last line
     that does not is named as torn.
@@ -114,7 +114,7 @@ def json_lines(
                     bad.append(number)
             if file.tell() == 0 and not growing and not may_be_empty:
                 problems.append(
-                    Problem(
+                    FileNote(
                         "note",
                         relative(path),
                         "empty: nothing was written yet, or a kill came first",
@@ -124,7 +124,7 @@ def json_lines(
         problems.append(unreadable(path, error))
     if bad:
         problems.append(
-            Problem(
+            FileNote(
                 "damaged",
                 relative(path),
                 f"{len(bad)} lines are not JSON objects, first line {bad[0]}; left out",
@@ -132,7 +132,7 @@ def json_lines(
         )
     if torn and not growing:
         problems.append(
-            Problem(
+            FileNote(
                 "note",
                 relative(path),
                 "the last line is not whole: it is being written, or a kill cut it; left out",
@@ -151,7 +151,7 @@ def _lines(file: BinaryIO) -> Iterator[bytes]:
         yield b"-\n"
 
 
-def json_object(path: Path, problems: list[Problem]) -> dict[str, Any]:
+def json_object(path: Path, problems: list[FileNote]) -> dict[str, Any]:
     """The object of a JSON file; empty where there is none."""
     text = read_text(path, problems)
     if not text:
@@ -161,12 +161,12 @@ def json_object(path: Path, problems: list[Problem]) -> dict[str, Any]:
     except (ValueError, RecursionError):
         tree = None
     if not isinstance(tree, dict):
-        problems.append(Problem("damaged", relative(path), "not a whole JSON object"))
+        problems.append(FileNote("damaged", relative(path), "not a whole JSON object"))
         return {}
     return tree
 
 
-def read_text(path: Path, problems: list[Problem]) -> str:
+def read_text(path: Path, problems: list[FileNote]) -> str:
     """A file's text; "" where there is none."""
     try:
         with path.open("rb") as file:
@@ -177,7 +177,7 @@ def read_text(path: Path, problems: list[Problem]) -> str:
     text = content.decode("utf-8", "replace")
     if len(content) > MAX_BYTES:
         problems.append(
-            Problem(
+            FileNote(
                 "damaged",
                 relative(path),
                 f"larger than {MAX_BYTES // 1_000_000} MB, which no such file is; left out",
@@ -185,16 +185,16 @@ def read_text(path: Path, problems: list[Problem]) -> str:
         )
         return ""
     if not text.strip():
-        problems.append(Problem("damaged", relative(path), "empty"))
+        problems.append(FileNote("damaged", relative(path), "empty"))
         return ""
     return text
 
 
-def unreadable(path: Path, error: OSError) -> Problem:
+def unreadable(path: Path, error: OSError) -> FileNote:
     """What a failed attempt to read says."""
     if isinstance(error, FileNotFoundError):
-        return Problem("missing", relative(path), ABSENT.get(relative(path), "not there"))
-    return Problem("damaged", relative(path), f"cannot be read: {error.strerror}")
+        return FileNote("missing", relative(path), ABSENT.get(relative(path), "not there"))
+    return FileNote("damaged", relative(path), f"cannot be read: {error.strerror}")
 
 
 def relative(path: Path) -> str:

@@ -16,7 +16,7 @@ import numpy as np
 
 from rlfr_vlm.report.attention import AttentionBudget, AttentionData
 from rlfr_vlm.report.pictures import PictureData, load_picture
-from rlfr_vlm.report.reading import Problem
+from rlfr_vlm.report.reading import FileNote
 from rlfr_vlm.report.run_files import QUANTITIES, Group, Response, RolloutFile, read_rollouts
 from rlfr_vlm.report.template import compress
 
@@ -26,7 +26,7 @@ MIN_STEPS = 32  # when there is too much, no step takes more than this share of 
 
 
 @dataclass(frozen=True)
-class Scale:
+class ColourRange:
     """Range of a per-token quantity over the whole run, which fixes its colours."""
 
     kind: Literal["signed", "penalty", "bonus", "magnitude"]
@@ -85,7 +85,7 @@ class RolloutData:
     index: str  # all groups without their tokens: base64 of gzipped JSON
     steps: dict[int, str]  # tokens and traces of a step's groups, likewise
     pictures: dict[str, str]  # key -> data URL
-    scales: dict[str, Scale]
+    scales: dict[str, ColourRange]
     num_groups: int
     num_responses: int
     num_groups_left_out: int  # of the steps shown
@@ -102,7 +102,7 @@ def pack_rollouts(
     folder: Path,
     files: tuple[RolloutFile, ...],
     budget: int,
-    problems: list[Problem],
+    problems: list[FileNote],
     censuses: Sequence[Census] = (),
 ) -> RolloutData:
     """Pack steps until `budget` bytes are used: first and last step first, then the middles of the
@@ -111,7 +111,7 @@ def pack_rollouts(
     Every file is read once, and one at a time; `censuses` see all of them.
     """
     share = budget // min(len(files), MIN_STEPS) if files else budget
-    pictures = _Pictures(folder)
+    pictures = _ProblemPictures(folder)
     attention = AttentionBudget(min(len(files), MIN_STEPS))
     ranges = {name: _Range() for name in QUANTITIES}
     shown: dict[int, tuple[Group, ...]] = {}
@@ -164,7 +164,7 @@ def pack_rollouts(
 
 
 def _pack_step(
-    groups: tuple[Group, ...], pictures: _Pictures, room: int
+    groups: tuple[Group, ...], pictures: _ProblemPictures, room: int
 ) -> tuple[tuple[Group, ...], str]:
     """The tokens of a step's first groups, as many of them (at least one) as take up no more than
     `room` bytes with their pictures.
@@ -200,7 +200,7 @@ def _tokens(group: Group) -> list[ResponseTokens]:
     ]
 
 
-def _head(group: Group, pictures: _Pictures) -> GroupHead:
+def _head(group: Group, pictures: _ProblemPictures) -> GroupHead:
     return {
         "step": group.step,
         "id": group.prompt_id,
@@ -267,7 +267,7 @@ class _Range:
             # None becomes nan
             self.parts.append(np.array(values, dtype=np.float64).astype(np.float32))
 
-    def scale(self, name: str) -> Scale | None:
+    def scale(self, name: str) -> ColourRange | None:
         """The range that holds all but the outermost percent; None without values."""
         values = np.concatenate(self.parts) if self.parts else np.empty(0, dtype=np.float32)
         values = values[np.isfinite(values)]
@@ -279,18 +279,18 @@ class _Range:
         if name == "advantages":
             return _around_zero(low, high)
         if name == "logprobs":
-            return Scale("magnitude", low, 0.0)
-        return Scale("magnitude", 0.0 if name == "entropy" else low, high)
+            return ColourRange("magnitude", low, 0.0)
+        return ColourRange("magnitude", 0.0 if name == "entropy" else low, high)
 
 
-def _around_zero(low: float, high: float) -> Scale:
+def _around_zero(low: float, high: float) -> ColourRange:
     if low < 0 < high:
         size = max(-low, high)
-        return Scale("signed", -size, size)
-    return Scale("penalty", low, 0.0) if low < 0 else Scale("bonus", 0.0, high)
+        return ColourRange("signed", -size, size)
+    return ColourRange("penalty", low, 0.0) if low < 0 else ColourRange("bonus", 0.0, high)
 
 
-class _Pictures:
+class _ProblemPictures:
     """The page's pictures: each file read once, each content kept once."""
 
     def __init__(self, folder: Path) -> None:
@@ -316,13 +316,13 @@ class _Pictures:
         loaded = self._load(image)
         return loaded[0] if loaded else None
 
-    def problems(self) -> list[Problem]:
+    def problems(self) -> list[FileNote]:
         """One line for all pictures that could not be shown."""
         bad = [image for image, loaded in self._loaded.items() if loaded is None]
         if not bad:
             return []
         return [
-            Problem(
+            FileNote(
                 "damaged",
                 "rollouts",
                 f"{len(bad)} pictures are missing, outside the run folder or not pictures, first "

@@ -1,4 +1,4 @@
-"""A run folder as typed values. What is missing, damaged or half-written becomes a `Problem` to be
+"""A run folder as typed values. What is missing, damaged or half-written becomes a `FileNote` to be
 shown; nothing here raises for it.
 """
 
@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from rlfr_vlm.report.parquet_rows import UnreadableTable, parquet_rows
 from rlfr_vlm.report.reading import (
-    Problem,
+    FileNote,
     about_folder,
     as_number,
     as_text,
@@ -135,7 +135,7 @@ class RunFiles:
     checkpoint_steps: tuple[int, ...]
     latest_checkpoint: str
     rollout_files: tuple[RolloutFile, ...]  # by step
-    problems: tuple[Problem, ...]
+    problems: tuple[FileNote, ...]
 
     @property
     def planned_steps(self) -> int | None:
@@ -169,7 +169,7 @@ def read_run(folder: Path) -> RunFiles:
     )
 
 
-def read_rollouts(file: RolloutFile, problems: list[Problem]) -> tuple[Group, ...]:
+def read_rollouts(file: RolloutFile, problems: list[FileNote]) -> tuple[Group, ...]:
     """The groups of one step in the order of the file."""
     groups: list[tuple[dict[str, Any], list[Response]]] = []
     open_groups: dict[str, int] = {}
@@ -187,7 +187,7 @@ def read_rollouts(file: RolloutFile, problems: list[Problem]) -> tuple[Group, ..
         groups[at][1].append(response)
     if misfits:
         problems.append(
-            Problem(
+            FileNote(
                 "damaged",
                 relative(file.path),
                 f"{misfits} responses have arrays that do not fit their tokens; left out",
@@ -196,14 +196,14 @@ def read_rollouts(file: RolloutFile, problems: list[Problem]) -> tuple[Group, ..
     return tuple(_group(file.step, row, responses) for row, responses in groups)
 
 
-def _rollout_rows(path: Path, problems: list[Problem]) -> Iterator[dict[str, Any]]:
+def _rollout_rows(path: Path, problems: list[FileNote]) -> Iterator[dict[str, Any]]:
     if path.suffix != ".parquet":
         yield from json_lines(path, problems)
         return
     try:
         yield from parquet_rows(path)
     except UnreadableTable as error:
-        problems.append(Problem("damaged", relative(path), str(error)))
+        problems.append(FileNote("damaged", relative(path), str(error)))
     except OSError as error:
         problems.append(unreadable(path, error))
 
@@ -259,16 +259,16 @@ def _latent(values: Any) -> NDArray[np.float32] | None:
         return np.array([as_number(value) for value in values], dtype=np.float64).astype(np.float32)
 
 
-def _config(path: Path, problems: list[Problem]) -> tuple[str, dict[str, Any]]:
+def _config(path: Path, problems: list[FileNote]) -> tuple[str, dict[str, Any]]:
     text = read_text(path, problems)
     try:
         tree = yaml.safe_load(text) if text else {}
     except (yaml.YAMLError, ValueError, RecursionError):
-        problems.append(Problem("damaged", relative(path), "not YAML; shown as it is"))
+        problems.append(FileNote("damaged", relative(path), "not YAML; shown as it is"))
         tree = {}
     if text and not text.endswith("\n"):
         problems.append(
-            Problem(
+            FileNote(
                 "damaged",
                 relative(path),
                 "cut off in its last line; that setting is wrong, and later ones are missing",
@@ -277,7 +277,7 @@ def _config(path: Path, problems: list[Problem]) -> tuple[str, dict[str, Any]]:
     return text, tree if isinstance(tree, dict) else {}
 
 
-def _environment(path: Path, problems: list[Problem]) -> dict[str, str]:
+def _environment(path: Path, problems: list[FileNote]) -> dict[str, str]:
     tree = json_object(path, problems)
     flat: dict[str, str] = {}
     stack = [("", tree)]
@@ -293,7 +293,7 @@ def _environment(path: Path, problems: list[Problem]) -> dict[str, str]:
     return dict(sorted(flat.items()))
 
 
-def _metrics(path: Path, problems: list[Problem]) -> Metrics:
+def _metrics(path: Path, problems: list[FileNote]) -> Metrics:
     rows: dict[int, dict[str, Any]] = {}
     repeated = set()
     for row in json_lines(path, problems):
@@ -305,7 +305,7 @@ def _metrics(path: Path, problems: list[Problem]) -> Metrics:
             known.update(row)
     if repeated:
         problems.append(
-            Problem(
+            FileNote(
                 "note",
                 relative(path),
                 f"{len(repeated)} steps were written twice (a resumed run?); later values count",
@@ -324,7 +324,7 @@ def _metrics(path: Path, problems: list[Problem]) -> Metrics:
         ]
         if bad:
             problems.append(
-                Problem(
+                FileNote(
                     "note",
                     relative(path),
                     f"{name} is not a finite number at {len(bad)} steps, first at step {bad[0]}",
@@ -340,7 +340,7 @@ def _written_at(path: Path) -> float | None:
         return None
 
 
-def _evaluations(folder: Path, problems: list[Problem]) -> tuple[Evaluation, ...]:
+def _evaluations(folder: Path, problems: list[FileNote]) -> tuple[Evaluation, ...]:
     found: dict[int, Evaluation] = {}
     for step, path in _step_files(folder, ".json", problems):
         row = json_object(path, problems)
@@ -369,7 +369,7 @@ def _evaluations(folder: Path, problems: list[Problem]) -> tuple[Evaluation, ...
     for step, path in _step_files(folder, ".jsonl", []):
         if step not in ended:
             problems.append(
-                Problem(
+                FileNote(
                     "note",
                     relative(path),
                     "responses of an evaluation that has not ended; train again to go on",
@@ -389,7 +389,7 @@ def _source(name: str, values: Any) -> SourceAccuracy:
     )
 
 
-def _checkpoints(folder: Path, problems: list[Problem]) -> tuple[tuple[int, ...], str]:
+def _checkpoints(folder: Path, problems: list[FileNote]) -> tuple[tuple[int, ...], str]:
     """Steps of the kept checkpoints, and the name `latest` points to."""
     try:
         names = [
@@ -410,16 +410,16 @@ def _checkpoints(folder: Path, problems: list[Problem]) -> tuple[tuple[int, ...]
             else latest.read_text(errors="replace").strip()
         )
         if not name:
-            problems.append(Problem("damaged", relative(latest), "empty"))
+            problems.append(FileNote("damaged", relative(latest), "empty"))
     except OSError as error:
         problems.append(unreadable(latest, error))
     name = Path(name).name
     if name and not is_there(folder / name):
-        problems.append(Problem("damaged", relative(latest), f"names {name}, which is not there"))
+        problems.append(FileNote("damaged", relative(latest), f"names {name}, which is not there"))
     return tuple(steps), name
 
 
-def _rollout_files(folder: Path, problems: list[Problem]) -> tuple[RolloutFile, ...]:
+def _rollout_files(folder: Path, problems: list[FileNote]) -> tuple[RolloutFile, ...]:
     """One per step: where a step has both, the table is the later one."""
     found = {
         step: path for suffix in ROLLOUT_SUFFIXES for step, path in _step_files(folder, suffix, [])
@@ -429,7 +429,7 @@ def _rollout_files(folder: Path, problems: list[Problem]) -> tuple[RolloutFile, 
     return tuple(RolloutFile(step, found[step]) for step in sorted(found))
 
 
-def _step_files(folder: Path, suffix: str, problems: list[Problem]) -> list[tuple[int, Path]]:
+def _step_files(folder: Path, suffix: str, problems: list[FileNote]) -> list[tuple[int, Path]]:
     """(step, path) of the `step_<number><suffix>` files of a folder, by step."""
     try:
         names = os.listdir(folder)
@@ -439,5 +439,5 @@ def _step_files(folder: Path, suffix: str, problems: list[Problem]) -> list[tupl
     matches = (re.fullmatch(rf"step_(\d+){re.escape(suffix)}", name) for name in names)
     found = sorted((int(match[1]), folder / match[0]) for match in matches if match)
     if not found:
-        problems.append(Problem("missing", relative(folder), f"no step_*{suffix} in it"))
+        problems.append(FileNote("missing", relative(folder), f"no step_*{suffix} in it"))
     return found

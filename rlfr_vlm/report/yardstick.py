@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypedDict
 
-from rlfr_vlm.report.reading import Problem, as_number, as_whole, is_there, json_object
+from rlfr_vlm.report.reading import FileNote, as_number, as_whole, is_there, json_object
 
 FILE = "flow_yardstick.json"
 FIELD = "field"  # name of the field's own deviation
@@ -75,7 +75,7 @@ class Yardstick:
 
 
 def read_yardstick(
-    folder: Path, config: dict[str, Any], problems: list[Problem]
+    folder: Path, config: dict[str, Any], problems: list[FileNote]
 ) -> Yardstick | None:
     """That of the run's own fit, else of the one that `flow.checkpoint` of its config names; None
     where there is none.

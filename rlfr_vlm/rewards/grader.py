@@ -39,6 +39,8 @@ from rlfr_vlm.rewards.answers import (
 from rlfr_vlm.types import Verdict
 
 if TYPE_CHECKING:
+    import psutil
+
     from rlfr_vlm.config import GraderConfig
 
 __all__ = ["Gold", "Graded", "Grader", "extract_answer", "gold_problem", "grade_answer"]
@@ -180,23 +182,23 @@ def _serve(parent: int, cpu_seconds: float, memory: int) -> None:
 # --- in the caller --------------------------------------------------------------------------------
 
 
-def _cpu_seconds(pid: int) -> float:
-    """CPU time that a process has had; 0 where the system does not tell (not Linux), so that it
-    seems to stand still.
-    """
+def _cpu_seconds(process: psutil.Process) -> float:
+    """CPU time that a process has had; 0 where it is gone, so that it seems to stand still."""
+    import psutil
+
     try:
-        with open(f"/proc/{pid}/stat", "rb") as stat:
-            # behind the name, which may hold anything
-            fields = stat.read().rpartition(b")")[2].split()
-    except OSError:
+        used = process.cpu_times()
+    except psutil.Error:
         return 0.0
-    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+    return used.user + used.system
 
 
 class _Worker:
     """A worker process, the item it has in hand and the time by which it has to answer."""
 
     def __init__(self, cfg: GraderConfig) -> None:
+        import psutil  # here: the workers run this file, and start without it
+
         environment = {name: os.environ[name] for name in _ENVIRONMENT if name in os.environ}
         environment["PYTHONPATH"] = os.pathsep.join(os.path.abspath(entry) for entry in sys.path)
         # sympy's order of terms, and with it what it simplifies to, follows the hash
@@ -209,6 +211,7 @@ class _Worker:
             bufsize=0,
             env=environment,
         )
+        self.seen = psutil.Process(self.process.pid)
         self.ready = False
         self.item: int | None = None
         self.deadline = time.monotonic() + START_SECONDS
@@ -222,7 +225,7 @@ class _Worker:
         """Hand over a request (below the 64 KiB of a pipe: this never blocks). False if the worker
         is gone.
         """
-        self.used = _cpu_seconds(self.process.pid)
+        self.used = _cpu_seconds(self.seen)
         try:
             self.process.stdin.write(request)  # type: ignore[union-attr]
         except BrokenPipeError:
@@ -238,7 +241,7 @@ class _Worker:
         """At its deadline: whether it got no CPU time since the last one, or was patient long
         enough; else it has another wall limit.
         """
-        used = _cpu_seconds(self.process.pid)
+        used = _cpu_seconds(self.seen)
         if self.item is None or self.patience == 0 or used <= self.used:
             return True
         self.deadline, self.patience, self.used = (

@@ -26,7 +26,7 @@ from rlfr_vlm.ranks import Ranks
 from rlfr_vlm.rollout import engine_name
 from rlfr_vlm.rollout.engine import SamplingConfig, sample_indices
 from rlfr_vlm.rollout.probe import PROBE, check_gap, probe_prompts, tolerance
-from rlfr_vlm.rollout.worker import Answer, Packed, Problem, Refusal, Request, packed
+from rlfr_vlm.rollout.worker import ErrorMessage, Packed, Refusal, Request, SampledResponse, packed
 from rlfr_vlm.types import EncodedPrompt, Rollout, RolloutGroup
 
 MAX_BUCKETS = 2  # sent and not yet taken by every worker
@@ -67,7 +67,7 @@ class Workers(Protocol):
 
 
 @dataclass(frozen=True)
-class Loss:
+class LostWorker:
     """What became of a worker."""
 
     reason: str
@@ -78,8 +78,8 @@ class Loss:
 class _Report:
     """What one rank met, for all of them to know."""
 
-    losses: dict[int, Loss]
-    problem: Problem | None = None
+    losses: dict[int, LostWorker]
+    problem: ErrorMessage | None = None
     value: Any = None
 
 
@@ -92,7 +92,7 @@ class _Piece:
     worker: int
     prompts: Sequence[EncodedPrompt]
     requests: list[Request]
-    answers: list[tuple[Answer, ...]] | None = None
+    answers: list[tuple[SampledResponse, ...]] | None = None
 
 
 class RemoteEngine:
@@ -170,7 +170,7 @@ class RemoteEngine:
                 in_flight.append((f"the weights from `{next(iter(bucket))}` on", calls))
                 count += 1
         except NonFiniteError as error:
-            report.problem = Problem.of(error)
+            report.problem = ErrorMessage.of(error)
         while in_flight and not report.problem:
             self._answers(*in_flight.popleft(), report)
         if ranks.first and not report.losses and not report.problem:
@@ -183,7 +183,9 @@ class RemoteEngine:
                 calls, self._answers("the end of the weights", calls, report), strict=True
             ):
                 if state is not None and state.sync_id != sync_id:
-                    report.losses[worker] = Loss("it was started anew while weights were sent")
+                    report.losses[worker] = LostWorker(
+                        "it was started anew while weights were sent"
+                    )
         return report
 
     def _prove(self, policy: Policy) -> None:
@@ -299,15 +301,15 @@ class RemoteEngine:
             try:
                 answer = self.workers.result(call, max(0.0, deadline - time.monotonic()))
             except WorkerLost as error:
-                report.losses.setdefault(worker, Loss(str(error)))
+                report.losses.setdefault(worker, LostWorker(str(error)))
             except TimeoutError:
-                report.losses[worker] = Loss(
+                report.losses[worker] = LostWorker(
                     f"no answer to {what} within {self.limit_s:.0f} s (train.timeout_s)", hung=True
                 )
-            if isinstance(answer, Problem):
+            if isinstance(answer, ErrorMessage):
                 report.problem, answer = report.problem or answer, None
             elif isinstance(answer, Refusal) and answer.reason == "stale":
-                report.losses.setdefault(worker, Loss("it was started anew"))
+                report.losses.setdefault(worker, LostWorker("it was started anew"))
                 answer = None
             found.append(answer)
         return found
@@ -336,13 +338,13 @@ class RemoteEngine:
         try:
             late = self._bring_back(losses) if ranks.first else None
         except UserError as error:
-            late = Problem.of(error)
+            late = ErrorMessage.of(error)
         late = ranks.broadcast(late, "lost engines")
         if late is not None:
             raise late.error()
         return True
 
-    def _bring_back(self, losses: Mapping[int, Loss]) -> Problem | None:
+    def _bring_back(self, losses: Mapping[int, LostWorker]) -> ErrorMessage | None:
         """Wait until lost workers are there again; ones that hang are ended first.
 
         One that hung before anybody had a connection to it looks like one that is being started: it
@@ -359,7 +361,7 @@ class RemoteEngine:
                     state = self.workers.result(
                         self.workers.submit(worker, "state"), max(0.0, self.limit_s - waited)
                     )
-                    if isinstance(state, Problem):
+                    if isinstance(state, ErrorMessage):
                         return state
                     break
                 except WorkerLost:
@@ -370,7 +372,7 @@ class RemoteEngine:
                 except TimeoutError:
                     pass
                 if time.monotonic() > begun + self.limit_s:
-                    return Problem(
+                    return ErrorMessage(
                         "StoppedError",
                         f"engine {worker} was lost ({loss.reason}) and is not back after "
                         f"{self.limit_s:.0f} s",
@@ -406,7 +408,7 @@ def shares(count: int, rank: int, ranks: int, workers: int) -> list[tuple[int, i
 
 
 def group_of(
-    prompt: EncodedPrompt, answers: Sequence[Answer], sampling: SamplingConfig
+    prompt: EncodedPrompt, answers: Sequence[SampledResponse], sampling: SamplingConfig
 ) -> RolloutGroup:
     """A worker's answers as responses to this rank's prompt."""
     rollouts = tuple(

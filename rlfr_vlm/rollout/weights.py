@@ -45,7 +45,7 @@ class Slot:
 
 
 @dataclass(frozen=True)
-class Layout:
+class WeightMap:
     """Every tensor of the trainer and its place. Stacked weights (q, k, v; gate, up) have several
     slots.
     """
@@ -140,7 +140,7 @@ class Arrivals:
             )
 
 
-def map_weights(model: Any, specs: Mapping[str, WeightSpec]) -> Layout:
+def map_weights(model: Any, specs: Mapping[str, WeightSpec]) -> WeightMap:
     """Ask vLLM's own loader (its name mapper, its stacking rules) where each tensor goes: run it
     with loaders that note instead of copying.
 
@@ -177,7 +177,7 @@ def map_weights(model: Any, specs: Mapping[str, WeightSpec]) -> Layout:
             rows += len(tensor)
         slots[target] = tuple(found)
     _check_complete(model, slots, set(tensors))
-    return Layout(slots, tied)
+    return WeightMap(slots, tied)
 
 
 @contextmanager
@@ -230,7 +230,7 @@ def _check_complete(model: Any, slots: Mapping[str, Sequence[Slot]], sources: se
 
 
 @torch.no_grad()
-def copy_weights(model: Any, layout: Layout, bucket: Mapping[str, Tensor]) -> None:
+def copy_weights(model: Any, layout: WeightMap, bucket: Mapping[str, Tensor]) -> None:
     """Put a bucket of the trainer's tensors into the engine, cast to its dtype. Raises StoppedError
     as Layout.filled_by does.
     """
@@ -267,7 +267,7 @@ def _pack(module: Any) -> None:
     module.quant_method.process_weights_after_loading(module)
 
 
-def _heads(model: Any, layout: Layout) -> dict[Any, str]:
+def _heads(model: Any, layout: WeightMap) -> dict[Any, str]:
     """Layers that keep their weight beside a packed copy of it (the head, tied or not), and which
     of the engine's tensors that weight is.
 
@@ -296,7 +296,7 @@ def _heads(model: Any, layout: Layout) -> dict[Any, str]:
 @torch.no_grad()
 def compare_weights(
     model: Any,
-    layout: Layout,
+    layout: WeightMap,
     bucket: Mapping[str, Tensor],
     seed: int = 0,
     exhaustive: bool = False,
@@ -449,7 +449,7 @@ class WeightSync:
         return sorted(found, key=lambda mismatch: -mismatch.difference)
 
 
-def _put(model: Any, layout: Layout, bucket: Mapping[str, Tensor], seed: int) -> list[Mismatch]:
+def _put(model: Any, layout: WeightMap, bucket: Mapping[str, Tensor], seed: int) -> list[Mismatch]:
     """Runs where the engine's model is."""
     copy_weights(model, layout, bucket)
     return compare_weights(model, layout, bucket, seed)

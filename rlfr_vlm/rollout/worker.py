@@ -64,7 +64,7 @@ class Request:
 
 
 @dataclass(frozen=True)
-class Answer:
+class SampledResponse:
     """A response on its way back."""
 
     token_ids: tuple[int, ...]
@@ -85,14 +85,14 @@ class Refusal:
 
 
 @dataclass(frozen=True)
-class Problem:
+class ErrorMessage:
     """An error that is meant for the user, on its way to another process."""
 
     kind: str  # a class of rlfr_vlm.errors
     text: str
 
     @classmethod
-    def of(cls, error: Exception) -> Problem:
+    def of(cls, error: Exception) -> ErrorMessage:
         """The error as a value, under the nearest class that the command line knows."""
         known = (
             base.__name__ for base in type(error).__mro__ if base.__module__ == errors.__name__
@@ -157,7 +157,7 @@ class RolloutWorker:
 
     def sample(
         self, requests: Sequence[Request], sampling: SamplingConfig, sync_id: str
-    ) -> list[tuple[Answer, ...]] | Refusal:
+    ) -> list[tuple[SampledResponse, ...]] | Refusal:
         """Responses to each request, or why there are none. Raises StoppedError naming a prompt
         that reads as other tokens here.
         """
@@ -170,7 +170,7 @@ class RolloutWorker:
         groups = self.engine.sample([prompt for prompt in encoded if prompt is not None], sampling)
         return [
             tuple(
-                Answer(r.token_ids, r.logprobs, r.text, r.finish_reason, r.policy_version)
+                SampledResponse(r.token_ids, r.logprobs, r.text, r.finish_reason, r.policy_version)
                 for r in group.rollouts
             )
             for group in groups
@@ -251,4 +251,4 @@ def answered(worker: RolloutWorker, method: str, arguments: Sequence[Any]) -> An
     try:
         return getattr(worker, method)(*arguments)
     except UserError as error:
-        return Problem.of(error)
+        return ErrorMessage.of(error)

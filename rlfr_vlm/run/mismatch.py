@@ -7,6 +7,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from rlfr_vlm.config import Config
+from rlfr_vlm.shares import points
 
 Figures = Mapping[str, float]
 
@@ -81,7 +82,9 @@ def likely_cause(cfg: Config, rows: Sequence[Figures]) -> str:
             "the policy's own"
         )
     if kept < KEPT_MASS:
-        return SAMPLING.format(f"the engine's log-probs are of only {kept:.0%} of the distribution")
+        return SAMPLING.format(
+            f"the engine's log-probs are of only {points(kept, 0)}% of the distribution"
+        )
     if sharper:
         return SAMPLING.format(
             f"the tokens are {-surprise:.3g} nats less surprising than the policy's own"

@@ -14,6 +14,7 @@ from typing import Any
 from rlfr_vlm.config import Config
 from rlfr_vlm.flow.reference import unfit_loss
 from rlfr_vlm.run.mismatch import SURPRISE_NATS, likely_cause, not_from_policy, tolerance
+from rlfr_vlm.shares import points
 
 Figures = Mapping[str, float]  # of a step; `step` among them
 
@@ -88,7 +89,10 @@ def check_update(cfg: Config, rows: Sequence[Figures], _refrain: str) -> Sign | 
     if value <= limit:
         return None
     now = rows[-1].get("actor/lr", cfg.optim.lr)
-    what = f"the step changed the weights by {value:.1%} of their size, more than {limit:.1%}"
+    what = (
+        f"the step changed the weights by {points(value)}% of their size, more than "
+        f"{points(limit)}%"
+    )
     cause = f"the learning rate, optim.lr={cfg.optim.lr:g} (now {now:.2g})"
     return Sign(
         value,
@@ -108,7 +112,7 @@ def check_accuracy(cfg: Config, rows: Sequence[Figures], _refrain: str) -> Sign 
     now = fmean(values[-3:])
     if best < LEAST_ACCURACY or now >= FALL * best or not _beyond_noise(values, best - now):
         return None
-    what = f"accuracy fell to {now:.1%}, from {best:.1%} at its best"
+    what = f"accuracy fell to {points(now)}%, from {points(best)}% at its best"
     return Sign(
         now,
         FALL * best,
@@ -249,7 +253,11 @@ def check_truncation(cfg: Config, rows: Sequence[Figures], _refrain: str) -> Sig
         else f"Try rollout.max_new_tokens={2 * budget}"
     )
     return Sign(
-        value, limit, f"{value:.0%} of the responses are cut off at {budget} tokens", cause, do
+        value,
+        limit,
+        f"{points(value, 0)}% of the responses are cut off at {budget} tokens",
+        cause,
+        do,
     )
 
 
@@ -270,7 +278,9 @@ def check_repetition(cfg: Config, rows: Sequence[Figures], refrain: str) -> Sign
         if grown
         else "Look at model.path, its chat template and its stop tokens"
     )
-    return Sign(value, limit, f"{value:.0%} of the 4-grams of responses repeat{most}", cause, do)
+    return Sign(
+        value, limit, f"{points(value, 0)}% of the 4-grams of responses repeat{most}", cause, do
+    )
 
 
 def check_format(cfg: Config, rows: Sequence[Figures], _refrain: str) -> Sign | None:
@@ -282,7 +292,10 @@ def check_format(cfg: Config, rows: Sequence[Figures], _refrain: str) -> Sign | 
     rise, better = fmean(form[now]) - fmean(form[was]), fmean(accuracy[now]) - fmean(accuracy[was])
     if rise < 0.1 or better > 0.01 or not _beyond_noise(form[-4 * WINDOW :], rise):
         return None
-    what = f"in {3 * WINDOW} steps the format rose by {rise:.0%} while accuracy went {better:+.1%}"
+    what = (
+        f"in {3 * WINDOW} steps the format rose by {points(rise, 0)}% while accuracy went "
+        f"{points(better, 1, '+')}%"
+    )
     return Sign(
         rise,
         0.1,
@@ -303,7 +316,9 @@ def check_zero_variance(cfg: Config, rows: Sequence[Figures], _refrain: str) -> 
     ):
         return None
     easy = rows[-1]["reward/accuracy"] > 0.5
-    what = f"in {value:.0%} of the groups all siblings earn the same: they give no advantage"
+    what = (
+        f"in {points(value, 0)}% of the groups all siblings earn the same: they give no advantage"
+    )
     hard = (
         _broken_by_rate(cfg, rows)
         or "the problems are too hard for this policy, or no answer is recognised"
@@ -352,10 +367,10 @@ def check_flow_share(cfg: Config, rows: Sequence[Figures], _refrain: str) -> Sig
     if value <= limit or cfg.flow is None:
         return None
     coef, flat = cfg.flow.reward.coef, rows[-1].get("reward/frac_zero_std", 0.0)
-    what = f"{value:.0%} of the advantages' size comes from the flow"
+    what = f"{points(value, 0)}% of the advantages' size comes from the flow"
     if flat > cfg.monitors.max_zero_variance / 1.5:
         cause = (
-            f"answers give little: in {flat:.0%} of the groups all siblings earn the same "
+            f"answers give little: in {points(flat, 0)}% of the groups all siblings earn the same "
             f"(flow.reward.coef={coef:g})"
         )
     else:
@@ -378,8 +393,8 @@ def check_flow_collapse(cfg: Config, rows: Sequence[Figures], _refrain: str) -> 
     )
     if spread < 0.01:
         what = (
-            f"deviations differ by {spread:.2%} of their mean within a response: flow rewards "
-            "are noise"
+            f"deviations differ by {points(spread, 2)}% of their mean within a response: flow "
+            "rewards are noise"
         )
         return Sign(
             spread,
@@ -492,7 +507,7 @@ def check_flow_hacked(cfg: Config, rows: Sequence[Figures], _refrain: str) -> Si
     if not _beyond_noise(accuracy, right - right_now) or not _beyond_noise(straying, far - far_now):
         return None
     what = (
-        f"accuracy fell to {right_now:.1%} from {right:.1%} while deviations fell to "
+        f"accuracy fell to {points(right_now)}% from {points(right)}% while deviations fell to "
         f"{far_now:.3g} from {far:.3g}"
     )
     cause = (

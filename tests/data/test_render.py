@@ -240,6 +240,18 @@ def test_prompts_over_the_limit_are_refused_whole(policy):
         )
 
 
+@pytest.mark.parametrize("images", [[], [(112, 56)]])
+def test_a_prompt_of_exactly_the_limit_is_taken(policy, images):
+    row = {"prompt": "<image>" * len(images) + "one two", "images": [png(size) for size in images]}
+    length = len(encode(policy, row).token_ids)
+    exact, short = (
+        CFG.model_copy(update={"max_prompt_tokens": limit}) for limit in (length, length - 1)
+    )
+    assert len(encode(policy, row, exact).token_ids) == length
+    with pytest.raises(RowError, match=f"{length} tokens, pictures included, exceed"):
+        encode(policy, row, short)
+
+
 def test_pictures_for_a_text_model_are_refused(model_folder):
     text = Policy(ModelConfig(path=model_folder("llama"), dtype="float32"))
     with pytest.raises(RowError, match="text model"):

@@ -11,7 +11,7 @@ import pytest
 from rlfr_vlm.cli import main
 from rlfr_vlm.errors import UserError
 from rlfr_vlm.evaluation.compare import compare, protocol_differences, render
-from rlfr_vlm.evaluation.ledger import Answer, Ledger, Verdict, read_ledger
+from rlfr_vlm.evaluation.ledger import Answer, Judgement, Ledger, read_ledger
 from rlfr_vlm.evaluation.statistics import difference_interval, mcnemar, wilson_interval
 
 VERDICTS = {"1": "correct", "0": "wrong", "u": "unjudged", "f": "failed", "e": "error"}
@@ -58,7 +58,7 @@ def evaluation(folder, verdicts, ids=None, golds=None, **changes):
             if letter != "?":
                 ledger.append([Answer(problem, sample, "text", "stop", 5, 7, 0.1)])
             if letter in VERDICTS:
-                ledger.append([Verdict(problem, sample, VERDICTS[letter], "7")])
+                ledger.append([Judgement(problem, sample, VERDICTS[letter], "7")])
     ledger.close()
     if golds is not None:
         (folder / "problems.jsonl").write_text(

@@ -357,3 +357,12 @@ def test_pictures_arrive_as_they_are():
     )
     assert found.tobytes() == image.tobytes() and found.size == image.size
     assert data_url(image.convert("CMYK")).startswith("data:image/png;base64,")
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGB", "RGBA"])
+def test_a_picture_keeps_its_mode_and_its_transparency(mode):
+    noise = [Image.effect_noise((40, 30), 80) for _ in range(4)]
+    image = Image.merge("RGBA", noise).convert(mode)
+    url = data_url(image)
+    found = Image.open(io.BytesIO(base64.b64decode(url.removeprefix("data:image/png;base64,"))))
+    assert (found.mode, found.tobytes()) == (mode, image.tobytes())

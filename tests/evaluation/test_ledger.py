@@ -5,7 +5,7 @@ import json
 import pytest
 
 from rlfr_vlm.errors import UserError
-from rlfr_vlm.evaluation.ledger import Answer, Ledger, Verdict
+from rlfr_vlm.evaluation.ledger import Answer, Judgement, Ledger
 
 PROTOCOL = {"benchmark": {"name": "b", "temperature": 0.0}, "model": {"fingerprint": "f"}}
 
@@ -19,11 +19,11 @@ def test_what_was_appended_is_there_again(tmp_path):
     ledger.append([answered("a"), answered("b")])
     ledger.append(
         [
-            Verdict("a", 0, "correct", "4", rule="correct"),
-            Verdict("b", 0, "failed", reason="the judge: timeout"),
+            Judgement("a", 0, "correct", "4", rule="correct"),
+            Judgement("b", 0, "failed", reason="the judge: timeout"),
         ]
     )
-    ledger.append([Verdict("b", 0, "wrong", "5")])  # asked again
+    ledger.append([Judgement("b", 0, "wrong", "5")])  # asked again
     ledger.close()
     again = Ledger(tmp_path, PROTOCOL)
     assert again.answers == ledger.answers
@@ -38,7 +38,9 @@ def test_what_was_appended_is_there_again(tmp_path):
 def test_failed_verdicts_are_asked_again_and_others_not(tmp_path):
     ledger = Ledger(tmp_path, PROTOCOL)
     ledger.append([answered(p) for p in "abcd"])
-    ledger.append([Verdict("a", 0, "correct"), Verdict("b", 0, "failed"), Verdict("c", 0, "error")])
+    ledger.append(
+        [Judgement("a", 0, "correct"), Judgement("b", 0, "failed"), Judgement("c", 0, "error")]
+    )
     assert ledger.ungraded([(p, 0) for p in "abcde"]) == [("b", 0), ("d", 0)]
     ledger.close()
 

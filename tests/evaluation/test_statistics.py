@@ -273,11 +273,8 @@ def test_mcnemar_is_the_two_sided_binomial_test(lost, gained):
             for way in itertools.product((0, 1), repeat=n)
         )
         assert mcnemar(lost, gained) == pytest.approx(far / 2**n)
-    scipy_stats = pytest.importorskip("scipy.stats")
-    if n:
-        assert mcnemar(lost, gained) == pytest.approx(
-            scipy_stats.binomtest(gained, n).pvalue, rel=1e-9
-        )
+    tail = sum(math.comb(n, i) for i in range(min(lost, gained) + 1))
+    assert mcnemar(lost, gained) == pytest.approx(float(min(1, Fraction(2 * tail, 2**n))), rel=1e-9)
     assert mcnemar(lost, gained) == mcnemar(gained, lost)
 
 
@@ -286,10 +283,20 @@ def test_permutation_is_exact_for_few_and_seeded_for_many():
     assert permutation(few) == pytest.approx(mcnemar(2, 9))
     assert permutation([0.0] * 9) == 1.0
     assert permutation([0.25, 0.5, 0.25]) == pytest.approx(2 / 8)
+    assert permutation([0.0, 0.5, 0.0]) == 1.0
+    assert permutation([0.1, 0.2, 0.3, -0.6]) == 1.0  # the sum is 0 but for rounding
     many = [1.0] * 75 + [-1.0] * 45
     assert permutation(many, seed=1) == permutation(many, seed=1) != permutation(many, seed=2)
     assert permutation(many) == pytest.approx(mcnemar(45, 75), abs=0.003)
     assert 0 < permutation([1.0] * 200) < 1e-3
+
+
+@pytest.mark.parametrize("n", range(2, 14))
+def test_permutation_of_few_is_the_share_of_all_swaps_that_are_as_far_from_0(n):
+    differences = np.random.default_rng(n).integers(1, 5, n) / 3 * [1, -1, *[1] * (n - 2)]
+    sums = [abs(differences @ signs) for signs in itertools.product((1, -1), repeat=n)]
+    share = np.mean(np.array(sums) >= abs(differences.sum()) - 1e-9)
+    assert permutation(differences) == pytest.approx(share, abs=1e-12)
 
 
 def test_permutation_rejects_true_nulls_at_its_level():

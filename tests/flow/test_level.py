@@ -1,7 +1,9 @@
 """Rewards that keep a response's level, and where the charge stands."""
 
+import numpy as np
 import pytest
 import torch
+from scipy.stats import mannwhitneyu
 
 from rlfr_vlm.errors import UserError
 from rlfr_vlm.flow.field import FlowField, FlowSpec, Scale, check_spec
@@ -116,6 +118,14 @@ def test_pairs_of_siblings_are_counted_by_hand():
     assert separation([1.0, 2.0], [True, True], [0, 0]) is None
     assert separation([], [], []) is None
     assert wins([float("nan"), 1.0, 0.0], [False, False, True]) == (1.0, 1)
+
+
+def test_pairs_are_the_statistic_of_mann_and_whitney():
+    random = np.random.default_rng(0)
+    for _ in range(20):
+        values, correct = random.integers(0, 6, 30).astype(float), random.random(30) < 0.4
+        expected = mannwhitneyu(values[~correct], values[correct]).statistic
+        assert wins(values, correct) == (expected, correct.sum() * (~correct).sum())
 
 
 def test_the_yardsticks_deviate_by_what_theory_says():

@@ -18,7 +18,7 @@ from rlfr_vlm.config import load_config
 from rlfr_vlm.errors import Preempted, StoppedError, UserError
 from rlfr_vlm.launch.placement import Needs, remove_orphans
 from rlfr_vlm.launch.processes import Ended, end_process, processes_with, started, verdict
-from rlfr_vlm.rollout.worker import Problem
+from rlfr_vlm.rollout.worker import ErrorMessage
 from tests.runs import ROOT, make_config, make_data
 
 REWARD = """
@@ -251,7 +251,7 @@ def test_the_first_cause_is_told_from_what_follows_from_it():
             [],
         )
     full = Ended.of(OSError(28, "No space left on device", "x.pt"))
-    assert full.problem == Problem("DiskFullError", "no space left on the disk: x.pt")
+    assert full.problem == ErrorMessage("DiskFullError", "no space left on the disk: x.pt")
 
 
 def test_processes_are_named_by_pid_and_start():

@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import nn
 
+from rlfr_vlm.errors import NonFiniteError
 from rlfr_vlm.learner.optim import Optimizer, OptimizerSettings, cosine_schedule
 
 
@@ -55,6 +56,31 @@ def test_gradients_are_clipped_to_the_norm():
     parameter.grad = torch.tensor([3.0, 4.0])
     assert optim.step() == pytest.approx(5.0)
     assert seen == [pytest.approx(0.5, rel=1e-4)]
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("master", [True, False])
+def test_a_gradient_that_is_not_finite_changes_nothing_and_is_named(master, value):
+    dtype = torch.bfloat16 if master else torch.float32
+    parts = {name: nn.Parameter(torch.ones(3, dtype=dtype)) for name in ("fine", "broken")}
+    settings = OptimizerSettings(0.1, (0.9, 0.95), 0.0, 1.0, 1000, 0.0, 1.0)
+    optim = Optimizer(parts, settings, master_weights=master)
+
+    def gradients(bad):
+        parts["fine"].grad = torch.ones(3, dtype=dtype)
+        parts["broken"].grad = torch.tensor([1.0, bad, 1.0], dtype=dtype)
+
+    gradients(1.0)
+    optim.step()
+    before = [(name, tensor.clone()) for name, tensor in optim.entries()]
+    weights = [p.detach().clone() for p in parts.values()]
+    gradients(value)
+    with pytest.raises(NonFiniteError, match=r"at update 1 \(first: `broken`\); lower optim.lr"):
+        optim.step()
+    assert optim.steps == 1
+    assert all(torch.equal(a, b) for a, b in zip(weights, parts.values(), strict=True))
+    for (name, old), (_, new) in zip(before, optim.entries(), strict=True):
+        assert torch.equal(old, new), name
 
 
 @pytest.mark.parametrize("master", [True, False])

@@ -14,7 +14,13 @@ from transformers import AutoModelForImageTextToText
 from rlfr_vlm.config import ModelConfig
 from rlfr_vlm.learner.microbatches import blank_prompt
 from rlfr_vlm.models import attention
-from rlfr_vlm.models.attention import PackedLayout, Segment, Watch, WatchedLayout, weights_on
+from rlfr_vlm.models.attention import (
+    PackedLayout,
+    Segment,
+    WatchedLayout,
+    WatchedTokens,
+    weights_on,
+)
 from rlfr_vlm.models.attribution import Attribution, attribute, picture_grids, pooled
 from rlfr_vlm.models.pack import pack
 from rlfr_vlm.models.policy import Policy
@@ -81,7 +87,7 @@ def test_a_watched_forward_computes_what_an_unwatched_one_does_to_the_bit(model_
     state = torch.get_rng_state()
     attribute(policy, batch, rollouts, LAYERS)
     assert torch.equal(torch.get_rng_state(), state)
-    watch = Watch(torch.arange(4), 2, torch.arange(3))
+    watch = WatchedTokens(torch.arange(4), 2, torch.arange(3))
     watched = replace(batch, layout=WatchedLayout(batch.layout, LAYERS, [watch]))
     assert torch.equal(policy.forward(watched).logprobs, plain)
     assert torch.equal(policy.forward(batch).logprobs, plain)
@@ -124,7 +130,7 @@ def test_other_sequences_of_the_batch_are_not_looked_at():
     for noise in (0.0, 1.0):
         key[:, :, 7:] += noise
         watched = WatchedLayout(
-            layout, (3, 5), [Watch(torch.tensor([0, 1, 2, 3, 4, 5]), 3, torch.arange(6))]
+            layout, (3, 5), [WatchedTokens(torch.tensor([0, 1, 2, 3, 4, 5]), 3, torch.arange(6))]
         )
         for layer in range(6):
             watched.attend(layer, query, key, value, 0.3)

@@ -22,7 +22,7 @@ from rlfr_vlm.models.policy import Policy
 from rlfr_vlm.planning import memory
 from rlfr_vlm.planning.calibrate import layer_operations, step_seconds
 from rlfr_vlm.planning.footprint import disk, predict
-from rlfr_vlm.planning.memory import GIB, Machine, MicroBatch
+from rlfr_vlm.planning.memory import GIB, BatchShape, Machine
 from rlfr_vlm.planning.plan import find_machine, find_overrides, find_shortfalls
 from rlfr_vlm.planning.shapes import PUBLISHED, read_shape
 from rlfr_vlm.planning.workload import typical_prompt
@@ -101,7 +101,7 @@ def test_every_recipe_names_a_model_of_the_table():
 # -- activations against autograd ------------------------------------------------------------------
 
 
-def saved_bytes(policy: Policy, batch: MicroBatch) -> int:
+def saved_bytes(policy: Policy, batch: BatchShape) -> int:
     """What autograd keeps of a forward, but for the weights."""
     prompts = []
     for i in range(int(batch.prompts)):
@@ -147,7 +147,7 @@ def test_activations_are_what_autograd_keeps(family, prompt, response, dtype, lo
         {"lora": {"rank": 8}} if lora else {}
     )
     cfg = parse_config({"output_dir": "x", "model": model})
-    batch = MicroBatch(prompt, response, 2, 6, 1)
+    batch = BatchShape(prompt, response, 2, 6, 1)
     found = memory.activations(cfg, read_shape(cfg.model.path), batch, "cpu")
     assert found == pytest.approx(saved_bytes(Policy(cfg.model), batch), rel=0.05)
 
@@ -169,8 +169,8 @@ def test_a_micro_batch_is_as_full_as_the_budget():
         "rollout.num_prompts=8",
         "algorithm.updates_per_rollout=1",
     )
-    assert memory.micro_batch(cfg, 1000) == MicroBatch(100, 50, 2, 16, 16)
-    assert memory.micro_batch(cfg, 200) == MicroBatch(100, 50, 1, 2, 2)
+    assert memory.micro_batch(cfg, 1000) == BatchShape(100, 50, 2, 16, 16)
+    assert memory.micro_batch(cfg, 200) == BatchShape(100, 50, 1, 2, 2)
     assert memory.micro_batch(cfg, 1).tokens == 150  # a single sample goes alone
     assert memory.micro_batch(cfg, 10**6).tokens == memory.update_tokens(cfg) == 8 * (100 + 8 * 50)
 
@@ -444,7 +444,7 @@ def test_operations_of_a_layer_by_hand():
     shape = read_shape("Qwen/Qwen2.5-Math-1.5B")
     weights = 2 * 1536 * (1536 + 256) + 3 * 1536 * 8960
     assert shape.layer == weights
-    assert layer_operations(shape, MicroBatch(10, 5, 1, 2, 2)) == 2 * weights * 20 + 4 * 1536 * (
+    assert layer_operations(shape, BatchShape(10, 5, 1, 2, 2)) == 2 * weights * 20 + 4 * 1536 * (
         10 * 10 + 2 * 5 * 15
     )
 

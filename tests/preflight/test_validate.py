@@ -28,7 +28,7 @@ from rlfr_vlm.preflight.figures import bins
 from rlfr_vlm.preflight.kinds import KINDS
 from rlfr_vlm.preflight.notices import answer_notices, column_notices, text_notices
 from rlfr_vlm.preflight.scan import Finding, line_of
-from rlfr_vlm.preflight.show import first_rows, histogram, percent
+from rlfr_vlm.preflight.show import first_rows, histogram
 from rlfr_vlm.preflight.workers import LIBRARIES
 from rlfr_vlm.rewards.grader import Grader
 from tests.preflight.planted import EXPERT_SPOILERS, SPOILERS, clean, write
@@ -518,16 +518,6 @@ def test_rows_are_named_shortly():
         first_rows([Finding("d/a.jsonl", "train", None, "", "too_few_rows", "error", "")])
         == "a.jsonl"
     )
-
-
-def test_shares_are_never_rounded_to_none_or_all():
-    assert [percent(x) for x in (0.0, 1.0, 0.5, 1e-5, 0.99999)] == [
-        "0.0 %",
-        "100.0 %",
-        "50.0 %",
-        "0.001 %",
-        "100 %",
-    ]
 
 
 @pytest.mark.slow

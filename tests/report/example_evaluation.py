@@ -20,7 +20,7 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 
-from rlfr_vlm.evaluation.ledger import COUNTED, Answer, Verdict, protocol_hash
+from rlfr_vlm.evaluation.ledger import COUNTED, Answer, Judgement, protocol_hash
 from rlfr_vlm.evaluation.statistics import Scored, summarize
 from rlfr_vlm.report.html import write_report
 from tests.report.browser import ARGUMENTS, CHROMIUM
@@ -298,7 +298,7 @@ def write_benchmark(
         json.dumps({"hash": protocol_hash(protocol), "protocol": protocol})
     )
     problems: list[dict] = []
-    records: list[tuple[Answer, Verdict]] = []
+    records: list[tuple[Answer, Judgement]] = []
     for number, case in enumerate(cases):
         images = [f"images/{number:03d}.png"] if case.draw else []
         if case.draw:
@@ -330,7 +330,7 @@ def write_benchmark(
 
 def one_sample(
     rng: random.Random, id_: str, sample: int, case: Case, right: bool
-) -> tuple[Answer, Verdict]:
+) -> tuple[Answer, Judgement]:
     """A response with its verdict: mostly the rule's, sometimes the judge's, rarely none."""
     said, draw, seconds = (
         case.gold if right else case.wrong,
@@ -340,7 +340,7 @@ def one_sample(
     judge = {"reply": "", "attempts": 1, **JUDGE}
     if draw < 0.05:  # cut before it came to an answer
         text = case.steps[: int(len(case.steps) * 0.8)] + " Wait, let me check that again." * 6
-        return Answer(id_, sample, text, "length", 412, 2048, seconds * 4), Verdict(
+        return Answer(id_, sample, text, "length", 412, 2048, seconds * 4), Judgement(
             id_, sample, "wrong", "", "no answer", "wrong"
         )
     if right and 0.08 < draw < 0.16:
@@ -348,7 +348,7 @@ def one_sample(
     text = case.response(said)
     answer = Answer(id_, sample, text, "stop", 412, 40 + len(text) // 3, seconds)
     if draw < 0.06:
-        verdict = Verdict(
+        verdict = Judgement(
             id_,
             sample,
             "unjudged",
@@ -358,15 +358,17 @@ def one_sample(
         )
     elif draw < 0.07:
         failed = {**judge, "verdict": "failed", "attempts": 4}
-        verdict = Verdict(id_, sample, "failed", said, "timeout after 60 s", "wrong", failed, 240.0)
+        verdict = Judgement(
+            id_, sample, "failed", said, "timeout after 60 s", "wrong", failed, 240.0
+        )
     elif draw < 0.08:
-        verdict = Verdict(id_, sample, "error", said, "grading took more than 5 s", "error")
+        verdict = Judgement(id_, sample, "error", said, "grading took more than 5 s", "error")
     elif right and draw < 0.16:
         reply = (
             f"The reference is {case.gold}. The response concludes with {said}, which is the "
             "same value.\nVERDICT: CORRECT"
         )
-        verdict = Verdict(
+        verdict = Judgement(
             id_,
             sample,
             "correct",
@@ -381,7 +383,7 @@ def one_sample(
             f"The response ends with {said}, the reference is {case.gold}: different "
             "values.\nVERDICT: WRONG"
         )
-        verdict = Verdict(
+        verdict = Judgement(
             id_,
             sample,
             "wrong",
@@ -392,13 +394,13 @@ def one_sample(
             0.9,
         )
     else:
-        verdict = Verdict(
+        verdict = Judgement(
             id_, sample, "correct" if right else "wrong", said, "", "correct" if right else "wrong"
         )
     return answer, verdict
 
 
-def numbers(records: list[tuple[Answer, Verdict]], num_samples: int) -> dict:
+def numbers(records: list[tuple[Answer, Judgement]], num_samples: int) -> dict:
     """The part of summary.json that the page reads."""
     problems: dict[str, list[Scored]] = {}
     for answer, verdict in records:
@@ -421,7 +423,7 @@ def numbers(records: list[tuple[Answer, Verdict]], num_samples: int) -> dict:
     }
 
 
-def write_ledger(folder: Path, records: list[tuple[Answer, Verdict]]) -> None:
+def write_ledger(folder: Path, records: list[tuple[Answer, Judgement]]) -> None:
     hash_ = json.loads((folder / "protocol.json").read_text())["hash"]
     kinds = ("response", "verdict")
     write_jsonl(

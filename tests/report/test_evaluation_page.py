@@ -15,11 +15,11 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from rlfr_vlm.evaluation.ledger import Answer, Verdict
+from rlfr_vlm.evaluation.ledger import Answer, Judgement
 from rlfr_vlm.report import evaluation_page
 from rlfr_vlm.report.evaluation import BenchmarkFiles, find_benchmarks, headline, read_benchmark
 from rlfr_vlm.report.html import write_report
-from rlfr_vlm.report.reading import Problem
+from rlfr_vlm.report.reading import FileNote
 from tests.report.browser import Opened, needs_browser
 from tests.report.example_evaluation import (
     Case,
@@ -47,7 +47,7 @@ def page_file(example) -> Path:
 
 def small(
     folder: Path,
-    pairs: list[tuple[Answer, Verdict | None]],
+    pairs: list[tuple[Answer, Judgement | None]],
     problems: list[dict] | None = None,
     num_samples: int = 1,
 ) -> Path:
@@ -74,8 +74,8 @@ def small(
     return folder
 
 
-def read(folder: Path) -> tuple[BenchmarkFiles, list[Problem]]:
-    notes: list[Problem] = []
+def read(folder: Path) -> tuple[BenchmarkFiles, list[FileNote]]:
+    notes: list[FileNote] = []
     return read_benchmark(folder, folder.parent, notes), notes
 
 
@@ -116,9 +116,9 @@ def test_a_benchmark_is_read_as_its_contract_says(example):
 def test_a_ledger_that_is_being_written_is_read_up_to_its_last_line(tmp_path):
     again = replace(SAMPLE, sample=1)
     pairs = [
-        (SAMPLE, Verdict("p", 0, "failed", "12")),
+        (SAMPLE, Judgement("p", 0, "failed", "12")),
         (again, None),
-        (SAMPLE, Verdict("p", 0, "correct", "12")),
+        (SAMPLE, Judgement("p", 0, "correct", "12")),
     ]
     folder = small(tmp_path / "b", pairs, num_samples=4)
     with (folder / "ledger.jsonl").open("a") as file:
@@ -151,8 +151,8 @@ def test_a_score_that_the_evaluation_withheld_is_not_shown_and_an_old_summary_de
     folder = small(
         tmp_path / "b",
         [
-            (SAMPLE, Verdict("p", 0, "correct", "12")),
-            (replace(SAMPLE, problem="q"), Verdict("q", 0, "failed")),
+            (SAMPLE, Judgement("p", 0, "correct", "12")),
+            (replace(SAMPLE, problem="q"), Judgement("q", 0, "failed")),
         ],
     )
     summary = {"accuracy": None, "accuracy_ci": None, "verdicts": {"correct": 1, "failed": 1}}
@@ -165,15 +165,15 @@ def test_a_score_that_the_evaluation_withheld_is_not_shown_and_an_old_summary_de
 
 
 def test_damage_is_left_out_and_named(tmp_path):
-    folder = small(tmp_path / "b", [(SAMPLE, Verdict("p", 0, "wrong"))])
+    folder = small(tmp_path / "b", [(SAMPLE, Judgement("p", 0, "wrong"))])
     lines = [
         {"kind": "response", "protocol": "other", **asdict(SAMPLE)},
         {
             "kind": "verdict",
             "protocol": "h",
-            **asdict(replace(Verdict("p", 0, "wrong"), verdict="perhaps")),
+            **asdict(replace(Judgement("p", 0, "wrong"), verdict="perhaps")),
         },
-        {"kind": "verdict", "protocol": "h", **asdict(Verdict("nobody", 0, "correct"))},
+        {"kind": "verdict", "protocol": "h", **asdict(Judgement("nobody", 0, "correct"))},
         {"kind": "response", "protocol": "h", **asdict(replace(SAMPLE, problem="unknown"))},
     ]
     with (folder / "ledger.jsonl").open("a") as file:
@@ -195,7 +195,7 @@ def test_damage_is_left_out_and_named(tmp_path):
 
 
 def test_the_page_is_chosen_by_what_the_folder_holds(tmp_path):
-    folder = small(tmp_path / "eval/b", [(SAMPLE, Verdict("p", 0, "correct"))])
+    folder = small(tmp_path / "eval/b", [(SAMPLE, Judgement("p", 0, "correct"))])
     assert find_benchmarks(tmp_path) == [folder]  # in its eval/
     for place in (tmp_path, tmp_path / "eval", folder):
         assert numbers_of(write_report(place))["name"] == "m"
@@ -225,7 +225,7 @@ def test_too_much_is_cut_or_left_out_and_the_page_says_so(tmp_path, monkeypatch,
     folder = base / "b"
     texts = ["".join(rng.choices("abcdefgh \n", k=30_000)) for _ in range(8)]
     pairs = [
-        (replace(SAMPLE, problem=f"p{at}", response=text), Verdict(f"p{at}", 0, "correct"))
+        (replace(SAMPLE, problem=f"p{at}", response=text), Judgement(f"p{at}", 0, "correct"))
         for at, text in enumerate(texts)
     ]
     problems = [
@@ -447,7 +447,7 @@ def test_keys_go_to_the_next_problem_and_the_address_follows(page_file, open_rep
 def test_long_responses_show_both_ends_and_the_rest_on_request(tmp_path, open_report):
     text = "first words\n" + "step by step " * 900 + "\nso \\boxed{12}, says the end"
     pairs = [
-        (replace(SAMPLE, response=text, sample=at), Verdict("p", at, "correct", "12"))
+        (replace(SAMPLE, response=text, sample=at), Judgement("p", at, "correct", "12"))
         for at in range(20)
     ]
     report = open_report(write_report(small(tmp_path / "b", pairs, num_samples=20)))
@@ -486,7 +486,7 @@ def test_long_responses_show_both_ends_and_the_rest_on_request(tmp_path, open_re
 def test_the_answer_is_marked_where_it_was_read(
     tmp_path, response, prediction, marked, open_report
 ):
-    pairs = [(replace(SAMPLE, response=response), Verdict("p", 0, "correct", prediction))]
+    pairs = [(replace(SAMPLE, response=response), Judgement("p", 0, "correct", prediction))]
     report = open_report(write_report(small(tmp_path / "b", pairs)))
     opened(report, "p")
     found = report.evaluate(
@@ -512,7 +512,7 @@ def test_hostile_text_stays_text(tmp_path, open_report):
     judge = {"verdict": MALICE, "reply": MALICE, "model": MALICE, "attempts": 2, MALICE: MALICE}
     id_ = "../<b>?#%/'\" " + MALICE
     prediction = "</mark><img src=y onerror=window.hacked=3>"
-    verdict = Verdict(id_, 0, "wrong", prediction, MALICE, MALICE, judge)
+    verdict = Judgement(id_, 0, "wrong", prediction, MALICE, MALICE, judge)
     problem = {
         "id": id_,
         "question": MALICE + " $<img src=z onerror=window.hacked=4>$",
@@ -528,7 +528,7 @@ def test_hostile_text_stays_text(tmp_path, open_report):
     }
     pairs = [
         (Answer(id_, 0, hostile, MALICE, 1, 2, 1.0), verdict),
-        (replace(SAMPLE, problem="plain"), Verdict("plain", 0, "correct")),
+        (replace(SAMPLE, problem="plain"), Judgement("plain", 0, "correct")),
     ]
     folder = small(tmp_path / "<img src=x onerror=window.hacked=6>", pairs, [problem, other])
     (folder / "protocol.json").write_text(

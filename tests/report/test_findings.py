@@ -12,7 +12,7 @@ import pytest
 from rlfr_vlm.report import flow_tokens, latents
 from rlfr_vlm.report.events import MAX_EVENTS, read_events
 from rlfr_vlm.report.flow_health import flow_health
-from rlfr_vlm.report.flow_tokens import Place, TokenCensus
+from rlfr_vlm.report.flow_tokens import Occurrence, TokenCensus
 from rlfr_vlm.report.html import write_report
 from rlfr_vlm.report.latents import (
     ERROR,
@@ -430,7 +430,7 @@ def test_tokens_are_summed_by_window_with_counts_shares_and_a_place():
         ("b", -0.5, 2, 1.0),
     ]
     assert (first["penalised"][0].place, first["rewarded"]) == (
-        Place(step=1, group=0, response=0, token=0, on_page=True),
+        Occurrence(step=1, group=0, response=0, token=0, on_page=True),
         [],
     )
     assert first["penalised"][1].in_wrong == 1.0

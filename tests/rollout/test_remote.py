@@ -22,7 +22,7 @@ from rlfr_vlm.rollout.engine import SamplingConfig
 from rlfr_vlm.rollout.hf_engine import HFEngine
 from rlfr_vlm.rollout.remote import RemoteEngine, WorkerLost, shares
 from rlfr_vlm.rollout.worker import (
-    Problem,
+    ErrorMessage,
     Refusal,
     Request,
     RolloutWorker,
@@ -329,5 +329,7 @@ def test_errors_travel_as_values():
             raise UserError("no room")
 
     found = answered(Refusing(), "act", ())
-    assert found == Problem("UserError", "no room") and isinstance(found.error(), UserError)
-    assert Problem.of(type("Own", (StoppedError,), {})("x")) == Problem("StoppedError", "x")
+    assert found == ErrorMessage("UserError", "no room") and isinstance(found.error(), UserError)
+    assert ErrorMessage.of(type("Own", (StoppedError,), {})("x")) == ErrorMessage(
+        "StoppedError", "x"
+    )

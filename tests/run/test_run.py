@@ -8,6 +8,7 @@ from rlfr_vlm.config import parse_config
 from rlfr_vlm.rewards.grader import Grader
 from rlfr_vlm.run.records import over_updates
 from rlfr_vlm.run.run import Run
+from rlfr_vlm.storage.checkpoint import commit_checkpoint, list_checkpoints, read_best
 
 
 def test_metrics_of_several_updates_weigh_by_their_samples():
@@ -66,3 +67,18 @@ def test_an_evaluation_lost_to_a_kill_is_owed(run):
     ]
     kept = [json.loads(line) for line in (run.folder / "metrics.jsonl").read_text().splitlines()]
     assert kept == [line for line in lines if line is not begun]  # and is written anew
+
+
+def test_the_best_evaluations_checkpoint_outlives_the_others(run):
+    """In a run long enough to prune; the first of equal scores stays the best."""
+    for step, score in ((1, 0.2), (2, 0.8), (3, 0.5), (4, 0.8), (5, 0.1)):
+        commit_checkpoint(
+            run.checkpoints, step, lambda folder: (folder / "x").write_text("x"), keep=2
+        )
+        run.keep_if_best(step, score, learner=None, prompts=None)  # saved already: nothing to save
+    assert [p.name for p in list_checkpoints(run.checkpoints)] == [
+        "global_step_2",
+        "global_step_4",
+        "global_step_5",
+    ]
+    assert read_best(run.checkpoints) == {"step": 2, "score": 0.8}

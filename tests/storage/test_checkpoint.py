@@ -8,7 +8,14 @@ import pytest
 
 from rlfr_vlm import faults
 from rlfr_vlm.errors import CheckpointError, DiskFullError
-from rlfr_vlm.storage.checkpoint import commit_checkpoint, list_checkpoints, newest_good, verify
+from rlfr_vlm.storage.checkpoint import (
+    commit_checkpoint,
+    list_checkpoints,
+    newest_good,
+    read_best,
+    verify,
+    write_best,
+)
 
 
 def write(content):
@@ -41,6 +48,21 @@ def test_old_ones_go_only_after_the_new_one_stands(tmp_path):
     for step in (1, 2, 3):
         commit_checkpoint(tmp_path, step, write(b"x"), keep=2)
     assert [p.name for p in list_checkpoints(tmp_path)] == ["global_step_2", "global_step_3"]
+
+
+def test_the_best_one_stays_whatever_its_age(tmp_path):
+    def kept():
+        return [int(p.name.removeprefix("global_step_")) for p in list_checkpoints(tmp_path)]
+
+    committed(tmp_path, 1)
+    write_best(tmp_path, 1, 0.9)
+    for step in (2, 3, 4):
+        commit_checkpoint(tmp_path, step, write(b"x"), keep=2)
+    assert kept() == [1, 3, 4] and read_best(tmp_path) == {"step": 1, "score": 0.9}
+    write_best(tmp_path, 3, 0.95)
+    for step in (5, 6):
+        commit_checkpoint(tmp_path, step, write(b"x"), keep=2)
+    assert kept() == [3, 5, 6]
 
 
 def test_a_failed_write_leaves_nothing_and_a_stale_folder_is_cleared(tmp_path):

@@ -1,10 +1,12 @@
 """The invariants of METHOD: what the flow may and may not change in the policy's update."""
 
 import dataclasses
+from collections import Counter
 
 import pytest
 import torch
 
+from rlfr_vlm import faults
 from rlfr_vlm.algorithm.credit import make_samples
 from rlfr_vlm.config import DataConfig, parse_config
 from rlfr_vlm.data.prompts import parse_row
@@ -177,12 +179,23 @@ def test_ungraded_responses_leave_the_batch(model_folder):
     assert [round(s.outcome_credit, 4) for s in samples[:3]] == [1.1547, -0.5774, -0.5774]
 
 
-def test_a_non_finite_gradient_stops_before_the_weights(model_folder):
+def test_a_non_finite_gradient_stops_before_the_weights(model_folder, monkeypatch):
+    """The loss is finite: nothing but the optimiser's own check stands in its way."""
+    learner, samples = setup(cfg := config(model_folder("qwen2")))
+    before = weights(learner.policy.model)
+    monkeypatch.setattr(faults, "_reached", Counter())
+    monkeypatch.setenv("RLFR_FAULT", "gradient:1:nan")
+    with pytest.raises(StoppedError, match=r"the gradient is not finite at update 0 \(first: `"):
+        update(cfg, learner, samples)
+    assert same(before, weights(learner.policy.model))
+
+
+def test_a_non_finite_advantage_stops_before_the_weights(model_folder):
     cfg = config(model_folder("qwen2"))
     learner, samples = setup(cfg)
     before = weights(learner.policy.model)
     broken = [dataclasses.replace(s, outcome_credit=float("nan")) for s in samples]
-    with pytest.raises(StoppedError, match="not finite"):
+    with pytest.raises(StoppedError, match="not finite: the advantages of responses"):
         update(cfg, learner, broken)
     assert same(before, weights(learner.policy.model))
 

@@ -34,7 +34,7 @@ from rlfr_vlm.config import Config
 from rlfr_vlm.errors import StoppedError, UserError
 from rlfr_vlm.evaluation import runner
 from rlfr_vlm.evaluation.benchmarks import Benchmark, Problem
-from rlfr_vlm.evaluation.ledger import Ledger, Verdict
+from rlfr_vlm.evaluation.ledger import Judgement, Ledger
 from rlfr_vlm.evaluation.vlm.guards import GUARDS
 from rlfr_vlm.types import Prompt
 
@@ -240,7 +240,7 @@ def grade(run: runner.BenchmarkRun, ledger: Ledger, k: int) -> dict[str, Any]:
             row["verdict"] if not row["asked"] and row["verdict"] in ("correct", "wrong") else None
         )
         verdicts.append(
-            Verdict(
+            Judgement(
                 name,
                 k,
                 row["verdict"],
