@@ -16,7 +16,6 @@ from typing import Any
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from rich.console import Console
-from transformers import AutoConfig
 
 from rlfr_vlm.batch import GradedGroup
 from rlfr_vlm.config import Config, FlowConfig
@@ -256,6 +255,8 @@ def identity_from_config(path: str) -> dict[str, str | int | float]:
     """What `Policy.identity` says of a model, from its config alone: weights are not read, so its
     fingerprint is "", unknown.
     """
+    from transformers import AutoConfig
+
     try:
         config = AutoConfig.from_pretrained(resolve_path(path), trust_remote_code=False)
         find_family(config.model_type)
