@@ -196,9 +196,14 @@ def build_parser() -> argparse.ArgumentParser:
     compare.add_argument("b", metavar="B", help="the one to compare with it")
     compare.add_argument("--format", choices=("md", "csv", "latex"), default="md")
     compare.add_argument("--out", metavar="FILE", help="default: standard output")
-    verbs.add_parser(
+    doctor = verbs.add_parser(
         "doctor",
-        help="versions, devices, which engines work, what is missing and how to install it",
+        help="versions, devices, which engines are there, what is missing and how to install it",
+    )
+    doctor.add_argument(
+        "--deep",
+        action="store_true",
+        help="import each part to see whether it loads; takes about a minute",
     )
     return parser
 
@@ -330,7 +335,7 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.verb == "doctor":
         from rlfr_vlm.doctor import doctor
 
-        return doctor()
+        return doctor(arguments.deep)
     if arguments.verb == "report":
         return run_report(arguments)
     if arguments.verb == "compare":
