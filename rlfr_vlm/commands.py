@@ -44,7 +44,8 @@ from rlfr_vlm.flow.field import SPEC_FILE, FlowField, FlowSpec, read_spec
 from rlfr_vlm.flow.official import export_field, import_field
 from rlfr_vlm.learner.learner import Learner, make_learner
 from rlfr_vlm.models.families import find_family
-from rlfr_vlm.models.policy import Policy, resolve_path
+from rlfr_vlm.models.paths import resolve_path
+from rlfr_vlm.models.policy import Policy
 from rlfr_vlm.ranks import Ranks, join
 from rlfr_vlm.report.during import ReportKeeper
 from rlfr_vlm.rewards.grader import Grader

