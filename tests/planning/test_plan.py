@@ -474,6 +474,7 @@ def test_threads_share_the_time_and_are_as_before(model_folder):
 def test_libraries_are_weighed_only_where_they_weigh(path, weighed, model_folder, monkeypatch):
     asked = []
     monkeypatch.setattr("rlfr_vlm.planning.plan.imported_bytes", asked.append)
+    monkeypatch.setattr("rlfr_vlm.planning.calibrate.step_seconds", lambda *_: {"update": 1.0})
     small = ["model.device=cpu", "rollout.engine=hf"]
     if path is None:
         small += [f"model.path={model_folder('qwen2')}", "output_dir=x", "model.dtype=float32"]
