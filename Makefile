@@ -9,10 +9,10 @@ install: .venv/.installed
 	@bash scripts/install.sh
 
 demo: install            ## a vision-language model gets better at reading pictures, in minutes, on CPU
-	@.venv/bin/python scripts/demo.py vision --seed $(SEED)
+	@.venv/bin/rlfr-vlm demo vision --seed $(SEED)
 
 demo-text: install       ## SmolLM2 gets better at arithmetic
-	@.venv/bin/python scripts/demo.py text --seed $(SEED)
+	@.venv/bin/rlfr-vlm demo text --seed $(SEED)
 
 methods: install         ## every method on the same data and seed: do the rewards rise, what does each cost
 	@.venv/bin/python scripts/methods.py --seed $(SEED)

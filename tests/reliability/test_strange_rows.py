@@ -26,7 +26,7 @@ from rlfr_vlm.preflight.kinds import KINDS
 from tests.reliability.strange_rows import CLASSES, LIMIT, write
 from tests.runs import ROOT, cli
 
-MODEL = ROOT / "data/tiny_vlm"
+MODEL = ROOT / "rlfr_vlm/demo/tiny_vlm"
 MAX_MIB = 1024
 SECONDS = 60  # of CPU time: the machine may be busy
 
