@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from rlfr_vlm.cli import build_parser
+from rlfr_vlm.arguments import build_parser
 from rlfr_vlm.config import load_config, parse_config
 from rlfr_vlm.rewards.outcome import load_reward_function
 

@@ -40,7 +40,7 @@ QUESTIONS = {
 
 
 @dataclass(frozen=True)
-class Problem:
+class PictureQuestion:
     """What a picture shows and what is asked about it."""
 
     kind: str  # a key of QUESTIONS
@@ -48,7 +48,7 @@ class Problem:
     sign: str = ""  # "+" or "-", drawn between two digits
 
 
-def answer(problem: Problem) -> int:
+def answer(problem: PictureQuestion) -> int:
     """The right answer."""
     if problem.kind == "larger":
         return max(problem.digits)
@@ -58,7 +58,7 @@ def answer(problem: Problem) -> int:
     return first - second if problem.sign == "-" else first + second
 
 
-def solution(problem: Problem, boxed: int | None = None) -> str:
+def solution(problem: PictureQuestion, boxed: int | None = None) -> str:
     """A worked solution: first what is read, then the conclusion `boxed` (default: the right
     one).
     """
@@ -68,7 +68,7 @@ def solution(problem: Problem, boxed: int | None = None) -> str:
     return f"digits {' '.join(map(str, problem.digits))} ; {problem.kind} \\boxed{{{boxed}}}"
 
 
-def draw_problem(rng: np.random.Generator, kind: str | None = None) -> Problem:
+def draw_problem(rng: np.random.Generator, kind: str | None = None) -> PictureQuestion:
     """A random problem. For `larger` and `even` every answer is equally frequent, so that guessing
     pays little.
     """
@@ -77,21 +77,21 @@ def draw_problem(rng: np.random.Generator, kind: str | None = None) -> Problem:
         top = int(rng.integers(1, 10))
         pair = [top, int(rng.integers(top))]
         rng.shuffle(pair)
-        return Problem(kind, tuple(pair))
+        return PictureQuestion(kind, tuple(pair))
     if kind == "even":
         even = np.arange(3) < rng.integers(4)
         rng.shuffle(even)
-        return Problem(
+        return PictureQuestion(
             kind,
             tuple(int(2 * d + 1 - e) for d, e in zip(rng.integers(5, size=3), even, strict=True)),
         )
     first, second = (int(d) for d in rng.integers(10, size=2))
     if kind == "sum":
-        return Problem(kind, (first, second))
+        return PictureQuestion(kind, (first, second))
     sign = str(rng.choice(["+", "-"]))
     if sign == "-":  # no negative answers
         first, second = max(first, second), min(first, second)
-    return Problem(kind, (first, second), sign)
+    return PictureQuestion(kind, (first, second), sign)
 
 
 @cache
@@ -113,7 +113,7 @@ def digit_images(held_out: bool) -> tuple[np.ndarray, ...]:
     return tuple(data.images[side[data.target[side] == d]] / 16.0 for d in range(10))
 
 
-def draw_picture(problem: Problem, rng: np.random.Generator, held_out: bool) -> Image.Image:
+def draw_picture(problem: PictureQuestion, rng: np.random.Generator, held_out: bool) -> Image.Image:
     """The problem as a picture, 112 x 56 for two slots and 168 x 56 for three: sides that Qwen's
     processor keeps.
     """
@@ -147,7 +147,9 @@ def _sign(sign: str) -> Image.Image:
     return image
 
 
-def draw_examples(split: Split, count: int, seed: int) -> Iterator[tuple[Problem, Image.Image]]:
+def draw_examples(
+    split: Split, count: int, seed: int
+) -> Iterator[tuple[PictureQuestion, Image.Image]]:
     """The first `count` problems of a split, with their pictures; example i is the same whatever
     the count.
     """

@@ -111,7 +111,7 @@ def pack_rollouts(
     Every file is read once, and one at a time; `censuses` see all of them.
     """
     share = budget // min(len(files), MIN_STEPS) if files else budget
-    pictures = _ProblemPictures(folder)
+    pictures = _Pictures(folder)
     attention = AttentionBudget(min(len(files), MIN_STEPS))
     ranges = {name: _Range() for name in QUANTITIES}
     shown: dict[int, tuple[Group, ...]] = {}
@@ -164,7 +164,7 @@ def pack_rollouts(
 
 
 def _pack_step(
-    groups: tuple[Group, ...], pictures: _ProblemPictures, room: int
+    groups: tuple[Group, ...], pictures: _Pictures, room: int
 ) -> tuple[tuple[Group, ...], str]:
     """The tokens of a step's first groups, as many of them (at least one) as take up no more than
     `room` bytes with their pictures.
@@ -200,7 +200,7 @@ def _tokens(group: Group) -> list[ResponseTokens]:
     ]
 
 
-def _head(group: Group, pictures: _ProblemPictures) -> GroupHead:
+def _head(group: Group, pictures: _Pictures) -> GroupHead:
     return {
         "step": group.step,
         "id": group.prompt_id,
@@ -290,7 +290,7 @@ def _around_zero(low: float, high: float) -> ColourRange:
     return ColourRange("penalty", low, 0.0) if low < 0 else ColourRange("bonus", 0.0, high)
 
 
-class _ProblemPictures:
+class _Pictures:
     """The page's pictures: each file read once, each content kept once."""
 
     def __init__(self, folder: Path) -> None:
