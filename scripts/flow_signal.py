@@ -32,8 +32,9 @@ from rlfr_vlm.config import Config, load_config, parse_config
 from rlfr_vlm.demo import recipe
 from rlfr_vlm.demo.verb import prepare
 from rlfr_vlm.fitting.probe import per_response, score_responses
-from rlfr_vlm.flow.field import FlowField, FlowSpec
+from rlfr_vlm.flow.field import FlowField
 from rlfr_vlm.flow.separation import separation
+from rlfr_vlm.flow.spec import FlowSpec
 from rlfr_vlm.models.pack import micro_batches, pack
 
 FOLDER = Path("runs/signal")

@@ -18,8 +18,8 @@ from safetensors.torch import load_file
 from rlfr_vlm.cli import main
 from rlfr_vlm.config import config_hash, load_config, parse_config
 from rlfr_vlm.errors import UserError
-from rlfr_vlm.flow.field import SPEC_FILE
 from rlfr_vlm.flow.network import VelocityNet
+from rlfr_vlm.flow.spec import SPEC_FILE
 from rlfr_vlm.planning import schedule, shapes
 from tests.runs import ROOT
 

@@ -12,8 +12,8 @@ from huggingface_hub.errors import StrictDataclassError
 
 from rlfr_vlm.commands.parts import say
 from rlfr_vlm.errors import UserError
-from rlfr_vlm.flow.field import SPEC_FILE, read_spec
 from rlfr_vlm.flow.official import export_field, import_field
+from rlfr_vlm.flow.spec import SPEC_FILE, read_spec
 from rlfr_vlm.models.families import find_family
 from rlfr_vlm.models.paths import resolve_path
 

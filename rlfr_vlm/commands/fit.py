@@ -28,7 +28,8 @@ from rlfr_vlm.fitting.budget import new_field_folder
 from rlfr_vlm.fitting.fit_flow import YARDSTICK_FILE, fit_flow, yardstick_lines
 from rlfr_vlm.fitting.fit_solutions import FitData
 from rlfr_vlm.fitting.probe import probe
-from rlfr_vlm.flow.field import FlowField, FlowSpec
+from rlfr_vlm.flow.field import FlowField
+from rlfr_vlm.flow.spec import FlowSpec
 from rlfr_vlm.models.policy import Policy
 from rlfr_vlm.rewards.outcome import grade
 from rlfr_vlm.storage.run_lock import held

@@ -14,8 +14,8 @@ from rlfr_vlm.data.render import Renderer
 from rlfr_vlm.data.stream import encode_all
 from rlfr_vlm.errors import UserError
 from rlfr_vlm.fitting.budget import check_field
+from rlfr_vlm.rewards.custom import load_reward_function
 from rlfr_vlm.rewards.grader import Grader
-from rlfr_vlm.rewards.outcome import load_reward_function
 from rlfr_vlm.run.trackers import check_recording
 from rlfr_vlm.types import EncodedPrompt, Prompt
 

@@ -25,7 +25,7 @@ from rlfr_vlm.finite import check_finite
 from rlfr_vlm.flow.field import FlowField
 from rlfr_vlm.learner.learner import Learner
 from rlfr_vlm.models.policy import Policy
-from rlfr_vlm.rewards.outcome import reward_digest
+from rlfr_vlm.rewards.custom import reward_digest
 from rlfr_vlm.storage.checkpoint import rank_folder
 from rlfr_vlm.storage.shards import ShardReader, ShardWriter
 from rlfr_vlm.storage.window import load_window, save_window

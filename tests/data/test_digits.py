@@ -12,7 +12,7 @@ from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from rlfr_vlm.demo import digits
-from rlfr_vlm.demo.digits import Problem
+from rlfr_vlm.demo.digits import PictureQuestion
 from tests.runs import ROOT
 
 sys.path.insert(0, str(ROOT / "data"))
@@ -36,12 +36,12 @@ def rows(data_dir, split):
 @pytest.mark.parametrize(
     ("problem", "right", "text"),
     [
-        (Problem("sum", (7, 6)), 13, r"7 + 6 = \boxed{13}"),
-        (Problem("result", (7, 6), "-"), 1, r"7 - 6 = \boxed{1}"),
-        (Problem("result", (7, 6), "+"), 13, r"7 + 6 = \boxed{13}"),
-        (Problem("larger", (4, 9)), 9, r"digits 4 9 ; larger \boxed{9}"),
-        (Problem("even", (4, 8, 3)), 2, r"digits 4 8 3 ; even \boxed{2}"),
-        (Problem("even", (0, 1, 3)), 1, r"digits 0 1 3 ; even \boxed{1}"),
+        (PictureQuestion("sum", (7, 6)), 13, r"7 + 6 = \boxed{13}"),
+        (PictureQuestion("result", (7, 6), "-"), 1, r"7 - 6 = \boxed{1}"),
+        (PictureQuestion("result", (7, 6), "+"), 13, r"7 + 6 = \boxed{13}"),
+        (PictureQuestion("larger", (4, 9)), 9, r"digits 4 9 ; larger \boxed{9}"),
+        (PictureQuestion("even", (4, 8, 3)), 2, r"digits 4 8 3 ; even \boxed{2}"),
+        (PictureQuestion("even", (0, 1, 3)), 1, r"digits 0 1 3 ; even \boxed{1}"),
     ],
 )
 def test_answers_and_solutions(problem, right, text):
@@ -182,7 +182,7 @@ def test_the_folder_reloads_with_the_auto_classes(folder, few_steps_model):
         "<|endoftext|>",
     ]
     assert processor.tokenizer.tokenize("13") == ["1", "3"]
-    text = tiny_vlm.prompt_text(processor, Problem("even", (1, 2, 3)))
+    text = tiny_vlm.prompt_text(processor, PictureQuestion("even", (1, 2, 3)))
     assert text == (
         "<|im_start|>user\n<|vision_start|><|image_pad|><|vision_end|>How many digits are "
         "even?<|im_end|>\n<|im_start|>assistant\n"

@@ -6,7 +6,7 @@ import re
 
 import torch
 
-from rlfr_vlm.rewards.outcome import load_reward_function
+from rlfr_vlm.rewards.custom import load_reward_function
 from rlfr_vlm.types import EncodedPrompt, Prompt, Rollout
 from tests.docs.pages import DOCS, blocks
 
