@@ -16,7 +16,8 @@ import torch
 from rlfr_vlm.config import Config, parse_config
 from rlfr_vlm.errors import CheckpointError, StoppedError, UserError
 from rlfr_vlm.faults import faultpoint
-from rlfr_vlm.models.policy import Policy, auto_model
+from rlfr_vlm.models.loading import auto_model
+from rlfr_vlm.models.policy import Policy
 from rlfr_vlm.ranks import ALONE, Ranks
 from rlfr_vlm.rollout.probe import TOLERANCE, probe_prompts
 from rlfr_vlm.storage.checkpoint import PREFIX, list_checkpoints, read_best, verify

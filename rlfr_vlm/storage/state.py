@@ -58,10 +58,10 @@ def write_state(
     ranks = learner.ranks
     own = rank_folder(folder, ranks.rank)
     # a backend's: gathered for a moment, or a view of its buffer
-    borrowed = learner.policy.run is not learner.policy.module
+    borrowed = learner.policy.access.shared
     with ShardWriter(own, "policy") as file:
         for place, (name, parameter) in enumerate(learner.policy.trained().items()):
-            with learner.policy.whole([parameter]):
+            with learner.policy.access.whole([parameter]):
                 if place % ranks.size == ranks.rank:
                     file.add(name, parameter.detach().clone() if borrowed else parameter)
     faultpoint("checkpoint_policy")
@@ -115,7 +115,7 @@ def load_state(
     ranks, file = learner.ranks, ShardReader(folder, "policy")
     with torch.no_grad():
         for name, parameter in learner.policy.trained().items():
-            with learner.policy.whole_for_writing([parameter]):
+            with learner.policy.access.whole_for_writing([parameter]):
                 parameter.copy_(file.read(name))
     if learner.field is not None:
         saved = FlowField.load(folder / "flow", learner.field.spec)
