@@ -6,7 +6,7 @@ import shlex
 import pytest
 import yaml
 
-from rlfr_vlm.cli import build_parser
+from rlfr_vlm.arguments import build_parser
 from rlfr_vlm.config import Config, parse_config
 from rlfr_vlm.data.prompts import COLUMNS
 from scripts.config_reference import sections
@@ -119,3 +119,13 @@ def test_settings_that_prose_names_are_settings(path):
         and not name.endswith((".md", ".py", ".yaml", ".json", ".jsonl", ".parquet"))
     ]
     assert not strange, strange
+
+
+def test_the_rooms_of_the_architecture_are_there_and_all_of_them():
+    text = (DOCS / "architecture.md").read_text(encoding="utf-8")
+    table = text[text.index("## Rooms") : text.index("## Decisions")]
+    named = set(re.findall(r"`([\w/.]+(?:/|\.py))`", table))
+    package = ROOT / "rlfr_vlm"
+    assert all((package / name).exists() for name in named), named
+    rooms = {f"{path.parent.name}/" for path in package.glob("*/__init__.py")}
+    assert rooms <= named

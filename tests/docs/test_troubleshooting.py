@@ -4,7 +4,7 @@ import re
 
 import pytest
 
-from rlfr_vlm.cli import build_parser
+from rlfr_vlm.arguments import build_parser
 from rlfr_vlm.config import MonitorsConfig
 from rlfr_vlm.errors import UserError
 from rlfr_vlm.run.monitors import CHECKS
