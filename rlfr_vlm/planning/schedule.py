@@ -11,7 +11,7 @@ from rlfr_vlm.config import Config, config_hash, differences
 from rlfr_vlm.errors import UserError
 from rlfr_vlm.planning.fit_schedule import fit_schedule
 from rlfr_vlm.planning.loaded import field_lines, memory_lines, model_lines, policy_lines
-from rlfr_vlm.planning.rows import count_rows
+from rlfr_vlm.planning.rows import RowCount, count_rows
 from rlfr_vlm.planning.wording import (
     Lines,
     bad_rows_file,
@@ -50,6 +50,32 @@ def _train(cfg: Config) -> tuple[Lines, Lines, Lines]:
             f"rollout.num_prompts={rollout.num_prompts} exceeds the {rows.count} rows of "
             f"{cfg.data.train}"
         )
+    plan = _steps(cfg, rows)
+    evaluated, saved = due_steps(cfg.eval.every, steps), due_steps(cfg.train.save_steps, steps)
+    plan.append(
+        (
+            "evaluations",
+            f"{_heldout(cfg)}, after steps {listed(evaluated)}"
+            if evaluated
+            else "none (eval.every=0)",
+        )
+    )
+    kept = (
+        f"; the newest {cfg.train.keep_checkpoints} are kept"
+        if len(saved) > cfg.train.keep_checkpoints
+        else ""
+    )
+    plan.append(("checkpoints", f"{len(saved)}, after steps {listed(saved)}{kept}"))
+    return (
+        plan,
+        [*model_lines(cfg), *field_lines(cfg), *memory_lines(cfg, trained=True)],
+        _train_files(cfg, evaluated, saved),
+    )
+
+
+def _steps(cfg: Config, rows: RowCount) -> Lines:
+    """How many of what, in a step and in all."""
+    rollout, steps = cfg.rollout, cfg.train.steps
     samples, updates = rollout.num_prompts * rollout.group_size, cfg.algorithm.updates_per_rollout
     per_sample = cfg.data.max_prompt_tokens + rollout.max_new_tokens
     learning = steps - (cfg.flow.online.warmup_steps if cfg.flow is not None else 0)
@@ -106,26 +132,7 @@ def _train(cfg: Config) -> tuple[Lines, Lines, Lines]:
                 f"in the first {number(steps - learning)} steps only the field learns",
             )
         )
-    evaluated, saved = due_steps(cfg.eval.every, steps), due_steps(cfg.train.save_steps, steps)
-    plan.append(
-        (
-            "evaluations",
-            f"{_heldout(cfg)}, after steps {listed(evaluated)}"
-            if evaluated
-            else "none (eval.every=0)",
-        )
-    )
-    kept = (
-        f"; the newest {cfg.train.keep_checkpoints} are kept"
-        if len(saved) > cfg.train.keep_checkpoints
-        else ""
-    )
-    plan.append(("checkpoints", f"{len(saved)}, after steps {listed(saved)}{kept}"))
-    return (
-        plan,
-        [*model_lines(cfg), *field_lines(cfg), *memory_lines(cfg, trained=True)],
-        _train_files(cfg, evaluated, saved),
-    )
+    return plan
 
 
 def _resumed(cfg: Config) -> Lines:

@@ -309,101 +309,101 @@ def _fitted(yardstick: Yardstick | None) -> Remark | None:
     return Remark("bad" if known[FIELD] > others[KNOWS_NOTHING] else level, f"{text}.")
 
 
+# chart -> what it shows, how to read its scale, how its figures are written
+READINGS: dict[str, tuple[str, str, Callable[[float], str]]] = {
+    "flow/loss": (
+        "Error of the velocities on right responses",
+        "lower is a closer fit",
+        "{:.3g}".format,
+    ),
+    "flow/contrast_loss": (
+        "Error of the contrast's velocities",
+        "lower is a closer fit",
+        "{:.3g}".format,
+    ),
+    "flow/charged_auc": (
+        "How often a wrong response is charged more than a right one",
+        "0.5: no better than chance",
+        "{:.2f}".format,
+    ),
+    "flow/charged_auc_in_group": (
+        "How often a wrong response is charged more than a right sibling",
+        "0.5: chance",
+        "{:.2f}".format,
+    ),
+    "flow/charge_place": (
+        "Where in a response its flow rewards stand, by their size",
+        "0: at its start, 1: at its end",
+        "{:.2f}".format,
+    ),
+    "flow/charge_by_token": (
+        "Share of the token rewards' variance between token ids",
+        "100 %: a table of tokens would do",
+        percent,
+    ),
+    "flow/charge_by_place": (
+        "Share of the token rewards' variance between places",
+        "100 %: they only count tokens",
+        percent,
+    ),
+    "flow/auc": (
+        "How often a wrong response strays further than a right one",
+        "0.5: no better than chance",
+        "{:.2f}".format,
+    ),
+    "flow/advantage_share": (
+        "Share of the advantages' size that is the flow's",
+        "0: the outcome alone",
+        percent,
+    ),
+    "flow/only_groups_frac": (
+        "Groups without a signal from outcomes",
+        "only the flow moves the policy there",
+        percent,
+    ),
+    "flow/drift": (
+        "How far the field's weights are from the start",
+        "relative to their size",
+        partial(percent, digits=2),
+    ),
+    "flow/deviation_spread": (
+        "Spread of deviations within a response",
+        "near 0: every token deviates alike",
+        "{:.2f}".format,
+    ),
+    "flow/grad_norm": (
+        "Size of the field's gradient, before clipping",
+        "0: no right response to learn from",
+        "{:.3g}".format,
+    ),
+    "flow/selected_frac": (
+        "Responses that the field learns from",
+        "0: the field stands still",
+        percent,
+    ),
+    "flow/deviation_mean": (
+        "How far tokens stray from the field",
+        "in the field's own units",
+        "{:.3g}".format,
+    ),
+    "flow/reward_mean": (
+        "What a response is given or charged by the flow",
+        "summed over its tokens",
+        "{:.3g}".format,
+    ),
+}
+
+
 def _readings(
     series: dict[str, tuple[float | None, ...]], reference: float | None
 ) -> dict[str, str]:
     """One sentence per chart: how to read it, with this run's figures where there are enough."""
-    nothing = (
-        ""
-        if reference is None
-        else f"; above {reference:.3g}, the dotted line, it knows less than v = x_t / t"
-    )
-    meanings: dict[str, tuple[str, str, Callable[[float], str]]] = {
-        "flow/loss": (
-            "Error of the velocities on right responses",
-            f"lower is a closer fit{nothing}",
-            "{:.3g}".format,
-        ),
-        "flow/contrast_loss": (
-            "Error of the contrast's velocities",
-            "lower is a closer fit",
-            "{:.3g}".format,
-        ),
-        "flow/charged_auc": (
-            "How often a wrong response is charged more than a right one",
-            "0.5: no better than chance",
-            "{:.2f}".format,
-        ),
-        "flow/charged_auc_in_group": (
-            "How often a wrong response is charged more than a right sibling",
-            "0.5: chance",
-            "{:.2f}".format,
-        ),
-        "flow/charge_place": (
-            "Where in a response its flow rewards stand, by their size",
-            "0: at its start, 1: at its end",
-            "{:.2f}".format,
-        ),
-        "flow/charge_by_token": (
-            "Share of the token rewards' variance between token ids",
-            "100 %: a table of tokens would do",
-            percent,
-        ),
-        "flow/charge_by_place": (
-            "Share of the token rewards' variance between places",
-            "100 %: they only count tokens",
-            percent,
-        ),
-        "flow/auc": (
-            "How often a wrong response strays further than a right one",
-            "0.5: no better than chance",
-            "{:.2f}".format,
-        ),
-        "flow/advantage_share": (
-            "Share of the advantages' size that is the flow's",
-            "0: the outcome alone",
-            percent,
-        ),
-        "flow/only_groups_frac": (
-            "Groups without a signal from outcomes",
-            "only the flow moves the policy there",
-            percent,
-        ),
-        "flow/drift": (
-            "How far the field's weights are from the start",
-            "relative to their size",
-            partial(percent, digits=2),
-        ),
-        "flow/deviation_spread": (
-            "Spread of deviations within a response",
-            "near 0: every token deviates alike",
-            "{:.2f}".format,
-        ),
-        "flow/grad_norm": (
-            "Size of the field's gradient, before clipping",
-            "0: no right response to learn from",
-            "{:.3g}".format,
-        ),
-        "flow/selected_frac": (
-            "Responses that the field learns from",
-            "0: the field stands still",
-            percent,
-        ),
-        "flow/deviation_mean": (
-            "How far tokens stray from the field",
-            "in the field's own units",
-            "{:.3g}".format,
-        ),
-        "flow/reward_mean": (
-            "What a response is given or charged by the flow",
-            "summed over its tokens",
-            "{:.3g}".format,
-        ),
-    }
     readings = {}
-    for name, (meaning, scale, form) in meanings.items():
+    for name, (meaning, scale, form) in READINGS.items():
         if name not in series:
             continue
+        if name == "flow/loss" and reference is not None:
+            scale += f"; above {reference:.3g}, the dotted line, it knows less than v = x_t / t"
         ends = _ends(series[name])
         figures = "" if ends is None else f" This run: {form(ends[0])} → {form(ends[1])}."
         readings[name] = f"{meaning}; {scale}.{figures}"
