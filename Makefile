@@ -1,5 +1,5 @@
 # Two commands are all a newcomer needs: `make demo` and `make test`. Each installs into .venv what is missing, once.
-.PHONY: demo demo-text methods test test-slow bench lint install test-reliability
+.PHONY: demo demo-text methods test test-slow bench lint types install test-reliability
 SEED ?= 0
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM = false
@@ -9,10 +9,10 @@ install: .venv/.installed
 	@bash scripts/install.sh
 
 demo: install            ## a vision-language model gets better at reading pictures, in minutes, on CPU
-	@.venv/bin/python scripts/demo.py vision --seed $(SEED)
+	@.venv/bin/rlfr-vlm demo vision --seed $(SEED)
 
 demo-text: install       ## SmolLM2 gets better at arithmetic
-	@.venv/bin/python scripts/demo.py text --seed $(SEED)
+	@.venv/bin/rlfr-vlm demo text --seed $(SEED)
 
 methods: install         ## every method on the same data and seed: do the rewards rise, what does each cost
 	@.venv/bin/python scripts/methods.py --seed $(SEED)
@@ -30,3 +30,13 @@ test-reliability: install ## the contract of docs/reliability.md at its full fig
 
 lint: install
 	.venv/bin/ruff check . && .venv/bin/ruff format --check . && .venv/bin/mypy
+	@$(MAKE) --no-print-directory types
+
+# The page's scripts are checked by TypeScript, and by nothing that the package needs: node comes with the `dev` extra.
+types node_modules: export PATH := $(CURDIR)/.venv/bin:$(PATH)
+types: node_modules      ## the types of the page's scripts
+	npx tsc
+
+node_modules: package.json package-lock.json | install
+	npm ci --silent
+	@touch node_modules

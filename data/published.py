@@ -33,8 +33,10 @@ from typing import Any, Literal
 from PIL import Image
 
 from rlfr_vlm.config import DataConfig
+from rlfr_vlm.data.bad_rows import BadRows, RowError
 from rlfr_vlm.data.images import ImageError, open_image, read_bytes
-from rlfr_vlm.data.prompts import IMAGE_MARK, BadRows, RowError, parse_row, read_rows
+from rlfr_vlm.data.prompts import IMAGE_MARK, parse_row
+from rlfr_vlm.data.rows import read_rows
 from rlfr_vlm.errors import DiskFullError, UserError
 from rlfr_vlm.types import Prompt
 

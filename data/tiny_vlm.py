@@ -6,7 +6,8 @@ pre-trained from random weights.
 It learns to read from a careful teacher, for too few steps to read as well as it could, and then
 imitates a sloppy one that keeps the answer format, misreads some digits and has bad habits when it
 concludes (`sloppy_solution`). So the model is partly right, unsure where it should be sure, and has
-things to unlearn and to learn: room for RL. data/tiny_vlm/ holds the weights of the default call.
+things to unlearn and to learn: room for RL. rlfr_vlm/demo/tiny_vlm/ holds the weights of the
+default call.
 """
 
 from __future__ import annotations
@@ -14,7 +15,6 @@ from __future__ import annotations
 import argparse
 import math
 import re
-import sys
 import time
 from collections import Counter
 from pathlib import Path
@@ -33,8 +33,15 @@ from transformers import (
     Qwen2VLVideoProcessor,
 )
 
-sys.path.insert(0, str(Path(__file__).parent))
-from digits import QUESTIONS, Problem, answer, draw_examples, draw_picture, draw_problem, solution
+from rlfr_vlm.demo.digits import (
+    QUESTIONS,
+    Problem,
+    answer,
+    draw_examples,
+    draw_picture,
+    draw_problem,
+    solution,
+)
 
 VOCAB_SIZE = 400
 SPECIAL_TOKENS = [

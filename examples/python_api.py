@@ -13,10 +13,12 @@ import torch
 from transformers import logging
 
 from rlfr_vlm.config import load_config
-from rlfr_vlm.data.prompts import BadRows, load_prompts
+from rlfr_vlm.data.bad_rows import BadRows
+from rlfr_vlm.data.prompts import load_prompts
 from rlfr_vlm.data.render import Renderer
-from rlfr_vlm.flow.field import FlowField, FlowSpec
+from rlfr_vlm.flow.field import FlowField
 from rlfr_vlm.flow.reward import flow_reward
+from rlfr_vlm.flow.spec import FlowSpec
 from rlfr_vlm.models.pack import pack
 from rlfr_vlm.models.policy import Policy
 from rlfr_vlm.types import Rollout

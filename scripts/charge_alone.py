@@ -18,9 +18,9 @@ from pathlib import Path
 from typing import Any
 
 from rlfr_vlm import commands
+from rlfr_vlm.demo.verb import prepare
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
-from demo import prepare
 from rl_gain import BASE, DEFAULTS, METHODS, method_config
 
 FOLDER = Path("runs/charge_alone")

@@ -17,7 +17,6 @@ from __future__ import annotations
 import argparse
 import json
 import shutil
-import sys
 import time
 from collections import Counter
 from pathlib import Path
@@ -30,13 +29,13 @@ from rlfr_vlm import commands
 from rlfr_vlm.algorithm.credit import make_samples, token_rewards
 from rlfr_vlm.batch import GradedGroup, Sample, Scores
 from rlfr_vlm.config import Config, load_config, parse_config
+from rlfr_vlm.demo import recipe
+from rlfr_vlm.demo.verb import prepare
 from rlfr_vlm.fitting.probe import per_response, score_responses
-from rlfr_vlm.flow.field import FlowField, FlowSpec
+from rlfr_vlm.flow.field import FlowField
 from rlfr_vlm.flow.separation import separation
+from rlfr_vlm.flow.spec import FlowSpec
 from rlfr_vlm.models.pack import micro_batches, pack
-
-sys.path.insert(0, str(Path(__file__).resolve().parent))
-from demo import ROOT, prepare
 
 FOLDER = Path("runs/signal")
 SMALL: dict[str, Any] = {"batch_tokens": 256, "steps": 600, "lr": None}
@@ -84,7 +83,7 @@ def base_config(
         "flow=null",
         *extra,
     )
-    tree = load_config(ROOT / "scripts" / f"demo_{task}.yaml", settings).model_dump(mode="json")
+    tree = load_config(recipe(task), settings).model_dump(mode="json")
     fit = {"rollout_prompts": 256, "probe_prompts": prompts, **flow.get("fit", {})}
     tree["flow"] = {**flow, "fit": fit}
     tree["model"]["path"] = model or tree["model"]["path"]

@@ -25,10 +25,9 @@ import plotly.graph_objects as go
 
 from rlfr_vlm import commands
 from rlfr_vlm.config import load_config
+from rlfr_vlm.demo import recipe
+from rlfr_vlm.demo.verb import prepare
 from rlfr_vlm.errors import UserError
-
-sys.path.insert(0, str(Path(__file__).resolve().parent))
-from demo import ROOT, prepare
 
 FOLDER = Path("runs/methods")
 PUBLISHED = (
@@ -83,7 +82,7 @@ def run_method(
         if "flow=null" in METHODS[name]
         else (*METHODS[name], f"flow.checkpoint={field}")
     )
-    cfg = load_config(ROOT / "scripts" / f"demo_{task}.yaml", (*settings, *own, *overrides))
+    cfg = load_config(recipe(task), (*settings, *own, *overrides))
     commands.say(f"== {task}: {name}")
     commands.train(cfg)
     shutil.rmtree(folder / "hf")
@@ -99,7 +98,7 @@ def fit_field(task: str, kind: str, seed: int, overrides: tuple[str, ...]) -> st
         *(INFORMED if kind == "informed" else PUBLISHED),
         *overrides,
     )
-    cfg = load_config(ROOT / "scripts" / f"demo_{task}.yaml", settings)
+    cfg = load_config(recipe(task), settings)
     shutil.rmtree(Path(cfg.output_dir) / "flow", ignore_errors=True)  # of an earlier run
     return str(commands.flow(cfg))
 

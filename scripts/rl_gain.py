@@ -18,7 +18,6 @@ import json
 import math
 import shutil
 import statistics
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -26,13 +25,12 @@ import torch
 
 from rlfr_vlm import commands
 from rlfr_vlm.config import Config, load_config
-from rlfr_vlm.data.prompts import BadRows, load_prompts
+from rlfr_vlm.data.bad_rows import BadRows
+from rlfr_vlm.data.prompts import load_prompts
 from rlfr_vlm.data.render import Renderer
+from rlfr_vlm.demo.verb import prepare
 from rlfr_vlm.models.pack import pack
 from rlfr_vlm.models.policy import Policy, expert_rollout
-
-sys.path.insert(0, str(Path(__file__).resolve().parent))
-from demo import ROOT, prepare
 
 FOLDER = Path("runs/rl_gain")
 BASE = "RLVR"
@@ -182,7 +180,7 @@ def method_config(
     plain = ("flow=null",) if "flow=null" in METHODS[name] else ()
     # or there would be a flow again
     extra = tuple(s for s in extra if not (plain and s.startswith("flow")))
-    base = ROOT / "scripts" / f"rl_gain_{task}.yaml"
+    base = Path(__file__).with_name(f"rl_gain_{task}.yaml")
     cfg = load_config(base, (*plain, *settings, *extra))
     if start == "supervised":
         cfg = cfg.model_copy(

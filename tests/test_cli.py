@@ -2,9 +2,11 @@
 
 import json
 import shutil
+from importlib import metadata
 
 import pytest
 
+from rlfr_vlm import doctor
 from rlfr_vlm.cli import main
 from tests.runs import cli, make_config, make_data
 
@@ -256,7 +258,41 @@ def test_sigterm_before_the_first_step_exits_75_and_the_same_command_trains(run_
 def test_doctor_names_what_is_missing(capsys):
     code, out, _ = run(capsys, "doctor")
     assert code == 0
-    assert "HF engine" in out and "works" in out
+    assert (
+        "HF engine" in out and f"installed, transformers {metadata.version('transformers')}" in out
+    )
+    assert "works" not in out, "nothing was tried"
+
+
+@pytest.mark.slow
+def test_doctor_imports_each_part_where_asked(capsys):
+    code, out, _ = run(capsys, "doctor", "--deep")
+    assert code == 0
+    states = {line[: line.index("  ")]: line for line in out.splitlines() if "  " in line}
+    for part in ("HF engine", "torchvision matches torch"):
+        assert "works" in states[part], out
+
+
+def test_doctor_says_why_a_part_does_not_load_or_match():
+    assert doctor.imports("json") == ""
+    assert doctor.imports("json.nothing") == "ModuleNotFoundError: No module named 'json.nothing'"
+    assert doctor.part_state("no_such_part", {}, False) == "missing"
+    assert doctor.part_state("json", {}, True) == "works"
+    assert doctor.mismatch("no-such-part", "torch") == "missing"
+    assert doctor.mismatch("torchvision", "torch") == ""
+    assert doctor.builds("torch", "torch") == ""
+
+
+def test_doctor_compares_with_what_a_package_asks_for(tmp_path, monkeypatch):
+    for name, version, asked in (("needs", "1.0", "needed (==2.0)"), ("needed", "2.1+cpu", None)):
+        folder = tmp_path / f"{name}-{version}.dist-info"
+        folder.mkdir()
+        lines = [f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}"]
+        lines += [f"Requires-Dist: {asked}"] if asked else []
+        (folder / "METADATA").write_text("\n".join(lines) + "\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    assert doctor.mismatch("needs", "needed") == "asks for needed==2.0, 2.1+cpu is installed"
+    assert doctor.builds("needs", "needed") == "needs 1.0, needed 2.1+cpu"
 
 
 def test_unknown_key(run_folder, capsys):

@@ -10,7 +10,8 @@ from safetensors.torch import load_file
 from rlfr_vlm.cli import main
 from rlfr_vlm.commands import identity_from_config
 from rlfr_vlm.config import ModelConfig
-from rlfr_vlm.flow.field import FlowField, read_spec
+from rlfr_vlm.flow.field import FlowField
+from rlfr_vlm.flow.spec import read_spec
 from rlfr_vlm.models.policy import Policy
 from tests.flow.test_official import Malicious, official_state
 from tests.runs import cli, make_config, make_data

@@ -268,3 +268,11 @@ def test_off_is_off_however_yaml_reads_it(tmp_path):
         ).model.gradient_checkpointing
         == "off"
     )
+
+
+def test_a_bare_off_switches_a_monitor_off(tmp_path):
+    """YAML reads it as false."""
+    path = tmp_path / "c.yaml"
+    path.write_text("output_dir: o\nmodel: {path: m}\nmonitors: {length: off}\n")
+    cfg = load_config(path, ("monitors.entropy=off",))
+    assert (cfg.monitors.length, cfg.monitors.entropy) == ("off", "off")

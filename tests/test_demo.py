@@ -11,7 +11,7 @@ from tests.runs import ROOT
 
 def demo(task, *arguments, timeout=1800):
     """The JSON line that a demo ends with."""
-    command = [sys.executable, "scripts/demo.py", task, *arguments]
+    command = [sys.executable, "-m", "rlfr_vlm.cli", "demo", task, *arguments]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=timeout)
     assert done.returncode == 0, done.stderr[-3000:]
     result = json.loads(done.stdout.splitlines()[-1])

@@ -25,7 +25,7 @@ LEVELS = [
     {"fitting"},
     {"launch", "planning", "preflight"},
     {"report"},
-    {"commands", "bench", "doctor", "cli"},
+    {"commands", "bench", "doctor", "arguments", "demo", "cli"},
 ]
 LEVEL = {name: level for level, names in enumerate(LEVELS) for name in names}
 ONE_IMPORTER = {

@@ -19,9 +19,10 @@ from rlfr_vlm.batch import Credit, Scores, UpdateSize
 from rlfr_vlm.config import FlowOnlineConfig, ModelConfig, parse_config
 from rlfr_vlm.config.methods import METHODS
 from rlfr_vlm.errors import UserError
-from rlfr_vlm.flow.field import WEIGHTS_FILE, FlowField, FlowSpec
+from rlfr_vlm.flow.field import WEIGHTS_FILE, FlowField
 from rlfr_vlm.flow.latents import LatentRequest, capture_latents
 from rlfr_vlm.flow.reward import flow_reward
+from rlfr_vlm.flow.spec import FlowSpec
 from rlfr_vlm.models.heads import LogPartitionHead
 from rlfr_vlm.models.pack import pack
 from rlfr_vlm.models.policy import Policy

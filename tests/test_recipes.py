@@ -18,8 +18,8 @@ from safetensors.torch import load_file
 from rlfr_vlm.cli import main
 from rlfr_vlm.config import config_hash, load_config, parse_config
 from rlfr_vlm.errors import UserError
-from rlfr_vlm.flow.field import SPEC_FILE
 from rlfr_vlm.flow.network import VelocityNet
+from rlfr_vlm.flow.spec import SPEC_FILE
 from rlfr_vlm.planning import schedule, shapes
 from tests.runs import ROOT
 
@@ -338,7 +338,7 @@ def test_the_schedule_of_the_first_recipe_by_hand(tmp_path, capsys):
         (["train.save_steps=10"], "33, after steps 10, 20, 30, 40, 50, ..., 320, 330;"),
         (["optim.min_lr_ratio=1"], "warm-up, constant after that"),
         (["data.on_bad_row=skip"], "bad_rows.jsonl"),
-        ([f"model.path={ROOT}/data/tiny_vlm"], "512,256 parameters"),
+        ([f"model.path={ROOT}/rlfr_vlm/demo/tiny_vlm"], "512,256 parameters"),
     ],
 )
 def test_the_schedule_follows_the_settings(settings, expected, capsys):

@@ -15,9 +15,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from rlfr_vlm.cli import build_parser
+from rlfr_vlm.arguments import build_parser
 from rlfr_vlm.config import load_config, parse_config
-from rlfr_vlm.rewards.outcome import load_reward_function
+from rlfr_vlm.rewards.custom import load_reward_function
 
 ROOT = Path(__file__).resolve().parent.parent
 TEXT = (ROOT / "docs/tutorial.md").read_text()

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import BeforeValidator, Field
 
 from rlfr_vlm.config.base import Section
 
-Action = Literal["off", "warn", "stop", "roll_back"]
+
+def _off(value: Any) -> Any:
+    """YAML reads a bare `off` as false."""
+    return "off" if value is False else value
+
+
+Action = Annotated[Literal["off", "warn", "stop", "roll_back"], BeforeValidator(_off)]
 
 
 class OptimConfig(Section):

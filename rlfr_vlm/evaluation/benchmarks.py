@@ -16,7 +16,8 @@ import yaml
 from pydantic import Field, ValidationError, model_validator
 
 from rlfr_vlm.config import Config, DataConfig, Section
-from rlfr_vlm.data.prompts import BadRows, RowError, load_prompts, parse_row
+from rlfr_vlm.data.bad_rows import BadRows, RowError
+from rlfr_vlm.data.prompts import load_prompts, parse_row
 from rlfr_vlm.errors import UserError
 from rlfr_vlm.types import Prompt
 

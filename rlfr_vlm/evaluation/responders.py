@@ -12,8 +12,8 @@ from typing import Any, Protocol
 
 from PIL import Image
 
+from rlfr_vlm.data.bad_rows import RowError
 from rlfr_vlm.data.images import open_image
-from rlfr_vlm.data.prompts import RowError
 from rlfr_vlm.data.render import Renderer
 from rlfr_vlm.errors import UserError
 from rlfr_vlm.evaluation.benchmarks import Benchmark, Problem

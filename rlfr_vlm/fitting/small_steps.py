@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -28,7 +28,7 @@ LOOK_TOKENS = 4096
 Stored = tuple[StoredLatents, Mapping[str, Tensor]]
 
 
-@dataclass
+@dataclass(frozen=True)
 class Best:
     """The best look at a network so far."""
 
@@ -36,15 +36,11 @@ class Best:
     weights: dict[str, Tensor]
     since: int = 0  # looks that were no better
 
-    def see(self, loss: float, network: VelocityNet) -> None:
-        """A further look."""
-        self.since += 1
-        if loss < self.loss:
-            self.loss, self.weights, self.since = (
-                loss,
-                {k: v.detach().clone() for k, v in network.state_dict().items()},
-                0,
-            )
+    def or_better(self, loss: float, network: VelocityNet) -> Best:
+        """After a further look."""
+        if not loss < self.loss:
+            return replace(self, since=self.since + 1)
+        return Best(loss, {k: v.detach().clone() for k, v in network.state_dict().items()})
 
 
 def fit_tokens(
@@ -61,77 +57,112 @@ def fit_tokens(
     Returns the held-out loss, and what it is measured against. Sets the field's scale and token
     types.
     """
-    assert cfg.flow is not None and cfg.flow.fit.batch_tokens is not None
-    fit, batch_tokens = cfg.flow.fit, cfg.flow.fit.batch_tokens
-    steps = fit.steps or FIT_STEPS
+    assert cfg.flow is not None
+    steps = cfg.flow.fit.steps or FIT_STEPS
     if field.spec.standardise:
         rows = train[0].latents.target[some_of(train[1]["network"], cfg.seed)]
         field.set_scale(scale_of([train[0].latents.states[:, rows].float()]))
-    looked_at = {
-        name: some_tiles(field, heldout[0], heldout[1][name], cfg.seed, LOOK_TOKENS)
-        for name in field.networks
-    }
-    optimizers = {
-        name: Optimizer(dict(network.named_parameters()), settings_of(fit, steps, network.size))
-        for name, network in field.networks.items()
-    }
-    done = work.restore(optimizers, field.networks)
-    best = {name: Best(*work.facts.get(name, (float("inf"), None, 0))) for name in field.networks}
-    for name, found in best.items():
-        found.weights = work.part(f"best {name}") if done else {}
-    clock, every = Clock(done, steps), max(1, steps // FIT_LOOKS)
-    with work.log.open("a") as log:
-        for step in range(done + 1, steps + 1):
-            if done and all(found.since >= fit.patience for found in best.values()):
-                break
-            record: dict[str, float] = {"step": step, "lr": optimizers["network"].current_lr}
-            for name, network in field.networks.items():
-                loss = small_step(
-                    field,
-                    network,
-                    train[0],
-                    train[1][name],
-                    batch_tokens,
-                    request_seed(cfg.seed, "small step", step),
-                )
-                prefix = "" if name == "network" else f"{name}_"
-                record |= {f"{prefix}loss": loss, f"{prefix}grad_norm": optimizers[name].step()}
-            look = step % every == 0 or step == steps
-            if look:
-                for name, network in field.networks.items():
-                    best[name].see(mean_loss(field, network, looked_at[name]), network)
-                    record["eval_loss" if name == "network" else f"{name}_eval_loss"] = best[
-                        name
-                    ].loss
-                said = "  ".join(
-                    f"{'held-out' if name == 'network' else name} {found.loss:.4f}"
-                    for name, found in best.items()
-                )
-                work.say(
-                    f"flow fit {step}/{steps}  loss {record['loss']:.4f}  {said}{clock.left(step)}"
-                )
-            log.write(json.dumps(record) + "\n")
-            if look:
-                log.flush()
-                weights = {name: network.state_dict() for name, network in field.networks.items()}
-                weights |= {f"best {name}": found.weights for name, found in best.items()}
-                work.keep(
-                    step,
-                    optimizers,
-                    weights,
-                    **{name: (found.loss, None, found.since) for name, found in best.items()},
-                )
-                if all(found.since >= fit.patience for found in best.values()):
-                    work.say(
-                        f"flow fit: no better for {fit.patience} looks, so it ends at step {step} "
-                        f"of {steps}"
-                    )
-                    break
+    fitting = SmallStepFit(cfg, cfg.flow.fit, field, settings_of, train, heldout, work, steps)
+    fitting.run()
     for name, network in field.networks.items():
-        network.load_state_dict(best[name].weights)
+        network.load_state_dict(fitting.best[name].weights)
     field.types = token_types(field, train[0], train[1]["network"], cfg.seed)
     measured = some_tiles(field, train[0], train[1]["network"], cfg.seed)
-    return best["network"].loss, measure(field, measured, looked_at["network"])
+    return fitting.best["network"].loss, measure(field, measured, fitting.looked_at["network"])
+
+
+class SmallStepFit:
+    """A fit under way, begun anew or where a stopped one last looked at what is held out."""
+
+    def __init__(
+        self,
+        cfg: Config,
+        fit: FlowFitConfig,
+        field: FlowField,
+        settings_of: Callable[[FlowFitConfig, int, int], OptimizerSettings],
+        train: Stored,
+        heldout: Stored,
+        work: Work,
+        steps: int,
+    ) -> None:
+        self.fit, self.field, self.train, self.work = fit, field, train, work
+        self.seed, self.steps, self.every = cfg.seed, steps, max(1, steps // FIT_LOOKS)
+        networks = field.networks
+        self.looked_at = {
+            name: some_tiles(field, heldout[0], heldout[1][name], cfg.seed, LOOK_TOKENS)
+            for name in networks
+        }
+        self.optimizers = {
+            name: Optimizer(dict(net.named_parameters()), settings_of(fit, steps, net.size))
+            for name, net in networks.items()
+        }
+        self.done = work.restore(self.optimizers, networks)
+        self.best = {
+            name: Best(loss, work.part(f"best {name}") if self.done else {}, since)
+            for name in networks
+            for loss, _, since in [work.facts.get(name, (float("inf"), None, 0))]
+        }
+        self.clock = Clock(self.done, steps)
+
+    @property
+    def stalled(self) -> bool:
+        """Whether no network got better for as many looks as a fit waits."""
+        return all(found.since >= self.fit.patience for found in self.best.values())
+
+    def run(self) -> None:
+        """Steps until the last one, or until nothing gets better."""
+        with self.work.log.open("a") as log:
+            for step in range(self.done + 1, self.steps + 1):
+                if self.done and self.stalled:
+                    break
+                record = self._step(step)
+                look = step % self.every == 0 or step == self.steps
+                if look:
+                    record |= self._look(step, record["loss"])
+                log.write(json.dumps(record) + "\n")
+                if look:
+                    log.flush()
+                    self._keep(step)
+                    if self.stalled:
+                        self.work.say(
+                            f"flow fit: no better for {self.fit.patience} looks, so it ends at "
+                            f"step {step} of {self.steps}"
+                        )
+                        break
+
+    def _step(self, step: int) -> dict[str, float]:
+        assert self.fit.batch_tokens is not None
+        stored, tokens = self.train
+        record: dict[str, float] = {"step": step, "lr": self.optimizers["network"].current_lr}
+        seed = request_seed(self.seed, "small step", step)
+        for name, network in self.field.networks.items():
+            loss = small_step(
+                self.field, network, stored, tokens[name], self.fit.batch_tokens, seed
+            )
+            prefix = "" if name == "network" else f"{name}_"
+            norm = self.optimizers[name].step()
+            record |= {f"{prefix}loss": loss, f"{prefix}grad_norm": norm}
+        return record
+
+    def _look(self, step: int, loss: float) -> dict[str, float]:
+        """At what is held out."""
+        found, said = {}, []
+        for name, network in self.field.networks.items():
+            now = mean_loss(self.field, network, self.looked_at[name])
+            self.best[name] = best = self.best[name].or_better(now, network)
+            found["eval_loss" if name == "network" else f"{name}_eval_loss"] = best.loss
+            said.append(f"{'held-out' if name == 'network' else name} {best.loss:.4f}")
+        self.work.say(
+            f"flow fit {step}/{self.steps}  loss {loss:.4f}  {'  '.join(said)}"
+            f"{self.clock.left(step)}"
+        )
+        return found
+
+    def _keep(self, step: int) -> None:
+        weights = {name: network.state_dict() for name, network in self.field.networks.items()}
+        weights |= {f"best {name}": found.weights for name, found in self.best.items()}
+        facts = {name: (found.loss, None, found.since) for name, found in self.best.items()}
+        self.work.keep(step, self.optimizers, weights, **facts)
 
 
 def small_step(

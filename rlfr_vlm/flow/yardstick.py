@@ -10,8 +10,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from rlfr_vlm.flow.field import FlowField, Scale, Tile
+from rlfr_vlm.flow.field import FlowField, Tile
 from rlfr_vlm.flow.objective import Velocity, logit_normal_times, velocity_deviation
+from rlfr_vlm.flow.spec import Scale
 
 RIDGE = 1e-3  # of the mean square of the features
 # the one that a fit has to pass: it knows nothing, and its deviation at t is 1 / t^2

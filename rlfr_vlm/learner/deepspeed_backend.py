@@ -27,7 +27,7 @@ from rlfr_vlm.learner.optim import (
     sampled,
     stored_moment,
 )
-from rlfr_vlm.models.policy import Policy
+from rlfr_vlm.models.policy import Policy, WeightAccess
 from rlfr_vlm.ranks import Ranks
 
 REDUCE_BUCKET = 50_000_000  # elements of gradient that are reduced at a time
@@ -298,27 +298,30 @@ def shard_policy(
     optimizer = ShardedOptimizer(
         policy.module, policy.trained(), settings, cfg, cfg.zero_stage, ranks, policy.dtype
     )
-    policy.run = optimizer.engine
-    if cfg.zero_stage == 3:
-        head = policy.model.get_output_embeddings().weight
-        optimizer._library.zero.register_external_parameter(policy.module, head)
-        policy.sharded = True
-        policy.weights_as_stored = False
-        policy.shape_of = optimizer.shape_of
+    if cfg.zero_stage < 3:
+        policy.access = WeightAccess(optimizer.engine, shared=True)
+        return optimizer
+    head = policy.model.get_output_embeddings().weight
+    optimizer._library.zero.register_external_parameter(policy.module, head)
+    policy.weights_as_stored = False
+    names = {
+        id(p): re.sub(r"^model\.", "", name, count=1)
+        for name, p in policy.module.named_parameters()
+    }
 
-        def whole(parameters: Sequence[nn.Parameter]) -> AbstractContextManager[Any]:
-            ranks.at(
-                f"gathering {len(parameters)} weights from "
-                f"`{names.get(id(parameters[0]), '?') if parameters else '?'}`"
-            )
-            return optimizer.whole(parameters)
+    def whole(parameters: Sequence[nn.Parameter]) -> AbstractContextManager[Any]:
+        first = names.get(id(parameters[0]), "?") if parameters else "?"
+        ranks.at(f"gathering {len(parameters)} weights from `{first}`")
+        return optimizer.whole(parameters)
 
-        names = {
-            id(p): re.sub(r"^model\.", "", name, count=1)
-            for name, p in policy.module.named_parameters()
-        }
-        policy.whole = whole
-        policy.whole_for_writing = lambda parameters: optimizer.whole(parameters, source=0)
+    policy.access = WeightAccess(
+        optimizer.engine,
+        shared=True,
+        sharded=True,
+        whole=whole,
+        whole_for_writing=lambda parameters: optimizer.whole(parameters, source=0),
+        shape_of=optimizer.shape_of,
+    )
     return optimizer
 
 

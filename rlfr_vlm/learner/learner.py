@@ -12,9 +12,10 @@ from torch import Tensor, nn
 
 from rlfr_vlm.config import Config, FlowConfig
 from rlfr_vlm.errors import UserError
-from rlfr_vlm.flow.field import FlowField, FlowSpec
+from rlfr_vlm.flow.field import FlowField
 from rlfr_vlm.flow.network import VelocityNet
 from rlfr_vlm.flow.reward import TokenTypes
+from rlfr_vlm.flow.spec import FlowSpec
 from rlfr_vlm.learner.latent_window import LatentWindow
 from rlfr_vlm.learner.optim import Optimizer, OptimizerSettings, PolicyOptimizer
 from rlfr_vlm.models.heads import LogPartitionHead, ValueHead

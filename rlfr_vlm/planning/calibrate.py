@@ -5,6 +5,10 @@ A layer is timed in training and without gradient on a packed batch, and in deco
 each request; beside it a tile of the log-prob head, a tile of the sampler, the velocity network and
 the optimiser. What a run does more often, or on longer sequences, is scaled by its floating-point
 operations. Pictures, grading, saving and evaluation are left out.
+
+On a CPU the clock is CPU time, so that what else runs on the machine does not lengthen it, and one
+thread works: several spin while they wait for one that has lost its core, which is CPU time too. A
+run's threads are taken to share the work evenly, each with a core to itself.
 """
 
 from __future__ import annotations
@@ -35,7 +39,7 @@ from rlfr_vlm.planning.memory import (
 from rlfr_vlm.planning.shapes import ModelShape
 
 BUDGET = {"cpu": 1e10, "cuda": 2e13}  # floating-point operations of one timed call, about
-REPEATS = 3  # timed calls; the fastest counts: what else runs meanwhile slows the others
+REPEATS = 3  # timed calls; the fastest counts: the others met cold caches or a busy machine
 OPTIMISER_SIZE = 2**22  # parameters that its step is timed on
 
 
@@ -52,16 +56,28 @@ class Bench:
         """Normal numbers scaled down, so that products stay finite."""
         return (torch.randn(size, device=self.device) * 0.02).to(self.dtype).requires_grad_(grad)
 
+    def now(self) -> float:
+        """Seconds on the clock: of a GPU the wall's, when it has done what it was given; of a CPU
+        those that this process worked.
+        """
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+            return time.perf_counter()
+        return time.process_time()
+
     def seconds(self, call: Callable[[], object]) -> float:
         """The fastest of a few calls after a first one."""
         found = []
         for _ in range(REPEATS + 1):
-            start = time.perf_counter()
+            start = self.now()
             call()
-            if self.device.type == "cuda":
-                torch.cuda.synchronize(self.device)
-            found.append(time.perf_counter() - start)
+            found.append(self.now() - start)
         return min(found[1:])
+
+
+def cpu_threads() -> int:
+    """Threads that a run's operations use on this CPU."""
+    return torch.get_num_threads()
 
 
 class _Layer(nn.Module):
@@ -110,10 +126,14 @@ def step_seconds(
     bench = Bench(
         shape, torch.device(machine.kind), getattr(torch, cfg.model.dtype), BUDGET[machine.kind]
     )
-    generator = torch.get_rng_state()
+    generator, threads = torch.get_rng_state(), cpu_threads()
     try:
-        return _step(cfg, bench, vllm)
+        if machine.kind == "cuda":
+            return _step(cfg, bench, vllm)
+        torch.set_num_threads(1)
+        return {name: spent / threads for name, spent in _step(cfg, bench, vllm).items()}
     finally:
+        torch.set_num_threads(threads)
         torch.set_rng_state(generator)
 
 

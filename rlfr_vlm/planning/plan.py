@@ -34,11 +34,20 @@ PROCESS, VLLM_PROCESS = (
     590 * 2**20,
     850 * 2**20,
 )  # resident bytes of the libraries, where they are not measured: torch 2.13, vLLM 0.32
-IMPORTS = ("rlfr_vlm.commands", "torch.utils.tensorboard")
+# what a training process has loaded when its model is there; imports of ours that are late too
+IMPORTS = (
+    "rlfr_vlm.commands",
+    "transformers.models.auto.modeling_auto",
+    "transformers.models.auto.processing_auto",
+    "torch.utils.tensorboard",
+)
 VLLM_IMPORTS = {
     "cpu": ("vllm.entrypoints.llm", "vllm.v1.worker.cpu_worker"),
     "cuda": ("vllm.entrypoints.llm",),
 }
+# share of a device's peak from which the libraries are imported to be weighed, which takes 20
+# seconds of a core; below it the sizes above are near enough
+WEIGHED = 0.05
 SMALLEST_BATCH = 512  # tokens_per_microbatch is not proposed below it
 RANKS = (2, 4, 8, 16, 32, 64)
 SHARES = (
@@ -77,6 +86,7 @@ class Plan:
     response_tokens: int  # of these
     typical_prompt: int  # tokens, for the time; the limit where data.train is not at hand
     seconds: dict[str, float] | None  # of a step, by part; None without calibration
+    threads: int | None  # of a CPU, which share the measured CPU time; None of a GPU
     overrides: list[str] | None  # that make it fit; None where nothing that was tried does
 
     @property
@@ -97,20 +107,24 @@ def plan(
     """
     cfg = vary(())
     shape = read_shape(cfg.model.path, model_config)
-    machine = find_machine(cfg, device_memory, calibrate)
+    machine = find_machine(cfg, device_memory, False)
     tables = predict(cfg, shape, machine)
+    if calibrate and WEIGHED * max(table.peak for table in tables) < PROCESS:
+        machine = find_machine(cfg, device_memory, True)
+        tables = predict(cfg, shape, machine)
     shortfalls = find_shortfalls(cfg, shape, machine, tables)
     rollout = cfg.rollout
     samples = rollout.num_prompts * rollout.group_size
     prompt = typical_prompt(cfg, shape)
-    seconds = None
+    seconds = threads = None
     if calibrate:
-        from rlfr_vlm.planning.calibrate import step_seconds
+        from rlfr_vlm.planning.calibrate import cpu_threads, step_seconds
 
         shorter = cfg.model_copy(
             update={"data": cfg.data.model_copy(update={"max_prompt_tokens": prompt})}
         )
         seconds = step_seconds(shorter, shape, machine, uses_vllm(cfg, machine))
+        threads = cpu_threads() if machine.kind == "cpu" else None
     return Plan(
         model=cfg.model.path,
         shape=shape,
@@ -126,6 +140,7 @@ def plan(
         response_tokens=samples * rollout.max_new_tokens,
         typical_prompt=prompt,
         seconds=seconds,
+        threads=threads,
         overrides=find_overrides(vary, shape, machine) if shortfalls else [],
     )
 
@@ -402,6 +417,10 @@ def _table_lines(table: Table) -> list[str]:
 def _time_lines(found: Plan) -> list[str]:
     if found.seconds is None:
         return ["time per step: not estimated (--no-calibrate)"]
+    measured = "  nothing else running"
+    if found.threads is not None:
+        shared = f", and shared evenly by {found.threads} threads" if found.threads > 1 else ""
+        measured = "  CPU time of one thread, which other programs do not lengthen" + shared
     total = sum(found.seconds.values())
     parts = ", ".join(f"{name} {seconds:,.1f} s" for name, seconds in found.seconds.items())
     return [
@@ -409,7 +428,7 @@ def _time_lines(found: Plan) -> list[str]:
         "all steps",
         "  an estimate from single layers timed on this machine: prompts of about "
         f"{found.typical_prompt:,} tokens, every response at its limit,",
-        "  nothing else running; pictures, grading, saving and evaluation are not in it",
+        f"{measured}; pictures, grading, saving and evaluation are not in it",
     ]
 
 

@@ -12,6 +12,7 @@ from typing import Any
 
 from rlfr_vlm.config import FlowConfig
 from rlfr_vlm.errors import UserError
+from rlfr_vlm.models.paths import resolve_path
 
 # From the config.json that each model is published with; read where no folder of that name is at
 # hand.
@@ -184,8 +185,8 @@ def num_parameters(model: str) -> int | None:
 
 def _find_config(model: str) -> dict[str, Any]:
     try:
-        config = json.loads((Path(model) / "config.json").read_text())
-    except (OSError, ValueError):
+        config = json.loads((Path(resolve_path(model)) / "config.json").read_text())
+    except (OSError, ValueError, UserError):
         config = PUBLISHED.get(model, {})
     return config if isinstance(config, dict) else {}
 

@@ -14,8 +14,9 @@ from typing import Any
 from PIL import Image
 
 from rlfr_vlm.config import Config, FlowConfig
+from rlfr_vlm.data.bad_rows import RowError
 from rlfr_vlm.data.images import UNREADABLE, ImageError, decode, open_header
-from rlfr_vlm.data.prompts import RowError, read_prompt
+from rlfr_vlm.data.prompts import read_prompt
 from rlfr_vlm.data.render import Renderer, bad_picture
 from rlfr_vlm.preflight.facts import Facts, Notice, Role, Task, digest_of
 from rlfr_vlm.preflight.notices import (

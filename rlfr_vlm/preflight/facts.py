@@ -8,7 +8,7 @@ import hashlib
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from rlfr_vlm.data.prompts import Unreadable
+from rlfr_vlm.data.rows import Unreadable
 
 Role = Literal["train", "eval", "expert"]
 Notice = tuple[str, str]  # kind, reason

@@ -13,7 +13,9 @@ from itertools import islice
 from pathlib import Path
 
 from rlfr_vlm.config import Config
-from rlfr_vlm.data.prompts import RowError, claim_id, printable, read_rows, row_origin
+from rlfr_vlm.data.bad_rows import RowError, printable
+from rlfr_vlm.data.prompts import claim_id
+from rlfr_vlm.data.rows import read_rows, row_origin
 from rlfr_vlm.errors import UserError
 from rlfr_vlm.preflight.facts import Facts, Role, Task, digest_of
 from rlfr_vlm.preflight.kinds import KINDS

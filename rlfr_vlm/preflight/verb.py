@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from rlfr_vlm.config import Config
-from rlfr_vlm.data.prompts import read_rows
+from rlfr_vlm.data.rows import read_rows
 from rlfr_vlm.errors import UserError
 from rlfr_vlm.preflight.facts import Role
 from rlfr_vlm.preflight.figures import as_data

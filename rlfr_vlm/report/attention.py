@@ -6,7 +6,7 @@ import base64
 import zlib
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypedDict
 
 from rlfr_vlm.report.reading import FileNote, as_number
 from rlfr_vlm.report.run_files import Group, Response
@@ -16,7 +16,15 @@ MAX_SIDE = 64  # cells of a grid; the trainer writes at most 16
 MAX_CELLS = 2**23  # bytes that one response may unpack to
 
 
-def checked(value: Any, num_tokens: int, num_pictures: int) -> dict[str, Any] | None:
+class AttentionData(TypedDict):
+    """Where a response's tokens looked, as the page reads it."""
+
+    grids: list[tuple[int, int]]  # rows and columns of each picture
+    cells: str  # a byte per token and cell: base64 of zlib
+    share: list[float]  # of each token's attention that is on the pictures
+
+
+def checked(value: Any, num_tokens: int, num_pictures: int) -> AttentionData | None:
     """The field `attention` of a row as the page reads it; None where it does not fit its tokens
     and pictures.
 
@@ -86,7 +94,7 @@ class AttentionBudget:
             kept.append(replace(group, responses=tuple(responses)))
         return tuple(kept)
 
-    def _check(self, response: Response, num_pictures: int) -> dict[str, Any] | None:
+    def _check(self, response: Response, num_pictures: int) -> AttentionData | None:
         if response.attention is None:
             return None
         found = checked(response.attention, len(response.tokens), num_pictures)
@@ -107,6 +115,6 @@ class AttentionBudget:
         ]
 
 
-def _cost(attention: dict[str, Any] | None) -> int:
+def _cost(attention: AttentionData | None) -> int:
     """Bytes of the page: gzip undoes most of base64, which the page puts on again."""
     return 0 if attention is None else len(attention["cells"]) + 5 * len(attention["share"])

@@ -4,24 +4,32 @@ that flipped.
 
 from __future__ import annotations
 
-import json
 import math
 import time
 from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Literal, TypedDict
 
+from rlfr_vlm.evaluation.statistics import Estimate
 from rlfr_vlm.report.answers import GREEDY, Answered, Answers, Reply, Versus, read_answers
-from rlfr_vlm.report.comparison import Compared, differing, method, read_compared, seed_groups
+from rlfr_vlm.report.comparison import (
+    Compared,
+    Setting,
+    differing,
+    method,
+    read_compared,
+    seed_groups,
+)
 from rlfr_vlm.report.folders import writable_file
 from rlfr_vlm.report.pooling import Band, pooled
 from rlfr_vlm.report.reading import FileNote
 from rlfr_vlm.report.run_files import Evaluation
+from rlfr_vlm.report.scripts import joined
 from rlfr_vlm.report.template import (
     asset,
     compress,
     json_block,
+    json_text,
     page,
     plotly_script,
     text_block,
@@ -38,14 +46,135 @@ CUTS = (
     1_000,
 )  # characters of a response, tried in turn until TEXT_BYTES are enough
 MAX_NOTES = 50  # shown one by one
-SCRIPTS = (
-    "shared.js",
-    "tabs.js",
-    "plots.js",
-    "comparison.js",
-    "comparison_curves.js",
-    "flips.js",
-)  # in the order they are loaded
+
+
+class PointData(TypedDict):
+    """One evaluation of a run."""
+
+    step: int
+    accuracy: float | None
+    low: float | None
+    high: float | None
+    greedy: float | None
+
+
+class TimedPoint(PointData):
+    """With the hours of training before it."""
+
+    hours: float | None
+
+
+class VersusData(TypedDict):
+    """A run against the first one."""
+
+    difference: Estimate | None  # None: not compared
+    p: float | None
+    test: str
+    gained: int
+    lost: int
+    steps: tuple[int, int] | None
+    words: list[str]
+
+
+class ComparedData(TypedDict):
+    """A row of the table of runs."""
+
+    name: str
+    method: str
+    seed: int | float | str | None
+    numSteps: int | None
+    plannedSteps: int | None
+    hours: float | None
+    best: PointData | None
+    last: PointData | None
+    numProblems: int | None
+    numSamples: int | None
+    versus: VersusData | None  # None: the first run
+
+
+class PooledPoint(TypedDict):
+    """Held-out accuracy over seeds."""
+
+    step: int
+    mean: float
+    low: float
+    high: float
+    num_runs: int
+
+
+class GroupData(TypedDict):
+    """A run, or runs that differ in their seed alone, by number."""
+
+    runs: list[int]
+    last: PooledPoint | None
+
+
+class ComparedColumns(TypedDict):
+    """Curves of a run."""
+
+    steps: list[int]
+    hours: list[float | None]
+    series: dict[str, list[float | None]]
+    evaluations: list[TimedPoint]
+
+
+class BandColumns(TypedDict):
+    """A curve of pooled runs."""
+
+    steps: list[int]
+    hours: list[float | None]
+    mean: list[float | None]
+    low: list[float | None]
+    high: list[float | None]
+
+
+class PooledColumns(TypedDict):
+    """Curves of pooled runs."""
+
+    series: dict[str, BandColumns]
+    evaluations: dict[str, BandColumns]
+
+
+class ComparedCurves(TypedDict):
+    """All curves of the page."""
+
+    every: int  # of the steps, one is here
+    runs: list[ComparedColumns]
+    groups: list[PooledColumns | None]  # None: a single run
+
+
+class ComparisonData(TypedDict):
+    """The page of a comparison."""
+
+    name: str
+    writtenAt: str
+    runs: list[ComparedData]
+    groups: list[GroupData]
+    settings: list[Setting]
+    problems: list[FileNote]
+    numMoreProblems: int
+    curves: ComparedCurves
+
+
+class FlipSide(TypedDict):
+    """A run's greedy response to a problem, and whether its samples are right."""
+
+    text: str
+    prediction: str
+    verdict: str
+    finish_reason: str
+    samples: list[bool]
+
+
+class Flip(TypedDict):
+    """A problem that one run solves and the other does not."""
+
+    kind: Literal["gained", "lost"]
+    id: str
+    question: str
+    gold: str
+    a: FlipSide  # the first run
+    b: FlipSide
 
 
 def write_comparison(folders: Sequence[Path], path: Path) -> Path:
@@ -65,7 +194,7 @@ def write_comparison(folders: Sequence[Path], path: Path) -> Path:
         for number, run in enumerate(runs)
         if run.versus and run.versus.change
     }
-    data = {
+    data: ComparisonData = {
         "name": " · ".join(run.name for run in runs[:3])
         + (f" and {len(runs) - 3} more" if len(runs) > 3 else ""),
         "writtenAt": time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()),
@@ -74,21 +203,21 @@ def write_comparison(folders: Sequence[Path], path: Path) -> Path:
             {"runs": group, "last": _last_of_all([runs[number] for number in group])}
             for group in groups
         ],
-        "settings": [asdict(setting) for setting in differing(runs)],
-        "problems": [asdict(note) for note in notes[:MAX_NOTES]],
+        "settings": differing(runs),
+        "problems": notes[:MAX_NOTES],
         "numMoreProblems": max(0, len(notes) - MAX_NOTES),
         "curves": _curves(runs, groups),
     }
     blocks = [json_block("comparison-data", data)]
     blocks += [text_block(f"flips-{number}", packed) for number, packed in _pack(flips).items()]
-    scripts = {"plotly": plotly_script(), "script": "\n".join(map(asset, SCRIPTS))}
+    scripts = {"plotly": plotly_script(), "script": joined("comparison")}
     style = asset("page.css") + asset("comparison.css")
     return write_page(
         path, page("comparison.html", f"comparison of {len(runs)} runs", style, blocks, scripts)
     )
 
 
-def _row(run: Compared) -> dict[str, Any]:
+def _row(run: Compared) -> ComparedData:
     steps, seed = run.files.metrics.steps, run.settings.get("seed")
     return {
         "name": run.name,
@@ -105,28 +234,28 @@ def _row(run: Compared) -> dict[str, Any]:
     }
 
 
-def _point(evaluation: Evaluation | None) -> dict[str, Any] | None:
+def _point(e: Evaluation | None) -> PointData | None:
     return (
-        {key: getattr(evaluation, key) for key in ("step", "accuracy", "low", "high", "greedy")}
-        if evaluation
+        {"step": e.step, "accuracy": e.accuracy, "low": e.low, "high": e.high, "greedy": e.greedy}
+        if e
         else None
     )
 
 
-def _versus(versus: Versus) -> dict[str, Any]:
+def _versus(versus: Versus) -> VersusData:
     change = versus.change
     return {
-        "difference": asdict(change.difference) if change else None,
+        "difference": change.difference if change else None,
         "p": change.p_value if change else None,
         "test": change.test if change else "",
         "gained": len(versus.gained),
         "lost": len(versus.lost),
         "steps": versus.steps,
-        "words": versus.words,
+        "words": list(versus.words),
     }
 
 
-def _last_of_all(runs: Sequence[Compared]) -> dict[str, Any] | None:
+def _last_of_all(runs: Sequence[Compared]) -> PooledPoint | None:
     """Held-out accuracy over seeds at the last step that all of them evaluated; None of a single
     run.
     """
@@ -136,13 +265,23 @@ def _last_of_all(runs: Sequence[Compared]) -> dict[str, Any] | None:
             for run in runs
         ]
     )
-    return {"step": max(found), **asdict(found[max(found)])} if found else None
+    if not found:
+        return None
+    step = max(found)
+    last = found[step]
+    return {
+        "step": step,
+        "mean": last.mean,
+        "low": last.low,
+        "high": last.high,
+        "num_runs": last.num_runs,
+    }
 
 
 # Curves.
 
 
-def _curves(runs: Sequence[Compared], groups: Sequence[Sequence[int]]) -> dict[str, Any]:
+def _curves(runs: Sequence[Compared], groups: Sequence[Sequence[int]]) -> ComparedCurves:
     """Per run its steps, hours and series, and per pooled group bands; every k-th step of all, so
     that lines stay comparable.
     """
@@ -160,7 +299,7 @@ def _curves(runs: Sequence[Compared], groups: Sequence[Sequence[int]]) -> dict[s
     }
 
 
-def _columns(run: Compared, every: int) -> dict[str, Any]:
+def _columns(run: Compared, every: int) -> ComparedColumns:
     metrics = run.files.metrics
     rows = sorted({*range(0, len(metrics.steps), every), *range(len(metrics.steps))[-1:]})
     return {
@@ -171,7 +310,15 @@ def _columns(run: Compared, every: int) -> dict[str, Any]:
             for name, values in (metrics.series or {}).items()
         },
         "evaluations": [
-            {**(_point(e) or {}), "hours": _hours_at(run, e.step)} for e in run.files.evaluations
+            {
+                "step": e.step,
+                "accuracy": e.accuracy,
+                "low": e.low,
+                "high": e.high,
+                "greedy": e.greedy,
+                "hours": _hours_at(run, e.step),
+            }
+            for e in run.files.evaluations
         ],
     }
 
@@ -192,7 +339,7 @@ def _hours_at(run: Compared, step: int) -> float | None:
     )
 
 
-def _pooled(runs: Sequence[Compared], every: int) -> dict[str, Any]:
+def _pooled(runs: Sequence[Compared], every: int) -> PooledColumns:
     names = dict.fromkeys(name for run in runs for name in run.files.metrics.series or {})
     hours = pooled([_by_step(run, run.hours) for run in runs])
     series = {
@@ -245,15 +392,14 @@ def _by_step(run: Compared, values: Sequence[float | None]) -> dict[int, float]:
     }
 
 
-def _lines(bands: dict[int, Band], hours: dict[int, float], every: int) -> dict[str, Any]:
+def _lines(bands: dict[int, Band], hours: dict[int, float], every: int) -> BandColumns:
     steps = [step for at, step in enumerate(bands) if at % every == 0 or at == len(bands) - 1]
     return {
         "steps": steps,
         "hours": [_rounded(hours.get(step)) for step in steps],
-        **{
-            key: [_rounded(getattr(bands[step], key)) for step in steps]
-            for key in ("mean", "low", "high")
-        },
+        "mean": [_rounded(bands[step].mean) for step in steps],
+        "low": [_rounded(bands[step].low) for step in steps],
+        "high": [_rounded(bands[step].high) for step in steps],
     }
 
 
@@ -266,7 +412,7 @@ def _rounded(value: float | None) -> float | None:
 
 def _flips(
     first: Compared, run: Compared, versus: Versus | None, notes: list[FileNote]
-) -> list[dict[str, Any]]:
+) -> list[Flip]:
     """The flipped problems with both greedy responses, those gained first."""
     if versus is None or versus.steps is None:
         return []
@@ -276,15 +422,19 @@ def _flips(
     )
     if not isinstance(one, Answers) or not isinstance(two, Answers):  # the folder changed meanwhile
         return []
-    found = [("gained", key) for key in versus.gained] + [("lost", key) for key in versus.lost]
+    kinds: tuple[tuple[Literal["gained", "lost"], tuple[str, ...]], ...] = (
+        ("gained", versus.gained),
+        ("lost", versus.lost),
+    )
     return [
         _flip(kind, key, one.problems[key], two.problems[key])
-        for kind, key in found
+        for kind, keys in kinds
+        for key in keys
         if key in one.problems and key in two.problems
     ]
 
 
-def _flip(kind: str, key: str, one: Answered, two: Answered) -> dict[str, Any]:
+def _flip(kind: Literal["gained", "lost"], key: str, one: Answered, two: Answered) -> Flip:
     return {
         "kind": kind,
         "id": key,
@@ -295,17 +445,23 @@ def _flip(kind: str, key: str, one: Answered, two: Answered) -> dict[str, Any]:
     }
 
 
-def _side(problem: Answered) -> dict[str, Any]:
+def _side(problem: Answered) -> FlipSide:
     reply = problem.samples.get(GREEDY, Reply("", "", "", ""))
-    return {**asdict(reply), "samples": problem.sampled}
+    return {
+        "text": reply.text,
+        "prediction": reply.prediction,
+        "verdict": reply.verdict,
+        "finish_reason": reply.finish_reason,
+        "samples": problem.sampled,
+    }
 
 
-def _pack(flips: dict[int, list[dict[str, Any]]]) -> dict[int, str]:
+def _pack(flips: dict[int, list[Flip]]) -> dict[int, str]:
     """Compressed, responses cut in their middle as far as the page's size demands."""
     packed: dict[int, str] = {}
     for cut in CUTS:
         packed = {
-            number: compress([json.dumps(_cut(row, cut)) for row in rows])
+            number: compress([json_text(_cut(row, cut)) for row in rows])
             for number, rows in flips.items()
         }
         if sum(map(len, packed.values())) <= TEXT_BYTES:
@@ -313,17 +469,17 @@ def _pack(flips: dict[int, list[dict[str, Any]]]) -> dict[int, str]:
     return packed
 
 
-def _cut(row: dict[str, Any], most: int) -> dict[str, Any]:
+def _cut(row: Flip, most: int) -> Flip:
     """A response that is cut keeps more of its end, where its answer stands, and says how much is
     left out.
     """
-    row = dict(row)
-    for side in ("a", "b"):
-        text = row[side]["text"]
-        if (left := len(text) - most) > 0:
-            row[side] = {
-                **row[side],
-                "text": f"{text[: most // 3]}\n… {left:,} characters left out "
-                f"…\n{text[most // 3 + left :]}",
-            }
-    return row
+    return {**row, "a": _cut_side(row["a"], most), "b": _cut_side(row["b"], most)}
+
+
+def _cut_side(side: FlipSide, most: int) -> FlipSide:
+    text = side["text"]
+    left = len(text) - most
+    if left <= 0:
+        return side
+    begin, end = text[: most // 3], text[most // 3 + left :]
+    return {**side, "text": f"{begin}\n… {left:,} characters left out …\n{end}"}

@@ -8,12 +8,12 @@ import json
 import os
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, NotRequired, TypedDict, cast
 
+from rlfr_vlm.evaluation.statistics import Estimate
 from rlfr_vlm.report.evaluation import (
     STEP,
     BenchmarkFiles,
@@ -24,12 +24,14 @@ from rlfr_vlm.report.evaluation import (
     model_names,
     read_benchmark,
 )
-from rlfr_vlm.report.pictures import load_picture
+from rlfr_vlm.report.pictures import PictureData, load_picture
 from rlfr_vlm.report.reading import FileNote, as_number, as_text
+from rlfr_vlm.report.scripts import joined
 from rlfr_vlm.report.template import (
     asset,
     compress,
     json_block,
+    json_text,
     page,
     shown,
     text_block,
@@ -52,12 +54,6 @@ CUTS = (
 )  # characters of a response, tried in turn until TEXT_BYTES are enough
 CHUNK = 200_000  # characters that are unpacked together
 MAX_NOTES = 50  # shown one by one
-SCRIPTS = (
-    "shared.js",
-    "evaluation.js",
-    "problems.js",
-    "problem.js",
-)  # in the order they are loaded
 TELLING = (
     "accuracy",
     "accuracy_ci",
@@ -73,9 +69,92 @@ TELLING = (
 IN_INDEX = ("verdict", "reply", "attempts", "model")  # of a judge's record
 
 
+class BenchmarkData(TypedDict):
+    """A benchmark's numbers and protocol."""
+
+    name: str
+    title: str
+    folder: str
+    hash: str
+    protocol: list[tuple[str, str]]
+    summary: list[tuple[str, str]]
+    accuracy: Estimate | None
+    provisional: bool
+    withheld: bool
+    counts: dict[str, int]  # by verdict
+    truncated: int
+    meanLength: float | None
+    agreement: tuple[int, int]  # of rule and judge: the same, both decided
+    numProblems: int
+    numSamples: int
+    passAt: tuple[int, float | None] | None
+    majority: float | None
+    greedy: float | None
+    judge: str
+
+
+class EvaluationData(TypedDict):
+    """The page of an evaluation."""
+
+    name: str
+    model: str
+    writtenAt: str
+    benchmarks: list[BenchmarkData]
+    problems: list[FileNote]
+    numMoreProblems: int
+    numChunks: int
+
+
+class JudgeData(TypedDict):
+    """What a judge said of a response."""
+
+    verdict: str
+    model: str
+    attempts: float | None
+    seconds: float | None
+
+
+class SampleData(TypedDict):
+    """A response without its text; what is empty is left out."""
+
+    index: int
+    verdict: str
+    prediction: NotRequired[str]
+    reason: NotRequired[str]
+    rule: NotRequired[str]
+    finish: NotRequired[str]
+    promptTokens: NotRequired[int]
+    tokens: NotRequired[int]
+    seconds: NotRequired[float]
+    judge: NotRequired[JudgeData]
+
+
+class ProblemData(TypedDict):
+    """A problem and its samples."""
+
+    benchmark: int
+    id: str
+    question: str
+    golds: tuple[str, ...]
+    source: str
+    images: list[PictureData]
+    chunk: int  # that holds the texts of its samples
+    at: int  # place in there
+    samples: list[SampleData]
+
+
+class SampleTexts(TypedDict):
+    """The texts of a sample; what is empty is left out."""
+
+    response: NotRequired[list[str]]  # its beginning and its end, where its middle is left out
+    left: NotRequired[int]  # characters left out
+    reply: NotRequired[str]  # of the judge
+    judge: NotRequired[list[tuple[str, str]]]  # its settings
+
+
 def write_evaluation(
     base: Path, folders: Sequence[Path], path: Path
-) -> tuple[Path, list[dict[str, Any]]]:
+) -> tuple[Path, list[BenchmarkData]]:
     """Write the page of these benchmark folders below `base`. Returns it and the benchmarks'
     headline numbers.
     """
@@ -84,18 +163,18 @@ def write_evaluation(
     pictures = _ProblemPictures(base, benchmarks, notes)
     chunks, places = _responses(benchmarks, notes)
     rows = [
-        json.dumps(_problem_row(number, problem, pictures, *next(places)), separators=(",", ":"))
+        json_text(_problem_row(number, problem, pictures, *next(places)))
         for number, files in enumerate(benchmarks)
         for problem in files.problems
     ]
     heads = _named_apart([_benchmark_row(files, base) for files in benchmarks])
     models = [_shared(names) for names in zip(*map(model_names, benchmarks), strict=True)]
-    data = {
+    data: EvaluationData = {
         "name": shown(models[0] or os.fsencode(base.resolve().name).decode("utf-8", "replace")),
         "model": models[1],
         "writtenAt": time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()),
         "benchmarks": heads,
-        "problems": [asdict(note) for note in notes[:MAX_NOTES]],
+        "problems": notes[:MAX_NOTES],
         "numMoreProblems": max(0, len(notes) - MAX_NOTES),
         "numChunks": len(chunks),
     }
@@ -109,7 +188,7 @@ def write_evaluation(
     style = asset("page.css") + asset("evaluation.css")
     return write_page(
         path,
-        page("evaluation.html", title, style, blocks, {"script": "\n".join(map(asset, SCRIPTS))}),
+        page("evaluation.html", title, style, blocks, {"script": joined("evaluation")}),
     ), heads
 
 
@@ -118,7 +197,7 @@ def _shared(names: Sequence[str]) -> str:
     return names[0] if len(set(names)) == 1 else ""
 
 
-def _named_apart(heads: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def _named_apart(heads: list[BenchmarkData]) -> list[BenchmarkData]:
     """Says the step of an evaluation during training, and the folder above where two benchmarks
     have the same title.
     """
@@ -133,7 +212,7 @@ def _named_apart(heads: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return heads
 
 
-def _benchmark_row(files: BenchmarkFiles, base: Path) -> dict[str, Any]:
+def _benchmark_row(files: BenchmarkFiles, base: Path) -> BenchmarkData:
     """Its numbers and its protocol. What summary.json alone knows is shown only while it speaks of
     the same verdicts.
     """
@@ -154,7 +233,7 @@ def _benchmark_row(files: BenchmarkFiles, base: Path) -> dict[str, Any]:
         "hash": files.protocol_hash,
         "protocol": flat(files.protocol),
         "summary": flat(rest),
-        "accuracy": asdict(numbers.accuracy) if numbers.accuracy else None,
+        "accuracy": numbers.accuracy,
         "provisional": numbers.provisional,
         "withheld": numbers.withheld,
         "counts": numbers.counts,
@@ -163,7 +242,7 @@ def _benchmark_row(files: BenchmarkFiles, base: Path) -> dict[str, Any]:
         "agreement": numbers.agreement,
         "numProblems": len(files.problems),
         "numSamples": max((len(problem.samples) for problem in files.problems), default=0),
-        "passAt": [ks[-1], _value(pass_at[str(ks[-1])])]
+        "passAt": (ks[-1], _value(pass_at[str(ks[-1])]))
         if ks and isinstance(pass_at, dict) and str(ks[-1]) in pass_at
         else None,
         "majority": _value(summary.get("maj_at_k")) if current else None,
@@ -183,7 +262,7 @@ def _value(number: Any) -> float | None:
 
 def _problem_row(
     number: int, problem: EvaluatedProblem, pictures: _ProblemPictures, chunk: int, at: int
-) -> dict[str, Any]:
+) -> ProblemData:
     return {
         "benchmark": number,
         "id": problem.id,
@@ -197,8 +276,8 @@ def _problem_row(
     }
 
 
-def _sample_row(sample: EvaluatedResponse) -> dict[str, Any]:
-    row = {
+def _sample_row(sample: EvaluatedResponse) -> SampleData:
+    row: dict[str, Any] = {
         "index": sample.index,
         "verdict": sample.verdict,
         "prediction": sample.prediction,
@@ -216,9 +295,8 @@ def _sample_row(sample: EvaluatedResponse) -> dict[str, Any]:
             "attempts": as_number(sample.judge.get("attempts")),
             "seconds": sample.judge_seconds,
         }
-    return {key: value for key, value in row.items() if value not in ("", None)} | {
-        "verdict": sample.verdict
-    }
+    told = {key: value for key, value in row.items() if value not in ("", None)}
+    return cast(SampleData, told | {"verdict": sample.verdict})
 
 
 # Responses.
@@ -226,7 +304,7 @@ def _sample_row(sample: EvaluatedResponse) -> dict[str, Any]:
 
 def _responses(
     benchmarks: Sequence[BenchmarkFiles], notes: list[FileNote]
-) -> tuple[list[str], Any]:
+) -> tuple[list[str], Iterator[tuple[int, int]]]:
     """Compressed chunks, and for every problem its chunk and its place in there. Says so where
     responses had to be cut.
     """
@@ -267,17 +345,17 @@ def _pack(
     return [*chunks, compress(texts)], places
 
 
-def _texts(sample: EvaluatedResponse, cut: int) -> dict[str, Any]:
+def _texts(sample: EvaluatedResponse, cut: int) -> SampleTexts:
     """The response and what the judge wrote. A response that is cut keeps more of its end, where
     its answer stands.
     """
     text, left = sample.response, len(sample.response) - cut
     parts = [text] if left <= 0 else [text[: cut // 3], text[cut // 3 + left :]]
-    row: dict[str, Any] = {"response": parts, "left": max(0, left)} if text else {}
+    row: SampleTexts = {"response": parts, "left": max(0, left)} if text else {}
     if sample.judge:
         row["reply"] = as_text(sample.judge.get("reply"))[:cut]
         row["judge"] = [
-            [key, text[:cut]]
+            (key, text[:cut])
             for key, text in flat({k: v for k, v in sample.judge.items() if k not in IN_INDEX})
         ]
     return row
@@ -327,7 +405,7 @@ class _ProblemPictures:
             )
             notes.append(FileNote("note", "images", text))
 
-    def entry(self, number: int, image: str) -> dict[str, Any]:
+    def entry(self, number: int, image: str) -> PictureData:
         """What the page knows of a picture: where it is kept, or the file that it was left out
         of.
         """

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 from rlfr_vlm.report.reading import FileNote, as_number, as_text, as_whole, is_there, json_lines
 
@@ -28,6 +28,16 @@ class LoggedEvent:
     to: int | None  # step that a roll-back went back to
 
 
+class EventData(TypedDict):
+    """What the monitors said, as the page reads it."""
+
+    events: list[LoggedEvent]
+    numLeftOut: int
+    numRollBacks: int
+    numStepsTakenBack: int
+    watched: bool
+
+
 @dataclass(frozen=True)
 class EventLog:
     """Events in the order of their file: after a roll-back, steps come again."""
@@ -38,10 +48,10 @@ class EventLog:
     num_steps_taken_back: int = 0
     watched: bool = False  # there is such a file: monitors write it even where they say nothing
 
-    def for_page(self) -> dict[str, Any]:
+    def for_page(self) -> EventData:
         """As JSON."""
         return {
-            "events": [asdict(event) for event in self.events],
+            "events": list(self.events),
             "numLeftOut": self.num_left_out,
             "numRollBacks": self.num_roll_backs,
             "numStepsTakenBack": self.num_steps_taken_back,

@@ -4,19 +4,40 @@ latents.
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TypedDict
 
-from rlfr_vlm.report.events import EventLog, read_events
-from rlfr_vlm.report.flow_health import FlowHealth, flow_health
-from rlfr_vlm.report.flow_tokens import TokenCensus
-from rlfr_vlm.report.latents import LatentCensus, LatentView, latent_view
+from rlfr_vlm.report.events import EventData, EventLog, read_events
+from rlfr_vlm.report.flow_health import FlowHealth, FlowHealthData, flow_health
+from rlfr_vlm.report.flow_tokens import TokenCensus, TokenWindow
+from rlfr_vlm.report.latents import (
+    LatentCensus,
+    LatentData,
+    LatentPoints,
+    LatentView,
+    NoLatents,
+    latent_view,
+)
 from rlfr_vlm.report.reading import FileNote
 from rlfr_vlm.report.rollout_data import RolloutData, pack_rollouts
 from rlfr_vlm.report.run_files import Metrics, RunFiles
-from rlfr_vlm.report.template import compress, text_block
+from rlfr_vlm.report.template import compress, json_text, text_block
+
+
+class FlowData(FlowHealthData):
+    """The view of the flow without its tokens, as the page reads it."""
+
+    hasTokens: bool
+    approximate: bool
+
+
+class FindingsData(TypedDict):
+    """What the page needs at once."""
+
+    events: EventData
+    flow: FlowData
+    latents: LatentData | NoLatents
 
 
 @dataclass(frozen=True)
@@ -25,12 +46,12 @@ class Findings:
 
     events: EventLog
     health: FlowHealth
-    tokens: list[dict[str, Any]]  # windows of steps
+    tokens: list[TokenWindow]
     tokens_approximate: bool
     latents: LatentView | None
     no_latents: str  # why
 
-    def for_page(self) -> dict[str, Any]:
+    def for_page(self) -> FindingsData:
         """What the page needs at once, as JSON."""
         return {
             "events": self.events.for_page(),
@@ -44,12 +65,12 @@ class Findings:
 
     def blocks(self) -> list[str]:
         """What the page unpacks when a view is opened."""
-        found = {
+        found: dict[str, list[TokenWindow] | list[LatentPoints]] = {
             "flow-tokens": self.tokens,
             "latent-points": [self.latents.points] if self.latents else [],
         }
         return [
-            text_block(name, compress([json.dumps(part, separators=(",", ":")) for part in parts]))
+            text_block(name, compress([json_text(part) for part in parts]))
             for name, parts in found.items()
             if parts
         ]

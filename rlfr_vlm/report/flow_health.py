@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from statistics import fmean, stdev
-from typing import Any, Literal
+from typing import Any, Literal, TypedDict
 
 from rlfr_vlm.flow.reference import unfit_loss
 from rlfr_vlm.report.reading import as_number
 from rlfr_vlm.report.run_files import Metrics
-from rlfr_vlm.report.yardstick import FIELD, KNOWS_NOTHING, Yardstick
+from rlfr_vlm.report.yardstick import FIELD, KNOWS_NOTHING, Yardstick, YardstickData
 from rlfr_vlm.shares import percent
 
 LAST_STEPS = 20  # what a verdict looks at
@@ -29,6 +29,16 @@ class Remark:
     text: str
 
 
+class FlowHealthData(TypedDict):
+    """The flow's lines, as the page reads them."""
+
+    verdicts: list[Remark]
+    readings: dict[str, str]
+    missing: str
+    reference: float | None
+    yardstick: YardstickData | None
+
+
 @dataclass(frozen=True)
 class FlowHealth:
     """Lines for the top of the view, and a sentence for each chart, by metric."""
@@ -39,9 +49,15 @@ class FlowHealth:
     reference: float | None = None  # loss of a field that knows nothing
     yardstick: Yardstick | None = None  # of its fit
 
-    def for_page(self) -> dict[str, Any]:
+    def for_page(self) -> FlowHealthData:
         """As JSON."""
-        return {**asdict(self), "yardstick": self.yardstick.for_page() if self.yardstick else None}
+        return {
+            "verdicts": list(self.verdicts),
+            "readings": self.readings,
+            "missing": self.missing,
+            "reference": self.reference,
+            "yardstick": self.yardstick.for_page() if self.yardstick else None,
+        }
 
 
 def flow_health(

@@ -8,8 +8,8 @@ import itertools
 import math
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
-from typing import Any, Literal
+from dataclasses import dataclass, field
+from typing import Literal, TypedDict
 
 from rlfr_vlm.report.rollout_data import short
 from rlfr_vlm.report.run_files import Group, Response
@@ -43,6 +43,15 @@ class TokenRow:
     in_right: float | None
     in_wrong: float | None
     place: Occurrence  # of its strongest reward of that sign, on the page where possible
+
+
+class TokenWindow(TypedDict):
+    """The tokens of one part of the run, as the page reads them."""
+
+    first: int  # step
+    last: int
+    rewarded: list[TokenRow]
+    penalised: list[TokenRow]
 
 
 @dataclass
@@ -125,18 +134,16 @@ class TokenCensus:
             del window.places[key]
         self.approximate = True
 
-    def for_page(self) -> list[dict[str, Any]]:
+    def for_page(self) -> list[TokenWindow]:
         """Windows in the order of steps, each with its most rewarded and most penalised tokens;
         none where no response has a flow reward.
         """
-        windows = [
+        windows: list[TokenWindow] = [
             {
                 "first": w.first,
                 "last": w.last,
-                **{
-                    sign: [asdict(row) for row in strongest(w, sign)]
-                    for sign in ("rewarded", "penalised")
-                },
+                "rewarded": strongest(w, "rewarded"),
+                "penalised": strongest(w, "penalised"),
             }
             for w in self.windows
         ]

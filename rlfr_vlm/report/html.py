@@ -6,17 +6,17 @@ from __future__ import annotations
 
 import math
 import time
-from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Literal, TypedDict
 
 from rlfr_vlm.report.evaluation import find_benchmarks, is_training_run
-from rlfr_vlm.report.evaluation_page import write_evaluation
-from rlfr_vlm.report.findings import Findings, examine
+from rlfr_vlm.report.evaluation_page import BenchmarkData, write_evaluation
+from rlfr_vlm.report.findings import Findings, FindingsData, examine
 from rlfr_vlm.report.folders import existing_folder, writable_file
 from rlfr_vlm.report.reading import FileNote
-from rlfr_vlm.report.rollout_data import RolloutData
+from rlfr_vlm.report.rollout_data import ColourRange, RolloutData
 from rlfr_vlm.report.run_files import Evaluation, Metrics, RunFiles, read_run
+from rlfr_vlm.report.scripts import joined
 from rlfr_vlm.report.template import asset, json_block, page, plotly_script, text_block, write_page
 
 # of rollouts and pictures; with plotly's 4.8 MB the page stays below 15 MB
@@ -24,22 +24,83 @@ ROLLOUT_BYTES = 9_000_000
 CURVE_POINTS = 3000  # longer curves are thinned
 MAX_PROBLEMS = 50  # shown one by one
 EVALUATION_PAGE = "evaluation.html"  # of the benchmarks that a training run holds
-VIEWS = (  # in the order they are loaded
-    "shared.js",
-    "tabs.js",
-    "plots.js",
-    "page.js",
-    "overview.js",
-    "events.js",
-    "curves.js",
-    "flow.js",
-    "latents.js",
-    "shading.js",
-    "attribution.js",
-    "group.js",
-    "rollouts.js",
-)
 STYLES = ("page.css", "findings.css", "attribution.css")
+
+
+class Overview(TypedDict):
+    """The first view of a run."""
+
+    name: str
+    state: Literal["empty", "open", "finished"]
+    status: str
+    writtenAt: str
+    lastMetricsAt: str | None
+    numSteps: int | None
+    plannedSteps: int | None
+    seconds: float | None
+    evaluations: list[Evaluation]
+    best: int | None  # step
+    checkpoints: list[int]
+    latestCheckpoint: str
+    config: str
+    environment: dict[str, str]
+    problems: list[FileNote]
+    numMoreProblems: int
+
+
+class OverviewData(Overview):
+    """With the benchmarks below the run's folder."""
+
+    benchmarks: list[BenchmarkData]
+    benchmarkPage: str
+
+
+class Columns(TypedDict):
+    """A metrics file."""
+
+    every: int  # of its rows, one is here
+    steps: list[int]
+    series: dict[str, list[float | None]]
+
+
+class EvaluationPoint(TypedDict):
+    """An evaluation in the curve of accuracies."""
+
+    step: int
+    accuracy: float | None
+    low: float | None
+    high: float | None
+    greedy: float | None
+
+
+class CurveData(TypedDict):
+    """All curves of a run."""
+
+    metrics: Columns
+    flowFit: Columns
+    latents: Columns
+    evaluations: list[EvaluationPoint]
+
+
+class RolloutBrowserData(TypedDict):
+    """What the rollout browser needs before it unpacks anything."""
+
+    steps: list[int]
+    scales: dict[str, ColourRange]
+    numGroups: int
+    numResponses: int
+    numGroupsLeftOut: int
+    numStepsLeftOut: int
+    numAttention: int
+    numAttentionLeftOut: int
+
+
+class RunData(FindingsData):
+    """The page of a run."""
+
+    overview: OverviewData
+    curves: CurveData
+    rollouts: RolloutBrowserData
 
 
 def write_report(folder: Path, path: Path | None = None) -> Path:
@@ -70,9 +131,9 @@ def _page(
     rollouts: RolloutData,
     findings: Findings,
     problems: list[FileNote],
-    evaluated: list[dict[str, Any]],
+    evaluated: list[BenchmarkData],
 ) -> str:
-    data = {
+    data: RunData = {
         "overview": {
             **_overview(run, problems),
             "benchmarks": evaluated,
@@ -87,7 +148,7 @@ def _page(
         **findings.for_page(),
         "rollouts": {
             "steps": list(rollouts.steps),
-            "scales": {name: asdict(scale) for name, scale in rollouts.scales.items()},
+            "scales": rollouts.scales,
             "numGroups": rollouts.num_groups,
             "numResponses": rollouts.num_responses,
             "numGroupsLeftOut": rollouts.num_groups_left_out,
@@ -105,11 +166,11 @@ def _page(
         text_block(f"rollout-step-{step}", packed) for step, packed in rollouts.steps.items()
     ]
     blocks += [text_block(f"picture-{key}", url) for key, url in rollouts.pictures.items()]
-    scripts = {"plotly": plotly_script(), "script": "\n".join(map(asset, VIEWS))}
+    scripts = {"plotly": plotly_script(), "script": joined("page")}
     return page("page.html", run.name, "".join(map(asset, STYLES)), blocks, scripts)
 
 
-def _overview(run: RunFiles, problems: list[FileNote]) -> dict[str, Any]:
+def _overview(run: RunFiles, problems: list[FileNote]) -> Overview:
     series = run.metrics.series or {}
     seconds = [value for value in series.get("timing_s/step", ()) if value is not None]
     state, status = _status(run)
@@ -125,18 +186,18 @@ def _overview(run: RunFiles, problems: list[FileNote]) -> dict[str, Any]:
         "numSteps": run.metrics.steps[-1] if run.metrics.steps else None,
         "plannedSteps": run.planned_steps,
         "seconds": sum(seconds) if seconds else None,
-        "evaluations": [asdict(evaluation) for evaluation in run.evaluations],
+        "evaluations": list(run.evaluations),
         "best": best.step if best else None,
-        "checkpoints": run.checkpoint_steps,
+        "checkpoints": list(run.checkpoint_steps),
         "latestCheckpoint": run.latest_checkpoint,
         "config": run.config_text,
         "environment": run.environment,
-        "problems": [asdict(problem) for problem in problems[:MAX_PROBLEMS]],
+        "problems": problems[:MAX_PROBLEMS],
         "numMoreProblems": max(0, len(problems) - MAX_PROBLEMS),
     }
 
 
-def _status(run: RunFiles) -> tuple[str, str]:
+def _status(run: RunFiles) -> tuple[Literal["empty", "open", "finished"], str]:
     """A word for the badge's colour, and its text."""
     done = run.metrics.steps[-1] if run.metrics.steps else 0
     if not done:
@@ -156,11 +217,11 @@ def _best(run: RunFiles) -> Evaluation | None:
     return max(kept, key=lambda e: (e.accuracy, -e.step), default=None)
 
 
-def _evaluation_points(run: RunFiles) -> list[dict[str, Any]]:
+def _evaluation_points(run: RunFiles) -> list[EvaluationPoint]:
     """The points on the accuracy curve: evaluations, and `val/` metrics of steps whose evaluation
     file is not there.
     """
-    points = {
+    points: dict[int, EvaluationPoint] = {
         e.step: {
             "step": e.step,
             "accuracy": e.accuracy,
@@ -190,7 +251,7 @@ def _evaluation_points(run: RunFiles) -> list[dict[str, Any]]:
     return [points[step] for step in sorted(points)]
 
 
-def _columns(metrics: Metrics) -> dict[str, Any]:
+def _columns(metrics: Metrics) -> Columns:
     """Columns of at most CURVE_POINTS rows: every k-th and the last."""
     every = max(1, math.ceil(len(metrics.steps) / CURVE_POINTS))
     rows = sorted({*range(0, len(metrics.steps), every), *range(len(metrics.steps))[-1:]})

@@ -7,9 +7,9 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from statistics import fmean
-from typing import Any
+from typing import Any, TypedDict
 
 import numpy as np
 from numpy.typing import NDArray
@@ -119,23 +119,53 @@ def _usable(latent: NDArray[np.float32] | None) -> bool:
     return latent is not None and len(latent) > 0 and bool(np.isfinite(latent).all())
 
 
+class LatentPoints(TypedDict):
+    """Responses as columns, as the page reads them."""
+
+    x: list[float]
+    y: list[float]
+    step: list[int]
+    verdict: list[int]  # RIGHT, WRONG or ERROR
+    group: list[int | None]  # None: not on the page
+    response: list[int]
+    reward: list[float | None]
+    prediction: list[str]
+    question: list[int]  # place in `questions`
+    questions: list[str]
+
+
+class LatentData(TypedDict):
+    """The view of latents without its points, as the page reads it."""
+
+    explained: tuple[float, float]
+    numResponses: int
+    numPoints: int
+    verdicts: list[Remark]
+
+
+class NoLatents(TypedDict):
+    """Why there are none."""
+
+    missing: str
+
+
 @dataclass(frozen=True)
 class LatentView:
     """What the page draws."""
 
-    points: dict[str, Any]  # columns, and the questions that they number
+    points: LatentPoints
     explained: tuple[float, float]  # shares of the variance
     curves: Metrics  # auc, auc_in_group, drift, drift_chance by step
     num_responses: int
     verdicts: tuple[Remark, ...]
 
-    def for_page(self) -> dict[str, Any]:
+    def for_page(self) -> LatentData:
         """As JSON, without points and curves."""
         return {
             "explained": self.explained,
             "numResponses": self.num_responses,
             "numPoints": len(self.points["x"]),
-            "verdicts": [asdict(verdict) for verdict in self.verdicts],
+            "verdicts": list(self.verdicts),
         }
 
 
@@ -365,7 +395,7 @@ def evenly(items: Sequence[Any], count: int) -> list[Any]:
     )
 
 
-def _points(rows: Sequence[Row], plane: Matrix, step: NDArray[np.int_]) -> dict[str, Any]:
+def _points(rows: Sequence[Row], plane: Matrix, step: NDArray[np.int_]) -> LatentPoints:
     """Columns of at most MAX_POINTS responses, as many from each step; those that the rollout
     browser has first.
     """

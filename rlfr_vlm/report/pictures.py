@@ -7,11 +7,20 @@ import hashlib
 import io
 import math
 from pathlib import Path
+from typing import NotRequired, TypedDict
 
 from PIL import Image
 
 SHOWN_AS_THEY_ARE = ("PNG", "JPEG", "GIF", "WEBP")
 LEAST_SIDE = 192  # pixels; no picture is made smaller than that
+
+
+class PictureData(TypedDict):
+    """What the page knows of a picture: where it carries it, or the file that it left out."""
+
+    path: str  # as written
+    key: NotRequired[str | None]  # None: there is no picture
+    file: NotRequired[str]  # beside the page
 
 
 def load_picture(path: Path, root: Path, most_bytes: int, most_side: int) -> tuple[str, str] | None:

@@ -10,12 +10,12 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal, NotRequired, TypedDict, cast
 
 import numpy as np
 
-from rlfr_vlm.report.attention import AttentionBudget
-from rlfr_vlm.report.pictures import load_picture
+from rlfr_vlm.report.attention import AttentionBudget, AttentionData
+from rlfr_vlm.report.pictures import PictureData, load_picture
 from rlfr_vlm.report.reading import FileNote
 from rlfr_vlm.report.run_files import QUANTITIES, Group, Response, RolloutFile, read_rollouts
 from rlfr_vlm.report.template import compress
@@ -32,6 +32,50 @@ class ColourRange:
     kind: Literal["signed", "penalty", "bonus", "magnitude"]
     low: float
     high: float
+
+
+class ResponseTokens(TypedDict):
+    """Tokens of a response with their traces, as the page reads them: a value per token of each of
+    QUANTITIES that was recorded.
+    """
+
+    tokens: tuple[str, ...]
+    flow_rewards: NotRequired[list[float | None]]
+    deviations: NotRequired[list[float | None]]
+    logprobs: NotRequired[list[float | None]]
+    advantages: NotRequired[list[float | None]]
+    entropy: NotRequired[list[float | None]]
+    attention: NotRequired[AttentionData]
+
+
+class ResponseHead(TypedDict):
+    """A response without its tokens, as the page reads it."""
+
+    index: int | None
+    text: str
+    prediction: str
+    verdict: str
+    reason: str
+    reward: float | None
+    parts: dict[str, float | None]
+    finish: str
+    version: int | None
+    numTokens: int
+    advantage: float | None
+    flowReward: float | None
+    numFlowTokens: int
+
+
+class GroupHead(TypedDict):
+    """A group without its tokens, as the page reads it."""
+
+    step: int
+    id: str
+    question: str
+    answer: str
+    source: str
+    images: list[PictureData]
+    responses: list[ResponseHead]
 
 
 @dataclass(frozen=True)
@@ -139,20 +183,24 @@ def _pack_step(
     return groups, packed
 
 
-def _tokens(group: Group) -> list[dict[str, Any]]:
+def _tokens(group: Group) -> list[ResponseTokens]:
     return [
-        {
-            "tokens": response.tokens,
-            **{
-                name: [short(value) for value in values] for name, values in response.traces.items()
+        cast(
+            ResponseTokens,
+            {
+                "tokens": response.tokens,
+                **{
+                    name: [short(value) for value in values]
+                    for name, values in response.traces.items()
+                },
+                **({"attention": response.attention} if response.attention is not None else {}),
             },
-            **({"attention": response.attention} if response.attention is not None else {}),
-        }
+        )
         for response in group.responses
     ]
 
 
-def _head(group: Group, pictures: _Pictures) -> dict[str, Any]:
+def _head(group: Group, pictures: _Pictures) -> GroupHead:
     return {
         "step": group.step,
         "id": group.prompt_id,
@@ -164,7 +212,7 @@ def _head(group: Group, pictures: _Pictures) -> dict[str, Any]:
     }
 
 
-def _response_head(response: Response) -> dict[str, Any]:
+def _response_head(response: Response) -> ResponseHead:
     rewards = [value for value in response.traces.get("flow_rewards", ()) if value]
     advantages = [value for value in response.traces.get("advantages", ()) if value is not None]
     return {

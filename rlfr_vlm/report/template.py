@@ -14,6 +14,7 @@ import os
 import re
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from dataclasses import fields, is_dataclass
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -75,9 +76,20 @@ def live(text: str, script: str) -> str:
     )
 
 
+def json_text(tree: Any) -> str:
+    """Compact JSON, dataclasses in it by their fields."""
+    return json.dumps(tree, separators=(",", ":"), allow_nan=False, default=_fields)
+
+
+def _fields(value: Any) -> dict[str, Any]:
+    if is_dataclass(value) and not isinstance(value, type):
+        return {each.name: getattr(value, each.name) for each in fields(value)}
+    raise TypeError(f"{type(value).__name__} is no JSON")
+
+
 def json_block(name: str, tree: Any) -> str:
     """JSON in a script element: with no `<` in it, nothing ends the element or opens a comment."""
-    text = json.dumps(tree, separators=(",", ":"), allow_nan=False).replace("<", "\\u003c")
+    text = json_text(tree).replace("<", "\\u003c")
     return f'<script type="application/json" id="{name}">{text}</script>'
 
 

@@ -4,9 +4,9 @@ can be read.
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 from rlfr_vlm.report.reading import FileNote, as_number, as_whole, is_there, json_object
 
@@ -37,6 +37,17 @@ class ProbedAuc:
     pairs: int | None
 
 
+class YardstickData(TypedDict):
+    """A fit's figures, as the page reads them."""
+
+    source: str
+    rows: list[HeldOut]
+    aucs: list[ProbedAuc]
+    num_responses: int | None
+    accuracy: float | None
+    names: list[str]  # of any row's values
+
+
 @dataclass(frozen=True)
 class Yardstick:
     """Of one fit."""
@@ -47,10 +58,14 @@ class Yardstick:
     num_responses: int | None
     accuracy: float | None
 
-    def for_page(self) -> dict[str, Any]:
+    def for_page(self) -> YardstickData:
         """As JSON."""
         return {
-            **asdict(self),
+            "source": self.source,
+            "rows": list(self.rows),
+            "aucs": list(self.aucs),
+            "num_responses": self.num_responses,
+            "accuracy": self.accuracy,
             "names": list(dict.fromkeys(name for row in self.rows for name in row.values)),
         }
 

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from rlfr_vlm import errors
 from rlfr_vlm.config import Config, ModelConfig
-from rlfr_vlm.data.prompts import RowError
+from rlfr_vlm.data.bad_rows import RowError
 from rlfr_vlm.data.render import Renderer
 from rlfr_vlm.errors import StoppedError, UserError
 from rlfr_vlm.faults import faultpoint

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from rlfr_vlm.config import Config
 from rlfr_vlm.shares import points
 
-Figures = Mapping[str, float]
+Figures = Mapping[str, float]  # of a step; `step` among them
 
 TOLERANCE = {
     "float32": 1e-3,

@@ -14,7 +14,7 @@ from types import FrameType
 
 from rlfr_vlm.batch import AttentionRecord, Collected, Sample
 from rlfr_vlm.config import Config, to_yaml
-from rlfr_vlm.data.render import PromptSource
+from rlfr_vlm.data.stream import PromptSource
 from rlfr_vlm.errors import DiskFullError, Preempted, RolledBack, UserError
 from rlfr_vlm.faults import faultpoint
 from rlfr_vlm.learner.learner import Learner

@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
 from rlfr_vlm.config import Config, parse_config
 from rlfr_vlm.errors import CheckpointError, StoppedError, UserError
 from rlfr_vlm.faults import faultpoint
+from rlfr_vlm.models.loading import auto_model
 from rlfr_vlm.models.policy import Policy
 from rlfr_vlm.ranks import ALONE, Ranks
 from rlfr_vlm.rollout.probe import TOLERANCE, probe_prompts
@@ -86,8 +86,9 @@ def check_export(cfg: Config, policy: Policy, folder: Path) -> float:
     policy's; StoppedError if it is too large.
     """
     rollouts = [_answered(prompt, policy) for prompt in probe_prompts(cfg, policy)]
-    loader = AutoModelForImageTextToText if policy.family.vision else AutoModelForCausalLM
-    exported: Any = loader.from_pretrained(folder, dtype=policy.dtype, attn_implementation="sdpa")
+    exported: Any = auto_model(bool(policy.family.vision)).from_pretrained(
+        folder, dtype=policy.dtype, attn_implementation="sdpa"
+    )
     exported = exported.to(policy.device).eval()
     theirs = torch.cat(
         [plain_logprobs(exported, rollout, policy.banned_token_ids) for rollout in rollouts]

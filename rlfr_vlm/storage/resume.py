@@ -12,7 +12,7 @@ from typing import Any
 from rlfr_vlm.config import Config, config_hash, differences
 from rlfr_vlm.data.digests import RowDigests
 from rlfr_vlm.errors import CheckpointError, UserError
-from rlfr_vlm.rewards.outcome import reward_digest
+from rlfr_vlm.rewards.custom import reward_digest
 from rlfr_vlm.storage.checkpoint import MANIFEST, list_checkpoints, newest_good, verify_file
 from rlfr_vlm.storage.state import FORMAT, ROWS_FILE, STATE_FILE, environment
 

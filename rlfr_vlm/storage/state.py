@@ -18,14 +18,14 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from rlfr_vlm.config import Config, config_hash
-from rlfr_vlm.data.render import PromptSource
+from rlfr_vlm.data.stream import PromptSource
 from rlfr_vlm.errors import CheckpointError
 from rlfr_vlm.faults import faultpoint
 from rlfr_vlm.finite import check_finite
 from rlfr_vlm.flow.field import FlowField
 from rlfr_vlm.learner.learner import Learner
 from rlfr_vlm.models.policy import Policy
-from rlfr_vlm.rewards.outcome import reward_digest
+from rlfr_vlm.rewards.custom import reward_digest
 from rlfr_vlm.storage.checkpoint import rank_folder
 from rlfr_vlm.storage.shards import ShardReader, ShardWriter
 from rlfr_vlm.storage.window import load_window, save_window
@@ -58,10 +58,10 @@ def write_state(
     ranks = learner.ranks
     own = rank_folder(folder, ranks.rank)
     # a backend's: gathered for a moment, or a view of its buffer
-    borrowed = learner.policy.run is not learner.policy.module
+    borrowed = learner.policy.access.shared
     with ShardWriter(own, "policy") as file:
         for place, (name, parameter) in enumerate(learner.policy.trained().items()):
-            with learner.policy.whole([parameter]):
+            with learner.policy.access.whole([parameter]):
                 if place % ranks.size == ranks.rank:
                     file.add(name, parameter.detach().clone() if borrowed else parameter)
     faultpoint("checkpoint_policy")
@@ -115,7 +115,7 @@ def load_state(
     ranks, file = learner.ranks, ShardReader(folder, "policy")
     with torch.no_grad():
         for name, parameter in learner.policy.trained().items():
-            with learner.policy.whole_for_writing([parameter]):
+            with learner.policy.access.whole_for_writing([parameter]):
                 parameter.copy_(file.read(name))
     if learner.field is not None:
         saved = FlowField.load(folder / "flow", learner.field.spec)

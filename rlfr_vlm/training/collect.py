@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from rlfr_vlm.batch import Collected, GradedGroup
 from rlfr_vlm.config import Config
-from rlfr_vlm.data.render import PromptSource
+from rlfr_vlm.data.stream import PromptSource
 from rlfr_vlm.errors import UserError
 from rlfr_vlm.faults import faultpoint
 from rlfr_vlm.ranks import ALONE, Ranks

@@ -10,7 +10,7 @@ from itertools import pairwise
 from rlfr_vlm.algorithm.credit import make_samples, needs_scoring
 from rlfr_vlm.batch import Sample
 from rlfr_vlm.config import Config
-from rlfr_vlm.data.render import PromptSource
+from rlfr_vlm.data.stream import PromptSource
 from rlfr_vlm.faults import faultpoint
 from rlfr_vlm.learner.learner import Learner
 from rlfr_vlm.ranks import ALONE, Ranks

@@ -6,7 +6,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 
 from rlfr_vlm.batch import Collected
 from rlfr_vlm.config import Config
-from rlfr_vlm.data.render import PromptSource
+from rlfr_vlm.data.stream import PromptSource
 from rlfr_vlm.errors import NonFiniteError
 from rlfr_vlm.faults import faultpoint
 from rlfr_vlm.learner.learner import Learner

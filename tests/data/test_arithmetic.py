@@ -1,14 +1,8 @@
 """The text demo's data set."""
 
-import importlib.util
 import json
-from pathlib import Path
 
-SPEC = importlib.util.spec_from_file_location(
-    "arithmetic", Path(__file__).parents[2] / "data" / "arithmetic.py"
-)
-arithmetic = importlib.util.module_from_spec(SPEC)
-SPEC.loader.exec_module(arithmetic)
+from rlfr_vlm.demo import arithmetic
 
 
 def read(folder, name):

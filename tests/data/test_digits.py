@@ -4,7 +4,6 @@ import json
 import subprocess
 import sys
 from collections import Counter
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,12 +11,14 @@ import torch
 from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-sys.path.insert(0, str(Path(__file__).parents[2] / "data"))
-import digits
-import tiny_vlm
-from digits import Problem
+from rlfr_vlm.demo import digits
+from rlfr_vlm.demo.digits import PictureQuestion
+from tests.runs import ROOT
 
-RECIPES = Path(digits.__file__).parent
+sys.path.insert(0, str(ROOT / "data"))
+import tiny_vlm
+
+COMMITTED = ROOT / "rlfr_vlm/demo/tiny_vlm"
 COUNTS = {"train": 40, "test": 24, "expert": 30}
 
 
@@ -35,12 +36,12 @@ def rows(data_dir, split):
 @pytest.mark.parametrize(
     ("problem", "right", "text"),
     [
-        (Problem("sum", (7, 6)), 13, r"7 + 6 = \boxed{13}"),
-        (Problem("result", (7, 6), "-"), 1, r"7 - 6 = \boxed{1}"),
-        (Problem("result", (7, 6), "+"), 13, r"7 + 6 = \boxed{13}"),
-        (Problem("larger", (4, 9)), 9, r"digits 4 9 ; larger \boxed{9}"),
-        (Problem("even", (4, 8, 3)), 2, r"digits 4 8 3 ; even \boxed{2}"),
-        (Problem("even", (0, 1, 3)), 1, r"digits 0 1 3 ; even \boxed{1}"),
+        (PictureQuestion("sum", (7, 6)), 13, r"7 + 6 = \boxed{13}"),
+        (PictureQuestion("result", (7, 6), "-"), 1, r"7 - 6 = \boxed{1}"),
+        (PictureQuestion("result", (7, 6), "+"), 13, r"7 + 6 = \boxed{13}"),
+        (PictureQuestion("larger", (4, 9)), 9, r"digits 4 9 ; larger \boxed{9}"),
+        (PictureQuestion("even", (4, 8, 3)), 2, r"digits 4 8 3 ; even \boxed{2}"),
+        (PictureQuestion("even", (0, 1, 3)), 1, r"digits 0 1 3 ; even \boxed{1}"),
     ],
 )
 def test_answers_and_solutions(problem, right, text):
@@ -148,7 +149,7 @@ def few_steps_model(tmp_path_factory):
     out = tmp_path_factory.mktemp("few_steps")
     command = [
         sys.executable,
-        str(RECIPES / "tiny_vlm.py"),
+        str(ROOT / "data/tiny_vlm.py"),
         str(out),
         "--steps=3",
         "--batch-size=4",
@@ -168,7 +169,7 @@ def test_the_script_is_deterministic(few_steps_model, tmp_path):
 
 @pytest.mark.parametrize("folder", ["few_steps", "committed"])
 def test_the_folder_reloads_with_the_auto_classes(folder, few_steps_model):
-    path = few_steps_model if folder == "few_steps" else RECIPES / "tiny_vlm"
+    path = few_steps_model if folder == "few_steps" else COMMITTED
     processor = AutoProcessor.from_pretrained(path)
     model = AutoModelForImageTextToText.from_pretrained(path, dtype="auto")
     assert type(processor).__name__ == "Qwen2_5_VLProcessor"
@@ -181,7 +182,7 @@ def test_the_folder_reloads_with_the_auto_classes(folder, few_steps_model):
         "<|endoftext|>",
     ]
     assert processor.tokenizer.tokenize("13") == ["1", "3"]
-    text = tiny_vlm.prompt_text(processor, Problem("even", (1, 2, 3)))
+    text = tiny_vlm.prompt_text(processor, PictureQuestion("even", (1, 2, 3)))
     assert text == (
         "<|im_start|>user\n<|vision_start|><|image_pad|><|vision_end|>How many digits are "
         "even?<|im_end|>\n<|im_start|>assistant\n"
@@ -206,7 +207,7 @@ def test_chat_template_takes_strings_and_several_turns(few_steps_model):
 
 
 def test_the_committed_model_is_partly_right():
-    path = RECIPES / "tiny_vlm"
+    path = COMMITTED
     processor = AutoProcessor.from_pretrained(path)
     model = AutoModelForImageTextToText.from_pretrained(path, dtype=torch.float32).eval()
     examples = list(digits.draw_examples("test", 64, seed=0))

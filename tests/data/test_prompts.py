@@ -6,7 +6,9 @@ from pathlib import Path
 import pytest
 
 from rlfr_vlm.config import DataConfig
-from rlfr_vlm.data.prompts import BadRows, PromptStream, RowError, load_prompts, parse_row
+from rlfr_vlm.data.bad_rows import BadRows, RowError
+from rlfr_vlm.data.prompts import load_prompts, parse_row
+from rlfr_vlm.data.stream import PromptStream
 from rlfr_vlm.errors import UserError
 
 CFG = DataConfig()

@@ -14,8 +14,9 @@ import pytest
 from PIL import Image
 
 from rlfr_vlm.config import DataConfig
+from rlfr_vlm.data.bad_rows import BadRows
 from rlfr_vlm.data.images import open_image
-from rlfr_vlm.data.prompts import BadRows, load_prompts
+from rlfr_vlm.data.prompts import load_prompts
 
 SPEC = importlib.util.spec_from_file_location(
     "published", Path(__file__).parents[2] / "data" / "published.py"

@@ -12,9 +12,11 @@ from PIL import Image
 from transformers import AddedToken
 
 from rlfr_vlm.config import DataConfig, ModelConfig
+from rlfr_vlm.data.bad_rows import BadRows, RowError
 from rlfr_vlm.data.images import ImageError, locate, open_image
-from rlfr_vlm.data.prompts import BadRows, PromptStream, RowError, parse_row
-from rlfr_vlm.data.render import PromptSource, Renderer
+from rlfr_vlm.data.prompts import parse_row
+from rlfr_vlm.data.render import Renderer
+from rlfr_vlm.data.stream import PromptSource, PromptStream
 from rlfr_vlm.errors import UserError
 from rlfr_vlm.models.policy import Policy
 

@@ -8,7 +8,8 @@ import pytest
 import yaml
 from PIL import Image
 
-from rlfr_vlm.cli import build_parser, eval_overrides
+from rlfr_vlm.arguments import build_parser
+from rlfr_vlm.cli import eval_overrides
 from rlfr_vlm.config import load_config, parse_config, to_yaml
 from rlfr_vlm.errors import UserError
 from rlfr_vlm.evaluation.benchmarks import DEFINITIONS, find_benchmark

@@ -535,7 +535,7 @@ def test_a_small_model_from_the_command(tmp_path, capsys):
                 tmp_path, "mathvista_mini", server, retries=4, max_new_tokens=12
             ).model_dump_json()
         )
-        tree["model"] = {"path": str(ROOT / "data/tiny_vlm"), "dtype": "float32"}
+        tree["model"] = {"path": str(ROOT / "rlfr_vlm/demo/tiny_vlm"), "dtype": "float32"}
         (tmp_path / "eval.yaml").write_text(json.dumps(tree))
         for _ in range(4):
             with pytest.raises(SystemExit) as ended:

@@ -6,7 +6,7 @@ import torch
 from scipy.stats import mannwhitneyu
 
 from rlfr_vlm.errors import UserError
-from rlfr_vlm.flow.field import FlowField, FlowSpec, Scale, check_spec
+from rlfr_vlm.flow.field import FlowField
 from rlfr_vlm.flow.network import VelocityNet
 from rlfr_vlm.flow.official import export_field
 from rlfr_vlm.flow.reference import unfit_loss
@@ -20,6 +20,7 @@ from rlfr_vlm.flow.reward import (
     normalise_group,
 )
 from rlfr_vlm.flow.separation import separation, wins
+from rlfr_vlm.flow.spec import FlowSpec, Scale, check_spec
 from rlfr_vlm.flow.yardstick import Linear, scale_of, velocities
 
 SPEC = FlowSpec(

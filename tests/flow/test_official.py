@@ -14,11 +14,13 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from rlfr_vlm.errors import UserError
-from rlfr_vlm.flow.field import FlowField, FlowSpec, check_spec
+from rlfr_vlm.flow.field import FlowField
 from rlfr_vlm.flow.latents import Latents
 from rlfr_vlm.flow.network import VelocityNet
 from rlfr_vlm.flow.objective import velocity_deviation
-from rlfr_vlm.flow.official import export_field, import_field, network_shapes
+from rlfr_vlm.flow.official import export_field, import_field
+from rlfr_vlm.flow.official_files import network_shapes
+from rlfr_vlm.flow.spec import FlowSpec, check_spec
 
 SIZE, DEPTH = 8, 2
 BACKBONE = {

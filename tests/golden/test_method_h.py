@@ -13,11 +13,12 @@ from rlfr_vlm.algorithm.losses import flowrl_loss, kl_estimate, policy_loss, val
 from rlfr_vlm.algorithm.selection import flow_token_weights, flow_weights
 from rlfr_vlm.algorithm.shaping import likelihood_scores, shape_by_entropy
 from rlfr_vlm.config import FlowOnlineConfig
-from rlfr_vlm.flow.field import FlowField, FlowSpec
+from rlfr_vlm.flow.field import FlowField
 from rlfr_vlm.flow.latents import Latents, context_rows, resolve_layers
 from rlfr_vlm.flow.network import VelocityNet
 from rlfr_vlm.flow.objective import debias_weight, logit_normal_times, velocity_deviation
 from rlfr_vlm.flow.reward import filter_scores, flow_reward, normalise_scores
+from rlfr_vlm.flow.spec import FlowSpec
 from rlfr_vlm.models.logprobs import token_logprobs
 from rlfr_vlm.models.pack import pack
 from rlfr_vlm.types import EncodedPrompt, Outcome, Prompt, Rollout

@@ -20,8 +20,8 @@ import torch
 from rlfr_vlm import commands
 from rlfr_vlm.algorithm.credit import make_samples, needs_scoring
 from rlfr_vlm.config import load_config
-from rlfr_vlm.data.prompts import PromptStream
-from rlfr_vlm.data.render import PromptSource, Renderer
+from rlfr_vlm.data.render import Renderer
+from rlfr_vlm.data.stream import PromptSource, PromptStream
 from rlfr_vlm.learner import learner as parts
 from rlfr_vlm.models.policy import Policy
 from rlfr_vlm.ranks import join

@@ -10,6 +10,7 @@ import sys
 import pytest
 import torch
 
+from rlfr_vlm.demo import recipe
 from tests.runs import ROOT, make_config, make_data, python, torchrun
 
 MOST = 1e-5  # relative difference of gradients and weights in float32
@@ -159,7 +160,7 @@ def digits(tmp_path_factory):
     """The demo's data, as it builds it, and the same with text-only rows at every second place."""
     folder = tmp_path_factory.mktemp("digits")
     subprocess.run(
-        [sys.executable, "data/digits.py", "build", str(folder)],
+        [sys.executable, "-m", "rlfr_vlm.demo.digits", "build", str(folder)],
         cwd=ROOT,
         check=True,
         capture_output=True,
@@ -179,7 +180,7 @@ def live(folder, name, *overrides, ranks=1):
         f"output_dir={run}", f"data.train={folder / 'train.jsonl'}", "rollout.engine=vllm", "train.steps=5", "train.log_rollouts=32",
         "eval.every=0", "data.eval=null", "data.shuffle=false", *overrides,
     ]  # fmt: skip
-    arguments = ("train", "--config", ROOT / "scripts/demo_vision.yaml", *settings)
+    arguments = ("train", "--config", recipe("vision"), *settings)
     python("rlfr_vlm.cli", *arguments, timeout=900) if ranks == 1 else torchrun(
         ranks, "rlfr_vlm.cli", *arguments, timeout=1200
     )

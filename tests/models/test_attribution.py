@@ -23,7 +23,7 @@ from rlfr_vlm.models.attention import (
 )
 from rlfr_vlm.models.attribution import Attribution, attribute, picture_grids, pooled
 from rlfr_vlm.models.pack import pack
-from rlfr_vlm.models.policy import Policy
+from rlfr_vlm.models.policy import Policy, WeightAccess
 from tests.models.test_policy import VISION, rollouts_of
 
 LAYERS = (1, 2, 3)
@@ -75,7 +75,7 @@ def test_attention_equals_that_of_transformers_with_a_shared_prompt(
 def test_text_models_have_nothing_to_show_and_do_no_work(model_folder):
     policy = Policy(ModelConfig(path=model_folder("qwen2"), dtype="float32"))
     rollouts = rollouts_of(policy, (0,))
-    policy.run = None  # a forward would fail
+    policy.access = WeightAccess(None)  # a forward would fail
     assert attribute(policy, pack(rollouts), rollouts, LAYERS) == [None] * 3
 
 

@@ -6,6 +6,7 @@ import json
 import random
 import subprocess
 import sys
+import time
 from itertools import pairwise
 
 import pytest
@@ -20,10 +21,10 @@ from rlfr_vlm.errors import UserError
 from rlfr_vlm.models.pack import pack
 from rlfr_vlm.models.policy import Policy
 from rlfr_vlm.planning import memory
-from rlfr_vlm.planning.calibrate import layer_operations, step_seconds
+from rlfr_vlm.planning.calibrate import Bench, layer_operations, step_seconds
 from rlfr_vlm.planning.footprint import disk, predict
 from rlfr_vlm.planning.memory import GIB, BatchShape, Machine
-from rlfr_vlm.planning.plan import find_machine, find_overrides, find_shortfalls
+from rlfr_vlm.planning.plan import as_text, find_machine, find_overrides, find_shortfalls, plan
 from rlfr_vlm.planning.shapes import PUBLISHED, read_shape
 from rlfr_vlm.planning.workload import typical_prompt
 from rlfr_vlm.types import EncodedPrompt, Prompt, Rollout
@@ -438,6 +439,49 @@ def test_every_part_of_a_step_is_timed(model_folder):
     assert torch.equal(torch.get_rng_state(), state)
     if not torch.cuda.is_available():
         assert step_seconds(cfg, shape, GPU, vllm=False) is None
+
+
+def test_the_clock_of_a_cpu_does_not_run_while_others_do():
+    bench = Bench(read_shape("Qwen/Qwen2.5-Math-1.5B"), torch.device("cpu"), torch.float32, 1e9)
+    assert bench.seconds(lambda: time.sleep(0.2)) < 0.05
+    start = time.process_time()
+    calls = []
+
+    def work():
+        began = time.process_time()
+        while time.process_time() - began < 0.05:
+            pass
+        calls.append(None)
+
+    assert 0.05 <= bench.seconds(work) <= (time.process_time() - start) / len(calls) + 0.01
+
+
+def test_threads_share_the_time_and_are_as_before(model_folder):
+    cfg = config(SEVEN, f"model.path={model_folder('qwen2')}", "model.dtype=float32")
+    shape, threads = read_shape(cfg.model.path), torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        alone = step_seconds(cfg, shape, CPU, vllm=False)
+        torch.set_num_threads(4)
+        four = step_seconds(cfg, shape, CPU, vllm=False)
+        assert torch.get_num_threads() == 4
+    finally:
+        torch.set_num_threads(threads)
+    assert 2 < sum(alone.values()) / sum(four.values()) < 8, "a quarter, but for noise"
+
+
+@pytest.mark.parametrize(("path", "weighed"), [(SEVEN, False), (None, True)])
+def test_libraries_are_weighed_only_where_they_weigh(path, weighed, model_folder, monkeypatch):
+    asked = []
+    monkeypatch.setattr("rlfr_vlm.planning.plan.imported_bytes", asked.append)
+    monkeypatch.setattr("rlfr_vlm.planning.calibrate.step_seconds", lambda *_: {"update": 1.0})
+    small = ["model.device=cpu", "rollout.engine=hf"]
+    if path is None:
+        small += [f"model.path={model_folder('qwen2')}", "output_dir=x", "model.dtype=float32"]
+    found = plan(lambda more: config(path, *small, *more))
+    assert bool(asked) == weighed
+    assert found.threads == torch.get_num_threads()
+    assert "CPU time of one thread" in as_text(found)
 
 
 def test_operations_of_a_layer_by_hand():

@@ -18,9 +18,11 @@ import yaml
 from rlfr_vlm.cli import main
 from rlfr_vlm.commands import checked
 from rlfr_vlm.config import DataConfig, load_config
-from rlfr_vlm.data.prompts import BadRows, load_prompts, parse_row
-from rlfr_vlm.data.render import Renderer, encode_all
-from rlfr_vlm.fitting.fit_flow import Experts
+from rlfr_vlm.data.bad_rows import BadRows
+from rlfr_vlm.data.prompts import load_prompts, parse_row
+from rlfr_vlm.data.render import Renderer
+from rlfr_vlm.data.stream import encode_all
+from rlfr_vlm.fitting.fit_solutions import Experts
 from rlfr_vlm.models.policy import Policy
 from rlfr_vlm.preflight.figures import bins
 from rlfr_vlm.preflight.kinds import KINDS
@@ -46,7 +48,7 @@ def config(folder, files=FILES, **sections):
     """A config file for data under folder/data, results under folder/run."""
     tree = {
         "output_dir": str(folder / "run"),
-        "model": {"path": str(ROOT / "data/tiny_vlm")},
+        "model": {"path": str(ROOT / "rlfr_vlm/demo/tiny_vlm")},
         **SETTINGS,
         **sections,
     }
@@ -234,7 +236,7 @@ def test_clean_data_is_clean_and_a_quick_look_needs_no_config(tmp_path, capsys):
         capsys,
         tmp_path / "rows.jsonl",
         "--model",
-        ROOT / "data/tiny_vlm",
+        ROOT / "rlfr_vlm/demo/tiny_vlm",
         "--out",
         tmp_path / "out",
         "--format",

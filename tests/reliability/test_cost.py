@@ -21,7 +21,6 @@ from rlfr_vlm.run.watch import Watch
 from rlfr_vlm.storage import checkpoint, shards
 from rlfr_vlm.training import collect, update
 from rlfr_vlm.training.metrics import UpdateMetrics
-from tests.runs import ROOT
 
 EVERY_STEP = [
     (faults, "_due", "fault points"),
@@ -43,7 +42,7 @@ SAVES = 5
 def smollm2(tmp_path_factory):
     folder = tmp_path_factory.mktemp("smollm2")
     subprocess.run(
-        [sys.executable, str(ROOT / "data/arithmetic.py"), "model", str(folder)],
+        [sys.executable, "-m", "rlfr_vlm.demo.arithmetic", "model", str(folder)],
         check=True,
         capture_output=True,
         timeout=300,

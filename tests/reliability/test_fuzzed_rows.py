@@ -15,19 +15,11 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from rlfr_vlm.config import DataConfig, load_config
+from rlfr_vlm.data.bad_rows import UNPRINTABLE, BadRows, RowError
 from rlfr_vlm.data.images import ImageError, open_header, open_image
-from rlfr_vlm.data.prompts import (
-    COLUMNS,
-    LONE_SURROGATE,
-    UNPRINTABLE,
-    UNSUPPORTED,
-    BadRows,
-    RowError,
-    load_prompts,
-    read_prompt,
-    read_rows,
-)
+from rlfr_vlm.data.prompts import COLUMNS, LONE_SURROGATE, UNSUPPORTED, load_prompts, read_prompt
 from rlfr_vlm.data.render import Renderer, special_tokens
+from rlfr_vlm.data.rows import read_rows
 from rlfr_vlm.errors import UserError
 from rlfr_vlm.models.policy import Policy
 from rlfr_vlm.preflight.examine import Examiner
@@ -92,7 +84,7 @@ LINES = st.one_of(
 @pytest.fixture(scope="module")
 def renderer(tmp_path_factory):
     cfg = load_config(
-        None, ("output_dir=.", f"model.path={ROOT / 'data/tiny_vlm'}", "model.device=cpu")
+        None, ("output_dir=.", f"model.path={ROOT / 'rlfr_vlm/demo/tiny_vlm'}", "model.device=cpu")
     )
     return Renderer(
         Policy(cfg.model, weights=False), CFG, str(tmp_path_factory.mktemp("fuzz") / "rows.jsonl")

@@ -162,7 +162,7 @@ def test_log_probs_of_an_engine_that_are_no_numbers_end_the_run(config):
 
 
 def test_a_field_that_is_not_finite_is_not_written(tmp_path, model_folder, config):
-    from rlfr_vlm.flow.field import FlowSpec
+    from rlfr_vlm.flow.spec import FlowSpec
 
     policy = Policy(ModelConfig(path=model_folder("qwen2_5_vl"), dtype="float32"))
     field = FlowField(FlowSpec.of(load_config(config).flow, policy.identity))

@@ -13,7 +13,7 @@ import pytest
 from rlfr_vlm.config import config_hash, parse_config
 from rlfr_vlm.data.digests import RowDigests
 from rlfr_vlm.errors import UserError
-from rlfr_vlm.rewards.outcome import reward_digest
+from rlfr_vlm.rewards.custom import reward_digest
 from rlfr_vlm.storage import checkpoint as protocol
 from rlfr_vlm.storage import resume
 from rlfr_vlm.storage.resume import check_resumable, find_checkpoint

@@ -17,14 +17,16 @@ import yaml
 from PIL import Image
 
 from rlfr_vlm.config import load_config
-from rlfr_vlm.data.prompts import BadRows, load_prompts
-from rlfr_vlm.data.render import Renderer, encode_all
+from rlfr_vlm.data.bad_rows import BadRows
+from rlfr_vlm.data.prompts import load_prompts
+from rlfr_vlm.data.render import Renderer
+from rlfr_vlm.data.stream import encode_all
 from rlfr_vlm.models.policy import Policy
 from rlfr_vlm.preflight.kinds import KINDS
 from tests.reliability.strange_rows import CLASSES, LIMIT, write
 from tests.runs import ROOT, cli
 
-MODEL = ROOT / "data/tiny_vlm"
+MODEL = ROOT / "rlfr_vlm/demo/tiny_vlm"
 MAX_MIB = 1024
 SECONDS = 60  # of CPU time: the machine may be busy
 

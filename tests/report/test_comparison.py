@@ -506,6 +506,28 @@ def test_curves_are_pooled_banded_and_drawn_by_hour(page, open_report):
 
 
 @needs_browser
+def test_a_zoom_is_one_of_all_charts_until_the_axis_changes(page, open_report):
+    report = open_report(page, "#curves")
+    report.page.wait_for_selector("#curves[data-drawn]")
+    ranges = (
+        "[...document.querySelectorAll('{} .plot')].map((plot) => plot.layout.xaxis.range.join())"
+    )
+    first = "document.querySelector('#curves .plot')"
+    report.evaluate(
+        f"() => {{ Plotly.relayout({first}, {{'xaxis.range[0]': 5, 'xaxis.range[1]': 20}}); }}"
+    )
+    report.page.wait_for_function(
+        f"{ranges.format('#curves .grid')}.every((range) => range === '5,20')"
+    )
+    report.page.click("#tab-runs")
+    report.page.wait_for_function(f"{ranges.format('#runs')}[0] === '5,20'")
+    report.page.click("#tab-curves")
+    report.page.click("[data-axis=hours]")
+    assert "5,20" not in report.evaluate(ranges.format("#curves .grid"))
+    assert not report.complaints
+
+
+@needs_browser
 def test_flips_show_both_responses_and_can_be_filtered_and_addressed(page, open_report):
     report = open_report(page)
     versus = page_data(page)["runs"][3]["versus"]

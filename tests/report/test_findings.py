@@ -12,7 +12,7 @@ import pytest
 from rlfr_vlm.report import flow_tokens, latents
 from rlfr_vlm.report.events import MAX_EVENTS, read_events
 from rlfr_vlm.report.flow_health import flow_health
-from rlfr_vlm.report.flow_tokens import TokenCensus
+from rlfr_vlm.report.flow_tokens import Occurrence, TokenCensus
 from rlfr_vlm.report.html import write_report
 from rlfr_vlm.report.latents import (
     ERROR,
@@ -425,21 +425,19 @@ def test_tokens_are_summed_by_window_with_counts_shares_and_a_place():
     census.add(1, [group(response(["a"], [-2.0], "error")), group(*here)], num_on_page=2)
     first, second = census.for_page()
     assert (first["first"], first["last"], second["first"]) == (1, 1, 2)
-    assert [
-        (row["token"], row["reward"], row["count"], row["in_right"]) for row in first["penalised"]
-    ] == [
+    assert [(row.token, row.reward, row.count, row.in_right) for row in first["penalised"]] == [
         ("a", -1.25, 3, 1.0),
         ("b", -0.5, 2, 1.0),
     ]
-    assert (first["penalised"][0]["place"], first["rewarded"]) == (
-        {"step": 1, "group": 0, "response": 0, "token": 0, "on_page": True},
+    assert (first["penalised"][0].place, first["rewarded"]) == (
+        Occurrence(step=1, group=0, response=0, token=0, on_page=True),
         [],
     )
-    assert first["penalised"][1]["in_wrong"] == 1.0
-    assert first["penalised"][1]["place"]["response"] == 1
-    assert [row["token"] for row in second["rewarded"]] == ["a"]
-    assert second["rewarded"][0]["place"]["on_page"] is False
-    assert second["rewarded"][0]["in_wrong"] is None
+    assert first["penalised"][1].in_wrong == 1.0
+    assert first["penalised"][1].place.response == 1
+    assert [row.token for row in second["rewarded"]] == ["a"]
+    assert second["rewarded"][0].place.on_page is False
+    assert second["rewarded"][0].in_wrong is None
 
 
 def test_windows_cover_all_steps_once_and_a_place_on_the_page_is_preferred():
@@ -448,7 +446,7 @@ def test_windows_cover_all_steps_once_and_a_place_on_the_page_is_preferred():
     assert (spans[0][0], spans[-1][1], len(spans)) == (10, 32, 5)
     assert all(b[0] == a[1] + 1 for a, b in itertools.pairwise(spans))
     census.add(10, [group(response(["a"], [0.1])), group(response(["a"], [0.9]))], num_on_page=1)
-    assert census.for_page()[0]["rewarded"][0]["place"]["group"] == 0
+    assert census.for_page()[0]["rewarded"][0].place.group == 0
     assert TokenCensus([]).for_page() == []
     assert TokenCensus([1]).for_page() == []
 
@@ -461,11 +459,11 @@ def test_memory_of_tokens_is_bounded_and_overflowing_sums_are_left_out(monkeypat
         census.add(1, [group(response(["strong", *tokens], [-1.0] + [-0.001] * 50))], 1)
     window = census.windows[0]
     assert len(window.counts) <= 100 + 51 and len(window.places) <= 151 and census.approximate
-    assert census.for_page()[0]["penalised"][0]["token"] == "strong"
-    assert census.for_page()[0]["penalised"][0]["count"] == 20
+    assert census.for_page()[0]["penalised"][0].token == "strong"
+    assert census.for_page()[0]["penalised"][0].count == 20
     huge = TokenCensus([1])
     huge.add(1, [group(response(["x", "x", "y"], [1e308, 1e308, 0.1]))], 1)
-    assert [row["token"] for row in huge.for_page()[0]["rewarded"]] == ["y"]
+    assert [row.token for row in huge.for_page()[0]["rewarded"]] == ["y"]
 
 
 # Latents.

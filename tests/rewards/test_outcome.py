@@ -10,14 +10,9 @@ import pytest
 from rlfr_vlm.algorithm.credit import make_samples
 from rlfr_vlm.config import GraderConfig, RewardConfig, parse_config
 from rlfr_vlm.errors import StoppedError, UserError
+from rlfr_vlm.rewards.custom import load_reward_function
 from rlfr_vlm.rewards.grader import Grader
-from rlfr_vlm.rewards.outcome import (
-    boxed_reward,
-    grade,
-    load_reward_function,
-    overlong_penalty,
-    tags_reward,
-)
+from rlfr_vlm.rewards.outcome import boxed_reward, grade, overlong_penalty, tags_reward
 from rlfr_vlm.types import EncodedPrompt, Prompt, Rollout, RolloutGroup
 
 

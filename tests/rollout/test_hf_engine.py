@@ -1,5 +1,6 @@
 """The transformers engine: seeds, log-probs, stops and bans."""
 
+import dataclasses
 from dataclasses import replace
 
 import pytest
@@ -175,7 +176,7 @@ def test_a_copy_in_a_process_of_its_own_samples_what_the_policy_would(
 
 def test_a_copy_beside_sharded_weights_keeps_its_own(model_folder):
     policy = Policy(ModelConfig(path=model_folder("llama"), dtype="float32"))
-    policy.sharded = True
+    policy.access = dataclasses.replace(policy.access, sharded=True)
     cfg = parse_config(
         {
             "output_dir": "unused",

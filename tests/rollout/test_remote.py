@@ -12,7 +12,8 @@ import pytest
 import torch
 
 from rlfr_vlm.config import RolloutConfig, load_config
-from rlfr_vlm.data.prompts import BadRows, load_prompts
+from rlfr_vlm.data.bad_rows import BadRows
+from rlfr_vlm.data.prompts import load_prompts
 from rlfr_vlm.data.render import Renderer
 from rlfr_vlm.errors import StoppedError, UserError
 from rlfr_vlm.models.policy import Policy

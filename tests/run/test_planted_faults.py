@@ -13,6 +13,7 @@ import torch
 
 from rlfr_vlm.commands import train_rank
 from rlfr_vlm.config import load_config
+from rlfr_vlm.demo import recipe
 from rlfr_vlm.errors import StoppedError
 from rlfr_vlm.models.policy import Policy
 from rlfr_vlm.ranks import ALONE
@@ -20,7 +21,7 @@ from rlfr_vlm.rollout.hf_engine import HFEngine
 from rlfr_vlm.run.monitors import CHECKS
 from rlfr_vlm.run.watch import read_lines
 from rlfr_vlm.training import collect
-from tests.runs import ROOT, cli, torchrun
+from tests.runs import cli, torchrun
 
 PAYS_FOR_LENGTH = """
 def score(data_source, solution_str, ground_truth, extra_info=None):
@@ -45,7 +46,7 @@ EVERY_STOP = [f"monitors.{name}=stop" for name in CHECKS if name not in EXPECTED
 def data(tmp_path_factory):
     folder = tmp_path_factory.mktemp("digits")
     subprocess.run(
-        [sys.executable, str(ROOT / "data/digits.py"), "build", str(folder)],
+        [sys.executable, "-m", "rlfr_vlm.demo.digits", "build", str(folder)],
         check=True,
         capture_output=True,
     )
@@ -66,7 +67,7 @@ def demo_config(folder, data, *overrides, task="vision"):
         "rollout.engine=hf",
         *names,
     ]
-    return load_config(ROOT / f"scripts/demo_{task}.yaml", (*fixed, *overrides))
+    return load_config(recipe(task), (*fixed, *overrides))
 
 
 def stopped(cfg, monitor, make=None):
@@ -231,14 +232,14 @@ def test_no_monitor_stops_a_healthy_run(tmp_path, data, task, overrides):
 @pytest.mark.slow
 def test_no_monitor_stops_the_text_demo(tmp_path):
     """In bfloat16, with vLLM."""
-    arithmetic = str(ROOT / "data/arithmetic.py")
     for arguments in (["build", str(tmp_path / "text")], ["model", str(tmp_path / "smollm2")]):
-        subprocess.run([sys.executable, arithmetic, *arguments], check=True, capture_output=True)
+        command = [sys.executable, "-m", "rlfr_vlm.demo.arithmetic", *arguments]
+        subprocess.run(command, check=True, capture_output=True)
     data = [
         f"data.{field}={tmp_path / 'text' / name}.jsonl"
         for field, name in (("train", "train"), ("eval", "test"), ("expert", "expert"))
     ]
-    config = str(ROOT / "scripts/demo_text.yaml")
+    config = str(recipe("text"))
     overrides = [
         f"output_dir={tmp_path / 'run'}",
         f"model.path={tmp_path / 'smollm2'}",

@@ -6,8 +6,10 @@ import pytest
 
 from rlfr_vlm.batch import GradedGroup
 from rlfr_vlm.config import DataConfig, parse_config
-from rlfr_vlm.data.prompts import BadRows, PromptStream, parse_row
-from rlfr_vlm.data.render import PromptSource, Renderer
+from rlfr_vlm.data.bad_rows import BadRows
+from rlfr_vlm.data.prompts import parse_row
+from rlfr_vlm.data.render import Renderer
+from rlfr_vlm.data.stream import PromptSource, PromptStream
 from rlfr_vlm.models.policy import Policy
 from rlfr_vlm.rewards.grader import Grader
 from rlfr_vlm.rollout.hf_engine import HFEngine

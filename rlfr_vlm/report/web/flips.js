@@ -1,22 +1,51 @@
 // Problems whose greedy answer is right in one run and wrong in the other, with both responses.
 
+import { OUTCOMES } from "./benchmarks.js";
+import { DATA } from "./comparison_data.js";
+import { byId, h } from "./dom.js";
+import { count, plural } from "./format.js";
+import { questionText } from "./shared.js";
+import { openView, readAddress, writeAddress } from "./tabs.js";
+import { CAN_UNPACK, unpack } from "./unpack.js";
+
+/** @import { Flip, FlipSide } from "./data" */
+
 const FLIPS_AT_ONCE = 20;
+
+/** @type {Record<string, string>} */
 const KINDS = { "": "all flips", gained: "newly solved", lost: "lost" };
-const chosen = { run: null, kind: "", search: "", shown: FLIPS_AT_ONCE };
+
+const chosen = { run: 0, kind: "", search: "", shown: FLIPS_AT_ONCE }; // run 0: none yet
+
+/** @type {Flip[]} */
 let flipRows = [];
 
-function showFlips() {
-  const compared = DATA.runs.map((run, number) => ({ ...run, number })).filter(({ versus }) => versus?.difference);
+export function showFlips() {
+  const compared = DATA.runs
+    .map((run, number) => ({ ...run, number }))
+    .filter(({ versus }) => versus?.difference);
   const view = byId("flips");
   if (!compared.length) {
-    const why = DATA.runs.flatMap(({ name, versus }) => (versus?.words || []).map((text) => h("p", {}, h("b", {}, name), `: ${text}.`)));
-    view.append(h("div", { class: "empty" }, h("p", {}, "No run could be compared with the first one, answer by answer."), why));
+    const why = DATA.runs.flatMap(({ name, versus }) =>
+      (versus?.words || []).map((text) => h("p", {}, h("b", {}, name), `: ${text}.`)),
+    );
+    view.append(
+      h(
+        "div",
+        { class: "empty" },
+        h("p", {}, "No run could be compared with the first one, answer by answer."),
+        why,
+      ),
+    );
     return;
   }
   const settings = readAddress().settings;
   const asked = Number(settings.get("run") ?? NaN);
-  chosen.run = compared.some(({ number }) => number === asked) ? asked : chosen.run ?? compared[0].number;
-  chosen.kind = settings.get("kind") in KINDS ? settings.get("kind") : chosen.kind;
+  chosen.run = compared.some(({ number }) => number === asked)
+    ? asked
+    : chosen.run || compared[0].number;
+  const kind = settings.get("kind");
+  if (kind !== null && kind in KINDS) chosen.kind = kind;
   chosen.search = settings.get("q") || "";
   view.append(
     h(
@@ -31,11 +60,21 @@ function showFlips() {
           `${DATA.runs[0].name} against `,
           h(
             "select",
-            { id: "choose-run", onchange: (event) => changeFlips({ run: Number(event.target.value) }) },
-            compared.map(({ name, number }) => h("option", { value: number, selected: number === chosen.run }, name)),
+            {
+              id: "choose-run",
+              onchange: (event) => changeFlips({ run: Number(event.target.value) }),
+            },
+            compared.map(({ name, number }) =>
+              h("option", { value: number, selected: number === chosen.run }, name),
+            ),
           ),
         ),
-        h("div", { class: "choice", role: "group", "aria-label": "kind of flip", id: "flip-kinds" }),
+        h("div", {
+          class: "choice",
+          role: "group",
+          "aria-label": "kind of flip",
+          id: "flip-kinds",
+        }),
         h("input", {
           type: "search",
           id: "flip-search",
@@ -51,16 +90,20 @@ function showFlips() {
   loadFlips();
 }
 
-// From the table of runs.
-function chooseFlips(number) {
+/**
+ * From the table of runs.
+ * @param {number} number
+ */
+export function chooseFlips(number) {
   writeAddress("flips", { run: number });
-  if (shownViews.has("flips")) {
-    byId("choose-run").value = number;
+  if (byId("choose-run")) {
+    byId("choose-run").value = String(number);
     changeFlips({ run: number });
   } else chosen.run = number;
   openView("flips");
 }
 
+/** @param {Partial<typeof chosen>} change */
 function changeFlips(change) {
   const other = "run" in change && change.run !== chosen.run;
   Object.assign(chosen, { shown: FLIPS_AT_ONCE }, change);
@@ -71,7 +114,9 @@ function changeFlips(change) {
 
 async function loadFlips() {
   if (!CAN_UNPACK) {
-    byId("flip-list").replaceChildren(h("p", { class: "empty" }, "This browser cannot unpack the responses; a newer one can."));
+    byId("flip-list").replaceChildren(
+      h("p", { class: "empty" }, "This browser cannot unpack the responses; a newer one can."),
+    );
     return;
   }
   const run = chosen.run;
@@ -83,33 +128,56 @@ async function loadFlips() {
 
 function listFlips() {
   const { versus, name } = DATA.runs[chosen.run];
+  if (!versus) return;
   const wanted = chosen.search.toLowerCase();
-  const text = ({ id, question, gold, a, b }) => [id, question, gold, a.text, b.text].join("\n").toLowerCase();
-  const found = flipRows.filter((row) => (!chosen.kind || row.kind === chosen.kind) && (!wanted || text(row).includes(wanted)));
+  const text = (/** @type {Flip} */ { id, question, gold, a, b }) =>
+    [id, question, gold, a.text, b.text].join("\n").toLowerCase();
+  const found = flipRows.filter(
+    (row) => (!chosen.kind || row.kind === chosen.kind) && (!wanted || text(row).includes(wanted)),
+  );
+  /** @type {Record<string, number>} */
   const numbers = { "": flipRows.length, gained: versus.gained, lost: versus.lost };
   byId("flip-kinds").replaceChildren(
     ...Object.entries(KINDS).map(([kind, label]) =>
       h(
         "button",
-        { "data-kind": kind || "all", "aria-pressed": String(kind === chosen.kind), onclick: () => changeFlips({ kind }) },
+        {
+          "data-kind": kind || "all",
+          "aria-pressed": String(kind === chosen.kind),
+          onclick: () => changeFlips({ kind }),
+        },
         `${label} ${count(numbers[kind])}`,
       ),
     ),
   );
-  const [before, after] = versus.steps;
-  byId("flip-tally").textContent = `${plural(found.length, "problem")}; greedy answers at step ${before === after ? before : `${before} and ${after}`}`;
+  const [before, after] = versus.steps ?? [];
+  const steps = before === after ? before : `${before} and ${after}`;
+  byId("flip-tally").textContent =
+    `${plural(found.length, "problem")}; greedy answers at step ${steps}`;
   byId("flip-list").replaceChildren(
     ...found.slice(0, chosen.shown).map((row) => flipCard(row, name)),
     found.length
       ? ""
-      : h("p", { class: "empty" }, flipRows.length ? "No flip fits." : "No greedy answer flipped between these two runs."),
+      : h(
+          "p",
+          { class: "empty" },
+          flipRows.length ? "No flip fits." : "No greedy answer flipped between these two runs.",
+        ),
     found.length > chosen.shown
-      ? h("button", { class: "more", onclick: () => changeFlips({ shown: chosen.shown + FLIPS_AT_ONCE }) }, `${count(found.length - chosen.shown)} more`)
+      ? h(
+          "button",
+          { class: "more", onclick: () => changeFlips({ shown: chosen.shown + FLIPS_AT_ONCE }) },
+          `${count(found.length - chosen.shown)} more`,
+        )
       : "",
   );
   byId("flips").dataset.listed = `${chosen.run} ${chosen.kind} ${chosen.search} ${chosen.shown}`;
 }
 
+/**
+ * @param {Flip} row
+ * @param {string} name
+ */
 function flipCard(row, name) {
   return h(
     "article",
@@ -118,26 +186,46 @@ function flipCard(row, name) {
       "p",
       { class: "meta" },
       h("b", {}, row.id),
-      h("span", {}, row.kind === "gained" ? "solved by this run alone" : "solved by the first run alone"),
+      h(
+        "span",
+        {},
+        row.kind === "gained" ? "solved by this run alone" : "solved by the first run alone",
+      ),
       h("span", { class: "gold" }, h("span", {}, "gold"), h("code", {}, row.gold)),
     ),
-    row.question && h("div", { class: "question" }, questionText({ question: row.question, images: [] })),
+    row.question &&
+      h("div", { class: "question" }, questionText({ question: row.question, images: [] })),
     h("div", { class: "siblings" }, flipSide(DATA.runs[0].name, row.a), flipSide(name, row.b)),
   );
 }
 
+/**
+ * @param {string} name
+ * @param {FlipSide} side
+ */
 function flipSide(name, side) {
   const right = side.samples.filter(Boolean).length;
   const [sign, label] = OUTCOMES[side.verdict] || ["", side.verdict];
   return h(
     "div",
     { class: `response ${side.verdict}` },
-    h("header", {}, h("b", {}, name), h("span", { class: "badge" }, `${sign} ${label}`), h("span", {}, "answer ", h("b", {}, side.prediction || "none")), side.finish_reason === "length" && h("span", { class: "cut" }, "truncated")),
+    h(
+      "header",
+      {},
+      h("b", {}, name),
+      h("span", { class: "badge" }, `${sign} ${label}`),
+      h("span", {}, "answer ", h("b", {}, side.prediction || "none")),
+      side.finish_reason === "length" && h("span", { class: "cut" }, "truncated"),
+    ),
     h("div", { class: "text" }, side.text),
     h(
       "footer",
       {},
-      h("span", { class: "marks" }, side.samples.map((correct) => h("i", { class: correct ? "correct" : "wrong" }))),
+      h(
+        "span",
+        { class: "marks" },
+        side.samples.map((correct) => h("i", { class: correct ? "correct" : "wrong" })),
+      ),
       h("span", {}, `${right} of ${plural(side.samples.length, "sample")} right`),
     ),
   );

@@ -1,4 +1,17 @@
-// The flow: does it tell right from wrong, how much does it weigh, does it follow, and which tokens does it reward.
+// The flow: does it tell right from wrong, how much does it weigh, does it follow, and which tokens
+// does it reward.
+
+import { byId, glyph, h, parts, visible } from "./dom.js";
+import { inUnits, unitOf } from "./flow_tokens.js";
+import { count, figure, isNumber, percent, plural } from "./format.js";
+import { openRollout } from "./rollouts.js";
+import { SECTIONS, chartLines, runCharts } from "./run_charts.js";
+import { RUN } from "./run_data.js";
+import { readAddress, writeAddress } from "./tabs.js";
+import { CAN_UNPACK, unpack } from "./unpack.js";
+
+/** @import { TokenRow, TokenWindow, Verdict, YardstickData } from "./data" */
+/** @import { Child, Part, Queue, RunChart } from "./types" */
 
 const FLOW_CHARTS = [
   "Wrong strays further",
@@ -14,13 +27,10 @@ const FLOW_CHARTS = [
   "Flow gradient norm",
   "Offline fit",
 ];
+
 const TOKENS_SHOWN = 15; // of a window and sign, without a filter
 
-let flowShown = false;
-
-async function showFlow() {
-  if (flowShown) return;
-  flowShown = true;
+export async function showFlow() {
   const view = byId("flow");
   const health = RUN.flow;
   if (health.missing && !health.hasTokens && !health.yardstick) {
@@ -28,42 +38,64 @@ async function showFlow() {
     view.dataset.drawn = "true";
     return;
   }
+  /** @type {Queue<RunChart>} */
   const queue = [];
-  const charts = SECTIONS.flatMap((section) => section.charts).filter((chart) => FLOW_CHARTS.includes(chart.title));
-  const drawable = FLOW_CHARTS.map((title) => charts.find((chart) => chart.title === title)).filter((chart) => chartLines(chart).length);
+  const charts = SECTIONS.flatMap((section) => section.charts);
+  const drawable = FLOW_CHARTS.flatMap((title) =>
+    charts.filter((chart) => chart.title === title),
+  ).filter((chart) => chartLines(chart).length);
   view.append(
     verdictPanel(health.verdicts, health.missing),
     drawable.length ? h("h2", { class: "section" }, "Health of the field") : "",
     h(
       "div",
       { class: "grid" },
-      drawable.map((chart) => figureCard(chart, queue, flowReading(chart))),
+      drawable.map((chart) => runCharts.card(chart, queue, flowReading(chart))),
     ),
     health.yardstick ? yardstickPanel(health.yardstick) : "",
   );
-  drawQueue(queue, view);
+  runCharts.drawQueue(queue, view);
   await showTokens(view);
 }
 
+/** @param {RunChart} chart */
 function flowReading(chart) {
-  if (chart.source) return "Loss of the fit on expert solutions, before training; lower is a closer fit.";
+  if (chart.source)
+    return "Loss of the fit on expert solutions, before training; lower is a closer fit.";
   return chart.lines.map(([key]) => RUN.flow.readings[key]).find(Boolean);
 }
 
-// What the fit measured, on held-out tokens and on responses that it graded.
+/**
+ * What the fit measured, on held-out tokens and on responses that it graded.
+ * @param {YardstickData} yardstick
+ */
 function yardstickPanel({ source, rows, names, aucs, num_responses, accuracy }) {
+  /** @type {Record<string, string>} */
   const times = { reward: "of the reward", fit: "random, as in the fit" };
   const deviations = plainTable(
     "held-out",
-    [["Layer", ""], ["Times", ""], ...names.map((name) => [name, "num"])],
+    [
+      ["Layer", ""],
+      ["Times", ""],
+      ...names.map((name) => /** @type {[string, string]} */ ([name, "num"])),
+    ],
     rows.map(({ layer, at, values }) => {
       const least = Math.min(...names.map((name) => values[name]).filter(isNumber));
-      return [layer === -1 ? "all" : String(layer), times[at], ...names.map((name) => numberCell(values[name], least))];
+      return [
+        layer === -1 ? "all" : String(layer),
+        times[at],
+        ...names.map((name) => numberCell(values[name], least)),
+      ];
     }),
   );
   const probed = plainTable(
     "probed",
-    [["Wrong siblings have more", ""], ["AUC", "num"], ["95 % interval", "num"], ["Pairs", "num"]],
+    [
+      ["Wrong siblings have more", ""],
+      ["AUC", "num"],
+      ["95 % interval", "num"],
+      ["Pairs", "num"],
+    ],
     aucs.map(({ name, auc, low, high, pairs }) => [
       name,
       auc.toFixed(2),
@@ -71,35 +103,60 @@ function yardstickPanel({ source, rows, names, aucs, num_responses, accuracy }) 
       isNumber(pairs) ? count(pairs) : "–",
     ]),
   );
-  const graded = isNumber(num_responses) && `${plural(num_responses, "response")}${isNumber(accuracy) ? `, ${percent(accuracy)} right` : ""}`;
+  const right = isNumber(accuracy) ? `, ${percent(accuracy)} right` : "";
+  const graded = isNumber(num_responses) && `${plural(num_responses, "response")}${right}`;
   return h(
     "div",
     { id: "yardstick" },
-    h("h2", { class: "section" }, "The fit, before training ", h("small", {}, h("code", {}, source))),
+    h(
+      "h2",
+      { class: "section" },
+      "The fit, before training ",
+      h("small", {}, h("code", {}, source)),
+    ),
     rows.length > 0 &&
       h(
         "div",
         { class: "card" },
-        h("p", { class: "reading" }, "Held-out deviation of the field beside velocities that need none; lower is a closer fit, the least is bold."),
+        h(
+          "p",
+          { class: "reading" },
+          "Held-out deviation of the field beside velocities that need none; lower is a closer " +
+            "fit, the least is bold.",
+        ),
         h("div", { class: "wide-table" }, deviations),
       ),
     aucs.length > 0 &&
       h(
         "div",
         { class: "card" },
-        h("p", { class: "reading" }, "Does it tell right from wrong? 0.5: no better than chance.", graded && ` ${graded}.`),
+        h(
+          "p",
+          { class: "reading" },
+          "Does it tell right from wrong? 0.5: no better than chance.",
+          graded && ` ${graded}.`,
+        ),
         h("div", { class: "wide-table" }, probed),
       ),
   );
 }
 
+/**
+ * @param {number | null | undefined} value
+ * @param {number} least
+ */
 function numberCell(value, least) {
   const text = figure(isNumber(value) ? Number(value.toPrecision(3)) : value);
   return value === least ? h("b", {}, text) : text;
 }
 
+/**
+ * @param {string} name
+ * @param {[string, string][]} titles
+ * @param {Child[][]} rows
+ */
 function plainTable(name, titles, rows) {
-  const line = (tag, cells) =>
+  const line = (/** @type {string} */ tag, /** @type {Child[]} */ cells) =>
     h(
       "tr",
       {},
@@ -124,25 +181,40 @@ function plainTable(name, titles, rows) {
   );
 }
 
-// Lines that follow from the data, the most telling first.
-function verdictPanel(verdicts, otherwise) {
+/**
+ * Lines that follow from the data, the most telling first.
+ * @param {Verdict[]} verdicts
+ * @param {string} [otherwise]
+ */
+export function verdictPanel(verdicts, otherwise) {
   const signs = { good: "✓", bad: "!", plain: "·", none: "?" };
   return h(
     "div",
     { class: "card verdict-lines" },
     verdicts.length
-      ? verdicts.map(({ level, text }) => h("p", { class: `said-${level}` }, h("i", { "aria-hidden": "true" }, signs[level]), h("span", {}, text)))
+      ? verdicts.map(({ level, text }) =>
+          h(
+            "p",
+            { class: `said-${level}` },
+            h("i", { "aria-hidden": "true" }, signs[level]),
+            h("span", {}, text),
+          ),
+        )
       : h("p", { class: "said-none" }, otherwise),
   );
 }
 
+/** @param {Part} view */
 async function showTokens(view) {
   view.append(h("h2", { class: "section" }, "Tokens"));
   if (!RUN.flow.hasTokens || !CAN_UNPACK) {
-    const why = CAN_UNPACK ? "No token has a flow reward in the logged rollouts." : "This browser cannot unpack the tokens: use one of 2023 or later.";
+    const why = CAN_UNPACK
+      ? "No token has a flow reward in the logged rollouts."
+      : "This browser cannot unpack the tokens: use one of 2023 or later.";
     view.append(h("p", { class: "empty", id: "tokens" }, why));
     return;
   }
+  /** @type {TokenWindow[]} */
   const windows = await unpack("flow-tokens");
   const tables = h("div", { id: "tokens" });
   const filter = h("input", {
@@ -165,41 +237,70 @@ async function showTokens(view) {
         "span",
         { class: "hint" },
         RUN.flow.missing ? "Token rewards, which shaping gave (there is no flow)," : "Flow rewards",
-        " of all logged responses, summed by token and ranked within each part of the run. n: occurrences; mean: reward per occurrence, ",
+        " of all logged responses, summed by token and ranked within each part of the run. n: " +
+          "occurrences; mean: reward per occurrence, ",
         `in units of ${figure(unitOf(windows))}; `,
-        "right: share of the right responses that contain the token. Click one to see it in a response.",
+        "right: share of the right responses that contain the token. Click one to see it in a " +
+          "response.",
         RUN.flow.approximate && " There are so many different tokens that rare ones were left out.",
       ),
     ),
     tables,
   );
-  tables.onpointerover = (event) => sameTokens(tables, event.target.closest("tr[data-token]"));
+  tables.onpointerover = ({ target }) =>
+    sameTokens(tables, /** @type {Part} */ (target).closest("tr[data-token]"));
   tables.onpointerleave = () => sameTokens(tables, null);
   drawTokens(tables, windows, filter.value);
 }
 
+/**
+ * @param {Part} tables
+ * @param {TokenWindow[]} windows
+ * @param {string} filter
+ */
 function drawTokens(tables, windows, filter) {
   const text = filter.trim().toLowerCase();
-  const most = Math.max(...windows.flatMap(({ rewarded, penalised }) => [...rewarded, ...penalised].map(({ reward }) => Math.abs(reward))));
-  const signs = [
+  const most = Math.max(
+    ...windows.flatMap(({ rewarded, penalised }) =>
+      [...rewarded, ...penalised].map(({ reward }) => Math.abs(reward)),
+    ),
+  );
+  /** @type {["rewarded" | "penalised", string][]} */
+  const titles = [
     ["rewarded", "Most rewarded"],
     ["penalised", "Most penalised"],
-  ].filter(([sign]) => windows.some((part) => part[sign].length));
+  ];
+  const signs = titles.filter(([sign]) => windows.some((part) => part[sign].length));
   const unit = unitOf(windows);
   const all = signs.map(([sign, title]) => {
-    const parts = windows.map((part) => ({ ...part, rows: part[sign].filter(({ token }) => token.toLowerCase().includes(text)) }));
+    const parts = windows.map((part) => ({
+      ...part,
+      rows: part[sign].filter(({ token }) => token.toLowerCase().includes(text)),
+    }));
     return [
-      h("h3", {}, title, h("small", {}, text ? ` with “${filter.trim()}”` : ` ${TOKENS_SHOWN} of each part`)),
+      h(
+        "h3",
+        {},
+        title,
+        h("small", {}, text ? ` with “${filter.trim()}”` : ` ${TOKENS_SHOWN} of each part`),
+      ),
       h(
         "div",
         { class: `windows ${sign}` },
-        parts.map((part) => tokenTable(part, sign, most, unit, windows.at(-1).last)),
+        parts.map((part) => tokenTable(part, sign, most, unit, windows[windows.length - 1].last)),
       ),
     ];
   });
   tables.replaceChildren(...all.flat());
 }
 
+/**
+ * @param {{ first: number, last: number, rows: TokenRow[] }} window
+ * @param {string} sign
+ * @param {number} most
+ * @param {number} unit
+ * @param {number} end
+ */
 function tokenTable({ first, last, rows }, sign, most, unit, end) {
   const shown = rows.slice(0, TOKENS_SHOWN);
   const titles = [
@@ -211,7 +312,12 @@ function tokenTable({ first, last, rows }, sign, most, unit, end) {
   return h(
     "div",
     { class: "card token-table" },
-    h("h4", {}, first === last ? `step ${first}` : `steps ${first}–${last}`, last === end && h("small", {}, " latest")),
+    h(
+      "h4",
+      {},
+      first === last ? `step ${first}` : `steps ${first}–${last}`,
+      last === end && h("small", {}, " latest"),
+    ),
     shown.length
       ? h(
           "table",
@@ -232,22 +338,42 @@ function tokenTable({ first, last, rows }, sign, most, unit, end) {
           ),
         )
       : h("p", { class: "empty" }, "none"),
-    rows.length > shown.length && h("p", { class: "hint" }, `and ${count(rows.length - shown.length)} more: filter to find one`),
+    rows.length > shown.length &&
+      h(
+        "p",
+        { class: "hint" },
+        `and ${count(rows.length - shown.length)} more: filter to find one`,
+      ),
   );
 }
 
+/**
+ * @param {TokenRow} row
+ * @param {string} sign
+ * @param {number} most
+ * @param {number} unit
+ */
 function tokenRow({ token, reward, count: number, in_right, in_wrong, place }, sign, most, unit) {
-  const where = place.on_page ? "click: a response with it" : `in rollouts/ of step ${place.step}; not on this page`;
+  const where = place.on_page
+    ? "click: a response with it"
+    : `in rollouts/ of step ${place.step}; not on this page`;
   const row = h(
     "tr",
     {
       "data-token": token,
-      title: `sum ${figure(reward, true)} over ${plural(number, "occurrence")}; in ${percent(in_right)} of right and ${percent(in_wrong)} of wrong responses; ${where}`,
+      title:
+        `sum ${figure(reward, true)} over ${plural(number, "occurrence")}; in ` +
+        `${percent(in_right)} of right and ${percent(in_wrong)} of wrong responses; ` +
+        `${where}`,
     },
     h(
       "td",
       {},
-      h("button", { class: "chip", disabled: !place.on_page, onclick: () => openRollout(place) }, tokenLabel(token)),
+      h(
+        "button",
+        { class: "chip", disabled: !place.on_page, onclick: () => openRollout(place) },
+        tokenLabel(token),
+      ),
     ),
     h("td", { class: "num" }, count(number)),
     h("td", { class: "num" }, inUnits(reward / number, unit)),
@@ -260,27 +386,30 @@ function tokenRow({ token, reward, count: number, in_right, in_wrong, place }, s
   return row;
 }
 
-// On one line, with signs for spaces at its ends, line breaks and tabs.
+/**
+ * On one line, with signs for spaces at its ends, line breaks and tabs.
+ * @param {string} token
+ * @returns {Child}
+ */
 function tokenLabel(token) {
   if (token === "") return glyph("∅");
-  const [, before, body, after] = token.match(/^( *)(.*?)( *)$/s);
-  const lines = body.split("\n").flatMap((line, at) => [at > 0 && glyph("⏎"), line && visible(line, true)]);
-  return [before && glyph("␣".repeat(before.length)), ...lines, after && glyph("␣".repeat(after.length))];
+  const [, before, body, after] = token.match(/^( *)(.*?)( *)$/s) ?? ["", "", token, ""];
+  const lines = body
+    .split("\n")
+    .flatMap((line, at) => [at > 0 && glyph("⏎"), line && visible(line, true)]);
+  return [
+    before && glyph("␣".repeat(before.length)),
+    ...lines,
+    after && glyph("␣".repeat(after.length)),
+  ];
 }
 
-// The power of ten of means, so that the columns hold two decimals.
-function unitOf(windows) {
-  const means = windows.flatMap(({ rewarded, penalised }) => [...rewarded, ...penalised].map(({ reward, count }) => Math.abs(reward / count)));
-  return 10 ** Math.floor(Math.log10(Math.max(...means.filter(Number.isFinite), 1e-12)));
-}
-
-function inUnits(value, unit) {
-  if (!Number.isFinite(value)) return "–";
-  const text = Math.abs(value / unit).toFixed(2);
-  return `${value < 0 ? "−" : "+"}${text}`;
-}
-
-// The token under the pointer, in all parts of the run.
+/**
+ * The token under the pointer, in all parts of the run.
+ * @param {Part} tables
+ * @param {Part | null} chosen
+ */
 function sameTokens(tables, chosen) {
-  for (const row of tables.querySelectorAll("tr[data-token]")) row.classList.toggle("same", row.dataset.token === chosen?.dataset.token);
+  for (const row of parts(tables, "tr[data-token]"))
+    row.classList.toggle("same", row.dataset.token === chosen?.dataset.token);
 }

@@ -1,9 +1,27 @@
 // One group: its pictures and question, and its responses as tokens, side by side.
 
+import { attributable } from "./attribution.js";
+import { byId, glyph, h, visible } from "./dom.js";
+import { figure, plural } from "./format.js";
+import { searchHits } from "./rollout_filters.js";
+import { browser, traces } from "./rollout_store.js";
+import { shadeText, showTooltip } from "./shading.js";
+import { picture, questionText } from "./shared.js";
+
+/** @import { ResponseTokens } from "./data" */
+/** @import { Group, Part, Response } from "./types" */
+
 const TOKENS_AT_FIRST = 400; // of a response; the rest on request
+
+/** @type {Record<string, string>} */
 const VERDICTS = { correct: "✓ correct", wrong: "✗ wrong", error: "? not graded" };
 
-function groupCard(group, shown, tokens) {
+/**
+ * @param {Group} group
+ * @param {number[]} shown
+ * @param {ResponseTokens[]} tokens
+ */
+export function groupCard(group, shown, tokens) {
   const total = group.responses.length;
   const siblings = h(
     "div",
@@ -53,10 +71,12 @@ function groupCard(group, shown, tokens) {
   return attributable(card, tokens);
 }
 
+/** @param {Response} response */
 function verdictClass(response) {
   return Object.hasOwn(VERDICTS, response.verdict) ? response.verdict : "error";
 }
 
+/** @param {Group} group */
 function tallyMarks(group) {
   return h(
     "span",
@@ -65,14 +85,25 @@ function tallyMarks(group) {
   );
 }
 
+/**
+ * @param {Response} response
+ * @param {ResponseTokens} trace
+ */
 function responseCard(response, trace) {
   const parts = Object.entries(response.parts)
     .map(([name, value]) => `${name} ${figure(value)}`)
     .join(", ");
-  const number = (label, value, title) => value !== "–" && h("span", { title }, `${label} `, h("b", {}, value));
+  /**
+   * @param {string} label
+   * @param {string} value
+   * @param {string | null} title
+   */
+  const number = (label, value, title) =>
+    value !== "–" && h("span", { title }, `${label} `, h("b", {}, value));
   const text = h("div", { class: "text", dir: "auto" });
   fillText(text, response, trace, TOKENS_AT_FIRST);
-  const version = response.version === null ? "" : `, sampled by policy version ${response.version}`;
+  const version =
+    response.version === null ? "" : `, sampled by policy version ${response.version}`;
   return h(
     "section",
     { class: `response ${verdictClass(response)}` },
@@ -82,7 +113,9 @@ function responseCard(response, trace) {
       h(
         "span",
         { class: "badge", title: response.reason || null },
-        Object.hasOwn(VERDICTS, response.verdict) ? VERDICTS[response.verdict] : `? ${response.verdict || "no verdict"}`,
+        Object.hasOwn(VERDICTS, response.verdict)
+          ? VERDICTS[response.verdict]
+          : `? ${response.verdict || "no verdict"}`,
       ),
       number("reward", figure(response.reward), parts || null),
       number("advantage", figure(response.advantage, true), "mean over the tokens"),
@@ -91,20 +124,39 @@ function responseCard(response, trace) {
     h(
       "footer",
       {},
-      response.prediction !== "" && h("span", { title: "the answer as the grader read it" }, "read as ", h("b", {}, response.prediction)),
+      response.prediction !== "" &&
+        h(
+          "span",
+          { title: "the answer as the grader read it" },
+          "read as ",
+          h("b", {}, response.prediction),
+        ),
       h(
         "span",
         { class: response.finish === "length" ? "cut" : "" },
-        [plural(response.numTokens, "token"), response.finish === "length" ? "truncated" : response.finish].filter(Boolean).join(", "),
+        [
+          plural(response.numTokens, "token"),
+          response.finish === "length" ? "truncated" : response.finish,
+        ]
+          .filter(Boolean)
+          .join(", "),
       ),
       response.flowReward !== null &&
-        number("flow", figure(response.flowReward, true), `sum over ${plural(response.numFlowTokens, "token")} with a flow reward`),
+        number(
+          "flow",
+          figure(response.flowReward, true),
+          `sum over ${plural(response.numFlowTokens, "token")} with a flow reward`,
+        ),
     ),
   );
 }
 
-const traces = new WeakMap(); // text element -> the tokens and traces it shows
-
+/**
+ * @param {Part} element
+ * @param {Response} response
+ * @param {ResponseTokens | undefined} trace
+ * @param {number} limit
+ */
 function fillText(element, response, trace, limit) {
   if (!trace || !trace.tokens.length) {
     element.replaceChildren(visible(response.text));
@@ -112,13 +164,13 @@ function fillText(element, response, trace, limit) {
   }
   traces.set(element, trace);
   if (trace.attention) element.tabIndex = 0; // arrow keys go from token to token
-  const hits = searchHits(trace.tokens);
+  const hits = searchHits(trace.tokens, browser.settings.search);
   const shown = Math.min(limit, trace.tokens.length);
   const nodes = [];
   for (let at = 0; at < shown; at++) {
     const node = document.createElement("span");
     node.className = hits.has(at) ? "token hit" : "token";
-    node.dataset.at = at;
+    node.dataset.at = String(at);
     node.append(visibleToken(trace.tokens[at]));
     nodes.push(node);
   }
@@ -133,31 +185,16 @@ function fillText(element, response, trace, limit) {
   }
   element.replaceChildren(...nodes);
   shadeText(element);
-  element.onpointerover = showTooltip;
+  element.onpointerover = /** @type {(event: any) => void} */ (showTooltip);
   element.onpointerleave = () => {
     byId("tooltip").hidden = true;
   };
 }
 
-// Positions of the tokens in which the searched text occurs.
-function searchHits(tokens) {
-  const hits = new Set();
-  const text = browser.settings.search.trim().toLowerCase();
-  if (!text) return hits;
-  const starts = [];
-  let joined = "";
-  for (const token of tokens) {
-    starts.push(joined.length);
-    joined += token.toLowerCase();
-  }
-  starts.push(joined.length);
-  for (let from = joined.indexOf(text); from >= 0; from = joined.indexOf(text, from + text.length)) {
-    for (let at = 0; at < tokens.length; at++) if (starts[at] < from + text.length && starts[at + 1] > from) hits.add(at);
-  }
-  return hits;
-}
-
-// A token that is nothing but white space gets signs.
+/**
+ * A token that is nothing but white space gets signs.
+ * @param {string} token
+ */
 function visibleToken(token) {
   if (token === "") return glyph("∅");
   if (/^ +$/.test(token)) return glyph("␣".repeat(token.length));

@@ -1,4 +1,18 @@
-// Latents: where responses lie among each other, drawn on a canvas, and whether right and wrong ones lie apart.
+// Latents: where responses lie among each other, drawn on a canvas, and whether right and wrong
+// ones lie apart.
+
+import { byId, css, h } from "./dom.js";
+import { verdictPanel } from "./flow.js";
+import { count, figure, percent, plural } from "./format.js";
+import { latentFrames, span, trail } from "./frames.js";
+import { openRollout } from "./rollouts.js";
+import { chartLines, runCharts } from "./run_charts.js";
+import { RUN } from "./run_data.js";
+import { readAddress, writeAddress } from "./tabs.js";
+import { CAN_UNPACK, unpack } from "./unpack.js";
+
+/** @import { LatentPoints } from "./data" */
+/** @import { Frame, PageEvent, Queue, Range, RunChart } from "./types" */
 
 const KINDS = [
   // by verdict code: name, hue, shape
@@ -6,6 +20,8 @@ const KINDS = [
   ["wrong", "--series-2", "cross"],
   ["not graded", "--muted", "square"],
 ];
+
+/** @type {RunChart[]} */
 const LATENT_CHARTS = [
   {
     title: "Right and wrong lie apart",
@@ -16,7 +32,9 @@ const LATENT_CHARTS = [
       ["auc_in_group", "siblings"],
     ],
     level: 0.5,
-    reading: "How often a right response lies further along the line than a wrong one of its step; 0.5: no better than chance. A step needs 5 of each.",
+    reading:
+      "How often a right response lies further along the line than a wrong one of its step; " +
+      "0.5: no better than chance. A step needs 5 of each.",
   },
   {
     title: "Drift of the centroid",
@@ -27,34 +45,77 @@ const LATENT_CHARTS = [
       ["drift", "from the first steps"],
       ["drift_chance", "by the draw of questions alone"],
     ],
-    reading: "How far the middle of a step's responses is from that of the first steps; below the second line it may be chance.",
+    reading:
+      "How far the middle of a step's responses is from that of the first steps; below the " +
+      "second line it may be chance.",
   },
 ];
-const FRAMES = 60; // positions of the slider, at most
+
 const FRAME_MS = 220;
-const TRAIL = 8; // frames that a mean is taken over
+
 const REACH = 14; // pixels around the pointer
 
-const map = { points: null, frames: [], at: 0, playing: 0, all: true, centre: [0, 0], extent: [1, 1] };
-let latentsShown = false;
+/** @type {LatentPoints} */
+const NO_POINTS = {
+  ...{ x: [], y: [], step: [], verdict: [], group: [], response: [] },
+  ...{ reward: [], prediction: [], question: [], questions: [] },
+};
 
-async function showLatents() {
-  if (latentsShown) return;
-  latentsShown = true;
+/**
+ * @type {{
+ *   points: LatentPoints,
+ *   frames: Frame[],
+ *   at: number,
+ *   playing: ReturnType<typeof setInterval> | undefined,
+ *   all: boolean,
+ *   centre: Range,
+ *   extent: Range,
+ * }}
+ */
+const map = {
+  points: NO_POINTS,
+  frames: [],
+  at: 0,
+  playing: undefined,
+  all: true,
+  centre: [0, 0],
+  extent: [1, 1],
+};
+
+export async function showLatents() {
   const view = byId("latents");
-  const { missing, explained, numResponses, numPoints, verdicts } = RUN.latents;
-  if (missing || !CAN_UNPACK) {
-    view.append(h("p", { class: "empty" }, missing || "This browser cannot unpack the latents: use one of 2023 or later."));
+  if ("missing" in RUN.latents || !CAN_UNPACK) {
+    const missing = "missing" in RUN.latents && RUN.latents.missing;
+    view.append(
+      h(
+        "p",
+        { class: "empty" },
+        missing || "This browser cannot unpack the latents: use one of 2023 or later.",
+      ),
+    );
     view.dataset.drawn = "true";
     return;
   }
   [map.points] = await unpack("latent-points");
-  map.frames = latentFrames();
+  const { explained, numResponses, numPoints, verdicts } = RUN.latents;
+  map.frames = latentFrames(map.points);
+  const [across, up] = [span(map.points.x), span(map.points.y)];
+  map.centre = [across.centre, up.centre];
+  map.extent = [across.extent, up.extent];
   const wanted = Number(readAddress().settings.get("step") ?? Infinity);
-  map.at = Math.max(0, map.frames.findLastIndex(({ first }) => first <= wanted));
+  map.at = Math.max(
+    0,
+    map.frames.findLastIndex(({ first }) => first <= wanted),
+  );
+  /** @type {Queue<RunChart>} */
   const queue = [];
-  const curves = LATENT_CHARTS.filter((chart) => chartLines(chart).length).map((chart) => figureCard(chart, queue, chart.reading));
-  const shown = numPoints < numResponses ? `${count(numPoints)} of ${plural(numResponses, "logged response")}` : plural(numResponses, "logged response");
+  const curves = LATENT_CHARTS.filter((chart) => chartLines(chart).length).map((chart) =>
+    runCharts.card(chart, queue, chart.reading),
+  );
+  const shown =
+    numPoints < numResponses
+      ? `${count(numPoints)} of ${plural(numResponses, "logged response")}`
+      : plural(numResponses, "logged response");
   view.append(
     verdictPanel(verdicts),
     h(
@@ -66,7 +127,12 @@ async function showLatents() {
         h(
           "figcaption",
           {},
-          h("h3", {}, "Responses in latent space", h("small", {}, ` ${shown}; the two directions of most variance, fixed for the run`)),
+          h(
+            "h3",
+            {},
+            "Responses in latent space",
+            h("small", {}, ` ${shown}; the two directions of most variance, fixed for the run`),
+          ),
         ),
         mapKey(),
         h("canvas", {
@@ -77,7 +143,11 @@ async function showLatents() {
           onpointerleave: hidePoint,
           onclick: openPoint,
         }),
-        h("p", { class: "hint axes" }, `→ ${percent(explained[0])} of the variance · ↑ ${percent(explained[1])}`),
+        h(
+          "p",
+          { class: "hint axes" },
+          `→ ${percent(explained[0])} of the variance · ↑ ${percent(explained[1])}`,
+        ),
         frameBar(),
       ),
       h("div", { class: "latent-curves" }, curves),
@@ -86,33 +156,7 @@ async function showLatents() {
   new ResizeObserver(drawMap).observe(byId("latent-map"));
   matchMedia("(prefers-color-scheme: dark)").addEventListener("change", drawMap);
   chooseFrame(map.at);
-  drawQueue(queue, view);
-}
-
-// Windows of steps, one after the other, as many as the slider has positions; and the sums over right and over wrong answers in each.
-function latentFrames() {
-  const { step, x, y, verdict } = map.points;
-  const steps = [...new Set(step)];
-  const each = Math.ceil(steps.length / FRAMES);
-  const frames = [];
-  for (let at = 0; at < steps.length; at += each) frames.push({ first: steps[at], last: steps[Math.min(at + each, steps.length) - 1], points: [] });
-  const frameOf = new Map(steps.map((name, at) => [name, frames[Math.floor(at / each)]]));
-  step.forEach((name, at) => frameOf.get(name).points.push(at));
-  for (const frame of frames) {
-    frame.sums = [0, 1].map((code) => {
-      const members = frame.points.filter((at) => verdict[at] === code);
-      return [members.length, sum(members.map((at) => x[at])), sum(members.map((at) => y[at]))];
-    });
-  }
-  // The middle and half of the extent without the outermost percent, so that one stray response does not make specks of the others.
-  const range = (values) => {
-    const sorted = values.slice().sort((a, b) => a - b);
-    return [sorted[Math.floor(0.005 * (sorted.length - 1))], sorted[Math.ceil(0.995 * (sorted.length - 1))]];
-  };
-  const [[left, right], [low, high]] = [range(x), range(y)];
-  map.centre = [(left + right) / 2, (low + high) / 2];
-  map.extent = [Math.max(right - left, 1e-9), Math.max(high - low, 1e-9)];
-  return frames;
+  runCharts.drawQueue(queue, view);
 }
 
 function mapKey() {
@@ -126,7 +170,12 @@ function mapKey() {
       sign.style.color = `var(${hue})`;
       return h("span", {}, sign, label);
     }),
-    h("span", {}, h("i", { class: "shape ring" }), "mean of the last right and wrong answers, and its way"),
+    h(
+      "span",
+      {},
+      h("i", { class: "shape ring" }),
+      "mean of the last right and wrong answers, and its way",
+    ),
   );
 }
 
@@ -181,33 +230,41 @@ function play() {
 function stopPlaying() {
   if (map.playing) rememberFrame();
   clearInterval(map.playing);
-  map.playing = 0;
+  map.playing = undefined;
   byId("latent-play").textContent = "▶ Play";
 }
 
 // The address holds the first of the steps shown; none for the latest.
 function rememberFrame() {
   if (byId("latents").hidden) return;
-  writeAddress("latents", { step: map.at < map.frames.length - 1 ? map.frames[map.at].first : null });
+  writeAddress("latents", {
+    step: map.at < map.frames.length - 1 ? map.frames[map.at].first : null,
+  });
 }
 
+/** @param {number} at */
 function chooseFrame(at) {
   map.at = at;
   const { first, last, points } = map.frames[at];
-  byId("latent-step").value = at;
-  byId("latent-frame").textContent = `${first === last ? `step ${first}` : `steps ${first}–${last}`} · ${plural(points.length, "response")}`;
+  byId("latent-step").value = String(at);
+  const steps = first === last ? `step ${first}` : `steps ${first}–${last}`;
+  byId("latent-frame").textContent = `${steps} · ${plural(points.length, "response")}`;
   hidePoint();
   drawMap();
 }
 
-// Where a point of the plane lies on the canvas, in CSS pixels; the same scale along both axes.
+/**
+ * Where a point of the plane lies on the canvas, in CSS pixels; the same scale along both axes.
+ * @param {Range} place
+ * @returns {Range}
+ */
 function onMap([x, y]) {
   const { clientWidth: width, clientHeight: height } = byId("latent-map");
   const scale = 0.9 * Math.min(width / map.extent[0], height / map.extent[1]);
   return [width / 2 + scale * (x - map.centre[0]), height / 2 - scale * (y - map.centre[1])];
 }
 
-const pointPlace = (at) => onMap([map.points.x[at], map.points.y[at]]);
+const pointPlace = (/** @type {number} */ at) => onMap([map.points.x[at], map.points.y[at]]);
 
 function drawMap() {
   const canvas = byId("latent-map");
@@ -216,6 +273,7 @@ function drawMap() {
   canvas.width = ratio * canvas.clientWidth;
   canvas.height = ratio * canvas.clientHeight;
   const pen = canvas.getContext("2d");
+  if (!pen) return;
   pen.scale(ratio, ratio);
   pen.lineWidth = 1.6;
   const { verdict } = map.points;
@@ -223,15 +281,25 @@ function drawMap() {
   const now = new Set(map.frames[map.at].points);
   if (map.all) {
     pen.globalAlpha = 0.13;
-    for (let at = 0; at < verdict.length; at++) if (!now.has(at)) drawPoint(pen, KINDS[verdict[at]][2], pointPlace(at), hues[verdict[at]], 2.4);
+    for (let at = 0; at < verdict.length; at++)
+      if (!now.has(at))
+        drawPoint(pen, KINDS[verdict[at]][2], pointPlace(at), hues[verdict[at]], 2.4);
   }
   pen.globalAlpha = 0.85;
-  for (const at of now) drawPoint(pen, KINDS[verdict[at]][2], pointPlace(at), hues[verdict[at]], 3.6);
+  for (const at of now)
+    drawPoint(pen, KINDS[verdict[at]][2], pointPlace(at), hues[verdict[at]], 3.6);
   pen.globalAlpha = 1;
   for (const code of [1, 0]) drawTrail(pen, code, hues[code]);
   canvas.dataset.shown = String(now.size);
 }
 
+/**
+ * @param {CanvasRenderingContext2D} pen
+ * @param {string} shape
+ * @param {Range} place
+ * @param {string} hue
+ * @param {number} size
+ */
 function drawPoint(pen, shape, [x, y], hue, size) {
   pen.fillStyle = pen.strokeStyle = hue;
   pen.beginPath();
@@ -247,19 +315,19 @@ function drawPoint(pen, shape, [x, y], hue, size) {
   } else pen.strokeRect(x - size, y - size, 2 * size, 2 * size);
 }
 
-// The way of a mean up to the steps shown, at each place over TRAIL frames, and a large mark at its end.
+/**
+ * The way of a mean up to the steps shown, and a large mark at its end.
+ * @param {CanvasRenderingContext2D} pen
+ * @param {number} code
+ * @param {string} hue
+ */
 function drawTrail(pen, code, hue) {
-  const way = [];
-  for (let at = 0; at <= map.at; at++) {
-    const near = map.frames.slice(Math.max(0, at + 1 - TRAIL), at + 1).map(({ sums }) => sums[code]);
-    const [number, x, y] = [0, 1, 2].map((part) => sum(near.map((sums) => sums[part])));
-    if (number >= 2) way.push(onMap([x / number, y / number]));
-  }
+  const way = trail(map.frames, map.at, code).map(onMap);
   if (!way.length) return;
   pen.lineJoin = "round";
-  for (const [colour, width] of [
-    [css("--card"), 4.5],
-    [hue, 2],
+  for (const { colour, width } of [
+    { colour: css("--card"), width: 4.5 },
+    { colour: hue, width: 2 },
   ]) {
     pen.strokeStyle = colour;
     pen.lineWidth = width;
@@ -267,7 +335,7 @@ function drawTrail(pen, code, hue) {
     way.forEach(([x, y], at) => (at ? pen.lineTo(x, y) : pen.moveTo(x, y)));
     pen.stroke();
   }
-  const [x, y] = way.at(-1);
+  const [x, y] = way[way.length - 1];
   pen.fillStyle = hue;
   pen.strokeStyle = css("--card");
   pen.lineWidth = 2.5;
@@ -276,31 +344,52 @@ function drawTrail(pen, code, hue) {
   else pen.rect(x - 8, y - 8, 16, 16);
   pen.fill();
   pen.stroke();
-  drawPoint(Object.assign(pen, { lineWidth: 2 }), code === 0 ? "disc" : "cross", [x, y], css("--card"), code === 0 ? 2.5 : 3.5);
+  drawPoint(
+    Object.assign(pen, { lineWidth: 2 }),
+    code === 0 ? "disc" : "cross",
+    [x, y],
+    css("--card"),
+    code === 0 ? 2.5 : 3.5,
+  );
   pen.lineWidth = 1.6;
 }
 
-// The point of the shown steps nearest to the pointer.
+/**
+ * The point of the shown steps nearest to the pointer.
+ * @param {PageEvent} event
+ */
 function pointAt(event) {
   const box = byId("latent-map").getBoundingClientRect();
-  const distance = (at) => {
+  const distance = (/** @type {number} */ at) => {
     const [x, y] = pointPlace(at);
     return Math.hypot(x - (event.clientX - box.left), y - (event.clientY - box.top));
   };
-  let [nearest, least] = [null, REACH];
-  for (const at of map.frames[map.at].points) if (distance(at) < least) [nearest, least] = [at, distance(at)];
+  /** @type {number | null} */
+  let nearest = null;
+  let least = REACH;
+  for (const at of map.frames[map.at].points)
+    if (distance(at) < least) [nearest, least] = [at, distance(at)];
   return nearest;
 }
 
+/** @param {PageEvent} event */
 function showPoint(event) {
   const at = pointAt(event);
-  if (at === null) return hidePoint();
+  if (at === null) {
+    hidePoint();
+    return;
+  }
   const { points } = map;
-  const row = (label, value) => h("tr", {}, h("td", {}, label), h("td", {}, value));
+  const row = (/** @type {string} */ label, /** @type {string} */ value) =>
+    h("tr", {}, h("td", {}, label), h("td", {}, value));
   const tip = byId("tooltip");
   tip.hidden = false;
   tip.replaceChildren(
-    h("p", { class: "asked-here", dir: "auto" }, points.questions[points.question[at]].replaceAll("<image>", "▣ ") || "no question"),
+    h(
+      "p",
+      { class: "asked-here", dir: "auto" },
+      points.questions[points.question[at]].replaceAll("<image>", "▣ ") || "no question",
+    ),
     h(
       "table",
       {},
@@ -313,12 +402,17 @@ function showPoint(event) {
         row("reward", figure(points.reward[at])),
       ),
     ),
-    h("p", {}, points.group[at] === null ? "not on this page: see the folder rollouts/" : "click to read it"),
+    h(
+      "p",
+      {},
+      points.group[at] === null ? "not on this page: see the folder rollouts/" : "click to read it",
+    ),
   );
   const left = Math.min(event.clientX + 16, innerWidth - tip.offsetWidth - 8);
   tip.style.left = `${left + scrollX}px`;
   const below = event.clientY + 16;
-  tip.style.top = `${(below + tip.offsetHeight < innerHeight ? below : Math.max(8, event.clientY - 16 - tip.offsetHeight)) + scrollY}px`;
+  const above = Math.max(8, event.clientY - 16 - tip.offsetHeight);
+  tip.style.top = `${(below + tip.offsetHeight < innerHeight ? below : above) + scrollY}px`;
   byId("latent-map").style.cursor = points.group[at] === null ? "" : "pointer";
 }
 
@@ -327,10 +421,12 @@ function hidePoint() {
   byId("latent-map").style.cursor = "";
 }
 
+/** @param {PageEvent} event */
 function openPoint(event) {
   const at = pointAt(event);
   const { step, group, response } = map.points;
-  if (at === null || group[at] === null) return;
+  const place = at === null ? null : group[at];
+  if (at === null || place === null) return;
   hidePoint();
-  openRollout({ step: step[at], group: group[at], response: response[at] });
+  openRollout({ step: step[at], group: place, response: response[at] });
 }

@@ -1,10 +1,22 @@
-// The overview: what the run reached, its evaluations, its checkpoints, its config and what its folder lacks.
+// The overview: what the run reached, its evaluations, its checkpoints, its config and what its
+// folder lacks.
 
-let overviewShown = false;
+import { benchmarkTable } from "./benchmarks.js";
+import { byId, h } from "./dom.js";
+import { eventPanel } from "./events.js";
+import { bounds, count, duration, isNumber, median, percent, plural, points } from "./format.js";
+import { groupCard } from "./group.js";
+import { QUANTITIES, browser, rolloutGroups, stepTokens } from "./rollout_store.js";
+import { ACCURACY, chartKey, isDrawable, runCharts } from "./run_charts.js";
+import { RUN } from "./run_data.js";
+import { legend } from "./shading.js";
+import { problemPanel } from "./shared.js";
+import { CAN_UNPACK } from "./unpack.js";
 
-function showOverview() {
-  if (overviewShown) return;
-  overviewShown = true;
+/** @import { Evaluation, OverviewData } from "./data" */
+/** @import { Child } from "./types" */
+
+export function showOverview() {
   const run = RUN.overview;
   byId("overview").append(
     ...[
@@ -16,14 +28,21 @@ function showOverview() {
       sourcePanel(run.evaluations),
       RUN.rollouts.numResponses > 0 && CAN_UNPACK && h("div", { id: "sample" }),
       h("div", { class: "columns even" }, configPanel(run), environmentPanel(run)),
-      h("p", { class: "foot" }, `Report written ${run.writtenAt}`, run.lastMetricsAt && `; last metrics ${run.lastMetricsAt}`, "."),
-    ].filter(Boolean),
+      h(
+        "p",
+        { class: "foot" },
+        `Report written ${run.writtenAt}`,
+        run.lastMetricsAt && `; last metrics ${run.lastMetricsAt}`,
+        ".",
+      ),
+    ].filter((panel) => panel !== null && panel !== false),
   );
   const chart = byId("overview-accuracy");
-  if (chart) drawChart(chart, ACCURACY, 300);
+  if (chart) runCharts.draw(chart, ACCURACY, 300);
   if (byId("sample")) showSample();
 }
 
+/** @param {OverviewData} run */
 function tiles(run) {
   const [first, last] = [run.evaluations[0], run.evaluations.at(-1)];
   const speed = median(RUN.curves.metrics.series["perf/tokens_per_s"] || []);
@@ -36,7 +55,12 @@ function tiles(run) {
     accuracyTile("Held-out accuracy, greedy", first, last, "greedy"),
     tile(
       "Steps",
-      run.numSteps === null ? "–" : [count(run.numSteps), run.plannedSteps && h("small", {}, ` of ${count(run.plannedSteps)}`)],
+      run.numSteps === null
+        ? "–"
+        : [
+            count(run.numSteps),
+            run.plannedSteps && h("small", {}, ` of ${count(run.plannedSteps)}`),
+          ],
       run.seconds === null ? "no timing yet" : `${duration(run.seconds)} of training`,
     ),
     tile(
@@ -48,50 +72,89 @@ function tiles(run) {
   );
 }
 
+/**
+ * @param {string} label
+ * @param {Child} value
+ * @param {Child} detail
+ */
 function tile(label, value, detail) {
-  return h("div", { class: "tile" }, h("h3", {}, label), h("p", { class: "value" }, value), h("p", { class: "detail" }, detail));
+  return h(
+    "div",
+    { class: "tile" },
+    h("h3", {}, label),
+    h("p", { class: "value" }, value),
+    h("p", { class: "detail" }, detail),
+  );
 }
 
+/**
+ * @param {string} label
+ * @param {Evaluation | undefined} first
+ * @param {Evaluation | undefined} last
+ * @param {"accuracy" | "greedy"} key
+ */
 function accuracyTile(label, first, last, key) {
-  if (!last || !isNumber(last[key])) return tile(label, "–", "not evaluated yet");
-  if (first === last || !isNumber(first[key])) return tile(label, percent(last[key]), `one evaluation, at step ${last.step}`);
+  const [from, to] = [first?.[key], last?.[key]];
+  if (!first || !last || !isNumber(to)) return tile(label, "–", "not evaluated yet");
+  if (first === last || !isNumber(from))
+    return tile(label, percent(to), `one evaluation, at step ${last.step}`);
   const detail = [
-    change(first[key], last[key], " points"),
+    change(from, to, " points"),
     first.step > 0 && ` since step ${first.step}`,
     key === "accuracy" && isNumber(last.low) && ` · 95 %: ${bounds(last)}`,
   ];
   return tile(
     label,
-    [h("span", { class: "before" }, percent(first[key])), h("span", { class: "arrow" }, " → "), percent(last[key])],
+    [
+      h("span", { class: "before" }, percent(from)),
+      h("span", { class: "arrow" }, " → "),
+      percent(to),
+    ],
     detail,
   );
 }
 
-// From one share to another, in percentage points.
+/**
+ * From one share to another, in percentage points.
+ * @param {number} from
+ * @param {number} to
+ * @param {string} unit
+ */
 function change(from, to, unit = "") {
-  const points = 100 * (to - from);
-  const sign = points > 0 ? "+" : points < 0 ? "−" : "";
-  return h("span", { class: `change ${points > 0 ? "up" : points < 0 ? "down" : ""}` }, `${sign}${Math.abs(points).toFixed(1)}${unit}`);
+  return h(
+    "span",
+    { class: `change ${to > from ? "up" : to < from ? "down" : ""}` },
+    points(to - from) + unit,
+  );
 }
 
+/**
+ * @param {OverviewData} run
+ * @param {Evaluation | undefined} best
+ */
 function checkpointLine(run, best) {
-  const latest = run.latestCheckpoint ? `latest: ${run.latestCheckpoint.replace(/^global_/, "").replace("_", " ")}` : "";
+  const latest = run.latestCheckpoint
+    ? `latest: ${run.latestCheckpoint.replace(/^global_/, "").replace("_", " ")}`
+    : "";
   if (best) return [`accuracy ${percent(best.accuracy)}`, latest && ` · ${latest}`];
   if (!run.checkpoints.length) return "no checkpoint yet";
   return ["no kept checkpoint was evaluated", latest && ` · ${latest}`];
 }
 
 function accuracyPanel() {
-  const drawable = chartLines(ACCURACY).length || RUN.curves.evaluations.length;
+  const drawable = isDrawable(ACCURACY);
   return h(
     "div",
     { class: "card" },
     h("h2", {}, "Accuracy"),
     chartKey(ACCURACY),
-    drawable ? h("div", { id: "overview-accuracy", class: "plot" }) : h("p", { class: "empty" }, "No accuracy to show yet."),
+    drawable
+      ? h("div", { id: "overview-accuracy", class: "plot" })
+      : h("p", { class: "empty" }, "No accuracy to show yet."),
   );
 }
 
+/** @param {OverviewData} run */
 function evaluationPanel(run) {
   const rows = run.evaluations;
   const card = h("div", { class: "card" }, h("h2", {}, "Evaluations"));
@@ -99,7 +162,7 @@ function evaluationPanel(run) {
     card.append(h("p", { class: "empty" }, "No evaluation to show yet."));
     return card;
   }
-  const label = (row, at) => [
+  const label = (/** @type {Evaluation} */ row, /** @type {number} */ at) => [
     row.step === 0 ? "before" : at === rows.length - 1 && run.state === "finished" ? "after" : "",
     row.step === run.best ? "best kept" : "",
   ];
@@ -117,7 +180,9 @@ function evaluationPanel(run) {
           h(
             "tr",
             {},
-            ["Step", "", "Sampled", "95 % interval", "Greedy"].map((name, at) => h("th", { class: at === 1 ? "" : "num" }, name)),
+            ["Step", "", "Sampled", "95 % interval", "Greedy"].map((name, at) =>
+              h("th", { class: at === 1 ? "" : "num" }, name),
+            ),
           ),
         ),
         h(
@@ -147,17 +212,28 @@ function evaluationPanel(run) {
   return card;
 }
 
+/** @param {Evaluation} row */
 function evaluationSize(row) {
   const samples = row.num_samples ? `, ${plural(row.num_samples, "sampled response")} each` : "";
-  return isNumber(row.num_problems) ? `${plural(row.num_problems, "held-out problem")}${samples}` : "";
+  return isNumber(row.num_problems)
+    ? `${plural(row.num_problems, "held-out problem")}${samples}`
+    : "";
 }
 
+/** @param {Evaluation[]} evaluations */
 function sourcePanel(evaluations) {
   const last = evaluations.at(-1);
   if (!last || last.by_source.length < 2) return null;
   const first = evaluations.length > 1 ? evaluations[0] : null;
   const before = new Map(first?.by_source.map((source) => [source.name, source]));
-  const titles = ["Kind", "", first ? `Step ${first.step}` : "–", `Step ${last.step}`, "Change", "Problems"];
+  const titles = [
+    "Kind",
+    "",
+    first ? `Step ${first.step}` : "–",
+    `Step ${last.step}`,
+    "Change",
+    "Problems",
+  ];
   return h(
     "div",
     { class: "card" },
@@ -190,7 +266,11 @@ function sourcePanel(evaluations) {
               h("td", { class: "num" }, percent(from)),
               h("td", { class: "num strong" }, percent(to)),
               h("td", { class: "num" }, isNumber(from) && isNumber(to) ? change(from, to) : "–"),
-              h("td", { class: "num" }, isNumber(source.num_problems) ? count(source.num_problems) : "–"),
+              h(
+                "td",
+                { class: "num" },
+                isNumber(source.num_problems) ? count(source.num_problems) : "–",
+              ),
             );
           }),
         ),
@@ -199,7 +279,10 @@ function sourcePanel(evaluations) {
   );
 }
 
-// What the benchmarks below this run say; their page lies beside this one.
+/**
+ * What the benchmarks below this run say; their page lies beside this one.
+ * @param {OverviewData} run
+ */
 function benchmarkPanel({ benchmarks, benchmarkPage }) {
   if (!benchmarks.length) return null;
   return h(
@@ -220,38 +303,60 @@ function benchmarkPanel({ benchmarks, benchmarkPage }) {
   );
 }
 
-// Before and after on one line from 0 to 100 %.
+/**
+ * Before and after on one line from 0 to 100 %.
+ * @param {number | null | undefined} from
+ * @param {number | null | undefined} to
+ */
 function dumbbell(from, to) {
   const line = h("div", { class: "dumbbell" });
+  /**
+   * @param {string} name
+   * @param {number} left
+   * @param {number} [width]
+   */
   const place = (name, left, width) => {
     const mark = h("i", { class: name });
     mark.style.left = `${100 * left}%`;
     if (width !== undefined) mark.style.width = `${100 * width}%`;
     line.append(mark);
   };
-  if (isNumber(from) && isNumber(to)) place(to >= from ? "bar up" : "bar down", Math.min(from, to), Math.abs(to - from));
+  if (isNumber(from) && isNumber(to))
+    place(to >= from ? "bar up" : "bar down", Math.min(from, to), Math.abs(to - from));
   if (isNumber(from)) place("dot from", from);
   if (isNumber(to)) place("dot to", to);
   return line;
 }
 
-// One group of the last step in which siblings disagree, a right and a wrong response beside each other.
+// One group of the last step in which siblings disagree, a right and a wrong response beside each
+// other.
 async function showSample() {
   const groups = await rolloutGroups();
-  const group = groups.findLast(({ right, responses }) => right > 0 && right < responses.length) || groups.at(-1);
+  const group =
+    groups.findLast(({ right, responses }) => right > 0 && right < responses.length) ||
+    groups[groups.length - 1];
   const tokens = (await stepTokens(group.step))[group.at];
-  const pick = (wanted) => group.responses.findIndex((response) => (response.verdict === "correct") === wanted);
+  const pick = (/** @type {boolean} */ wanted) =>
+    group.responses.findIndex((response) => (response.verdict === "correct") === wanted);
   byId("sample").append(
     h(
       "div",
       { class: "bar" },
       h("h2", {}, "A look at the rollouts"),
       browser.settings.shade && [
-        h("span", { class: "hint" }, `tokens shaded by ${QUANTITIES[browser.settings.shade].label}`),
+        h(
+          "span",
+          { class: "hint" },
+          `tokens shaded by ${QUANTITIES[browser.settings.shade].label}`,
+        ),
         legend(browser.settings.shade),
       ],
       h("span", { class: "gap" }),
-      h("button", { class: "link", onclick: () => byId("tab-rollouts").click() }, `browse all ${count(RUN.rollouts.numResponses)} ›`),
+      h(
+        "button",
+        { class: "link", onclick: () => byId("tab-rollouts").click() },
+        `browse all ${count(RUN.rollouts.numResponses)} ›`,
+      ),
     ),
     groupCard(
       group,
@@ -261,6 +366,7 @@ async function showSample() {
   );
 }
 
+/** @param {OverviewData} run */
 function configPanel(run) {
   if (!run.config) return null;
   const lines = run.config
@@ -278,6 +384,7 @@ function configPanel(run) {
   );
 }
 
+/** @param {OverviewData} run */
 function environmentPanel(run) {
   const rows = Object.entries(run.environment);
   if (!rows.length) return null;

@@ -1,22 +1,36 @@
-// The start.
+// The page of a run.
 
-const VIEWS = { overview: showOverview, curves: showCurves, flow: showFlow, latents: showLatents, rollouts: showRollouts };
-const RUN = JSON.parse(byId("run-data").textContent);
+import { byId, h } from "./dom.js";
+import { showFlow } from "./flow.js";
+import { count } from "./format.js";
+import { showLatents } from "./latents.js";
+import { showOverview } from "./overview.js";
+import { showRollouts } from "./rollouts.js";
+import { runCharts } from "./run_charts.js";
+import { showCurves } from "./run_curves.js";
+import { RUN } from "./run_data.js";
+import { once, startTabs } from "./tabs.js";
 
-function openView(view) {
-  selectTab(view);
-  VIEWS[view]();
-  zoomShown();
-}
+const VIEWS = {
+  overview: once(showOverview),
+  curves: once(showCurves),
+  flow: once(showFlow),
+  latents: once(showLatents),
+  rollouts: showRollouts,
+};
 
 function start() {
   byId("run-name").textContent = RUN.overview.name;
   byId("run-state").textContent = RUN.overview.status;
   byId("run-state").dataset.state = RUN.overview.state;
-  if (RUN.rollouts.numResponses) byId("tab-rollouts").append(" ", h("span", { class: "tally" }, count(RUN.rollouts.numResponses)));
-  matchMedia("(prefers-color-scheme: dark)").addEventListener("change", recolourCharts);
+  if (RUN.rollouts.numResponses)
+    byId("tab-rollouts").append(
+      " ",
+      h("span", { class: "tally" }, count(RUN.rollouts.numResponses)),
+    );
+  matchMedia("(prefers-color-scheme: dark)").addEventListener("change", runCharts.redraw);
   byId("lightbox").addEventListener("click", () => byId("lightbox").close());
-  startTabs(openView);
+  startTabs(VIEWS, runCharts.showZoom);
 }
 
 document.addEventListener("DOMContentLoaded", start);

@@ -1,20 +1,33 @@
-// The filters and the list of problems. Only the rows in sight are in the document.
+// The filters of the list of problems.
 
-const ROW = 78; // pixels, as in evaluation.css
+import { OUTCOMES } from "./benchmarks.js";
+import { byId, h, part, parts } from "./dom.js";
+import { EVALUATION } from "./evaluation_data.js";
+import { FACETS, browser, textsOf, writeAddress } from "./evaluation_store.js";
+import { ORDERS, TRAITS, facetNames, noTallies, passes } from "./filters.js";
+import { count, plural, sum } from "./format.js";
+import { drawRows, scrollToRow } from "./list.js";
+import { drawProblem, turn } from "./problem.js";
+
+/** @import { EvaluatedProblem, Facet, PageEvent, Part, Tallies } from "./types" */
+
 const MOST_CHIPS = 8; // of a facet; more values become a menu
-const MOST_MARKS = 10; // samples shown one by one in a row
 
-function drawFilters() {
-  const chips = (facet, values) =>
+export function drawFilters() {
+  const chips = (/** @type {Facet} */ facet, /** @type {string[][]} */ values) =>
     h(
       "div",
       { class: "chips", "data-facet": facet },
       values.map(([value, label, title]) => chip(facet, value, label, title)),
     );
-  const present = (facet) =>
-    new Set(browser.problems.flatMap((problem) => problem.samples.flatMap((sample) => FACETS[facet].of(sample, problem))));
+  const present = (/** @type {Facet} */ facet) =>
+    new Set(
+      browser.problems.flatMap((problem) =>
+        problem.samples.flatMap((sample) => FACETS[facet].of(sample, problem)),
+      ),
+    );
   const [verdicts, traits] = [present("verdict"), present("only")];
-  const order = (event) => {
+  const order = (/** @type {PageEvent} */ event) => {
     browser.settings.order = event.target.value;
     browser.open = null; // begin with the first
     changed();
@@ -67,15 +80,27 @@ function drawFilters() {
 // The data sources, unless they say no more than the benchmarks do.
 function sourceValues() {
   const sources = EVALUATION.benchmarks.map(
-    (_, at) => new Set(browser.problems.filter(({ benchmark }) => benchmark === at).map(({ source }) => source ?? "")),
+    (_, at) =>
+      new Set(
+        browser.problems
+          .filter(({ benchmark }) => benchmark === at)
+          .map(({ source }) => source ?? ""),
+      ),
   );
   if (sources.every((values) => values.size < 2)) return [];
-  return [...new Set(sources.flatMap((values) => [...values]))].sort().map((source) => [source, source || "no source"]);
+  return [...new Set(sources.flatMap((values) => [...values]))]
+    .sort()
+    .map((source) => [source, source || "no source"]);
 }
 
+/**
+ * @param {Facet} name
+ * @param {string[][]} values
+ * @param {(facet: Facet, values: string[][]) => Part} chips
+ */
 function facet(name, values, chips) {
   if (values.length <= MOST_CHIPS) return chips(name, values);
-  const choose = (event) => {
+  const choose = (/** @type {PageEvent} */ event) => {
     browser.settings[name] = new Set(event.target.value ? [event.target.value] : []);
     changed();
   };
@@ -88,6 +113,12 @@ function facet(name, values, chips) {
   );
 }
 
+/**
+ * @param {Facet} facet
+ * @param {string} value
+ * @param {string} label
+ * @param {string} [title]
+ */
 function chip(facet, value, label, title) {
   const choose = () => {
     const chosen = browser.settings[facet];
@@ -95,35 +126,54 @@ function chip(facet, value, label, title) {
     changed();
   };
   const mark = facet === "verdict" && h("i", { class: `mark ${value}` });
-  const node = h("button", { class: "chip", "aria-pressed": "false", title: title || null, onclick: choose }, mark, label, h("small", {}));
+  const node = h(
+    "button",
+    { class: "chip", "aria-pressed": "false", title: title || null, onclick: choose },
+    mark,
+    label,
+    h("small", {}),
+  );
   node.dataset.value = value;
   return node;
 }
 
+/**
+ * Does it once there was no other call for a while.
+ * @param {(event: PageEvent) => void} action
+ * @param {number} wait milliseconds
+ */
 function later(action, wait) {
+  /** @type {ReturnType<typeof setTimeout> | undefined} */
   let timer;
-  return (event) => {
+  return (/** @type {PageEvent} */ event) => {
     clearTimeout(timer);
     timer = setTimeout(() => action(event), wait);
   };
 }
 
+/** @param {PageEvent} event */
 function typed(event) {
   browser.settings.search = event.target.value;
   changed();
 }
 
 function clearFilters() {
-  Object.assign(browser.settings, { benchmark: new Set(), verdict: new Set(), only: new Set(), source: new Set(), search: "" });
+  Object.assign(browser.settings, {
+    benchmark: new Set(),
+    verdict: new Set(),
+    only: new Set(),
+    source: new Set(),
+    search: "",
+  });
   showSettings();
   changed();
 }
 
 // The controls as the settings say.
-function showSettings() {
+export function showSettings() {
   byId("search").value = browser.settings.search;
   byId("order").value = browser.settings.order;
-  for (const name of ["benchmark", "source"])
+  for (const name of facetNames())
     if (byId(`choose-${name}`)) byId(`choose-${name}`).value = [...browser.settings[name]][0] ?? "";
 }
 
@@ -133,20 +183,26 @@ async function changed() {
   await browse(true);
 }
 
-// Which problems, and which of their samples, pass the filters; the counts beside them say what one more choice would leave.
-async function browse(mustList = false) {
+/**
+ * Which problems, and which of their samples, pass the filters; the counts beside them say what one
+ * more choice would leave.
+ * @param {boolean} mustList
+ */
+export async function browse(mustList = false) {
   const drawing = ++browser.drawing;
   const { settings } = browser;
   const text = settings.search.trim().toLowerCase();
   if (text) await Promise.all(browser.problems.map(makeSearchable));
   if (drawing !== browser.drawing) return; // overtaken by a newer choice
-  const tallies = Object.fromEntries(Object.keys(FACETS).map((facet) => [facet, new Map()]));
+  const tallies = noTallies();
   browser.matches = [];
   for (const problem of browser.problems) {
-    const found = !text || problem.searchable.includes(text);
+    const found = !text || problem.searchable?.includes(text);
+    /** @type {number[]} */
     const shown = [];
     problem.samples.forEach((sample, at) => {
-      if ((found || sample.searchable.includes(text)) && passes(sample, problem, tallies)) shown.push(at);
+      const says = found || sample.searchable?.includes(text);
+      if (says && passes(sample, problem, FACETS, settings, tallies)) shown.push(at);
     });
     if (shown.length) browser.matches.push({ problem, shown });
   }
@@ -161,144 +217,40 @@ async function browse(mustList = false) {
   await drawProblem();
 }
 
-// Whether a sample passes all filters; counts it for every choice that it would pass.
-function passes(sample, problem, tallies) {
-  const failing = [];
-  for (const [name, { of, every }] of Object.entries(FACETS)) {
-    const chosen = browser.settings[name];
-    const values = of(sample, problem);
-    const fits = !chosen.size || (every ? [...chosen].every((value) => values.includes(value)) : values.some((value) => chosen.has(value)));
-    if (!fits) failing.push(name);
-  }
-  const counted = failing.length === 0 ? Object.keys(FACETS) : failing.length === 1 ? failing : [];
-  for (const name of counted) {
-    if (failing.length && FACETS[name].every) continue;
-    for (const value of FACETS[name].of(sample, problem)) tallies[name].set(value, (tallies[name].get(value) || 0) + 1);
-  }
-  return failing.length === 0;
-}
-
+/** @param {EvaluatedProblem} problem */
 async function makeSearchable(problem) {
   if (problem.searchable !== undefined) return;
   const texts = await textsOf(problem);
   problem.samples.forEach((sample, at) => {
     const { response = [], reply = "" } = texts[at];
-    sample.searchable = [...response, sample.prediction, sample.reason, reply].join("\n").toLowerCase();
+    sample.searchable = [...response, sample.prediction, sample.reason, reply]
+      .join("\n")
+      .toLowerCase();
   });
-  problem.searchable = [problem.id, problem.source, problem.question, ...problem.golds].join("\n").toLowerCase();
+  problem.searchable = [problem.id, problem.source, problem.question, ...problem.golds]
+    .join("\n")
+    .toLowerCase();
 }
 
+/** @param {Tallies} tallies */
 function drawTallies(tallies) {
   const { settings } = browser;
-  for (const node of document.querySelectorAll(".chip")) {
-    const { facet } = node.parentNode.dataset;
-    node.setAttribute("aria-pressed", String(settings[facet].has(node.dataset.value)));
-    const left = tallies[facet].get(node.dataset.value) || 0;
-    node.querySelector("small").textContent = count(left);
+  for (const node of parts(document, ".chip")) {
+    const facet = /** @type {Facet} */ (node.parentElement?.dataset.facet);
+    const value = node.dataset.value ?? "";
+    node.setAttribute("aria-pressed", String(settings[facet].has(value)));
+    const left = tallies[facet].get(value) || 0;
+    part(node, "small").textContent = count(left);
     node.classList.toggle("none", !left);
   }
   const numSamples = sum(browser.matches.map(({ shown }) => shown.length));
-  byId("tally").textContent = `${plural(browser.matches.length, "problem")}, ${plural(numSamples, "response")}`;
-  byId("clear").hidden = !settings.search && Object.keys(FACETS).every((facet) => !settings[facet].size);
+  byId("tally").textContent =
+    `${plural(browser.matches.length, "problem")}, ${plural(numSamples, "response")}`;
+  byId("clear").hidden = !settings.search && facetNames().every((facet) => !settings[facet].size);
 }
 
-// The list.
-
-function startList() {
-  const redraw = () => requestAnimationFrame(() => drawRows(true));
-  byId("list-body").addEventListener("scroll", redraw, { passive: true });
-  window.addEventListener("scroll", redraw, { passive: true });
-  window.addEventListener("resize", redraw);
-  const measure = () => document.documentElement.style.setProperty("--toolbar", `${byId("filters").offsetHeight}px`);
-  measure();
-  new ResizeObserver(measure).observe(byId("filters"));
-}
-
-// Rows from the first to the last in sight, and a few around them. `same`: only the scroll position has changed.
-function drawRows(same = false) {
-  const rows = byId("rows");
-  rows.style.height = `${Math.max(1, browser.matches.length) * ROW}px`;
-  if (!browser.matches.length) {
-    rows.replaceChildren(h("p", { class: "empty" }, "No response fits these filters."));
-    return;
-  }
-  const [box, frame] = [rows.getBoundingClientRect(), byId("list-body").getBoundingClientRect()];
-  const first = Math.max(0, Math.floor((Math.max(0, frame.top) - box.top) / ROW) - 4);
-  const last = Math.min(browser.matches.length, Math.ceil((Math.min(innerHeight, frame.bottom) - box.top) / ROW) + 4);
-  const focused = document.activeElement?.closest("#rows a")?.dataset.at;
-  const kept = new Map(same ? [...rows.children].map((node) => [Number(node.dataset.at), node]) : []);
-  rows.replaceChildren(...browser.matches.slice(first, last).map(({ problem }, at) => kept.get(first + at) ?? row(problem, first + at)));
-  if (focused) rows.querySelector(`[data-at="${focused}"]`)?.focus({ preventScroll: true });
-}
-
-function row(problem, at) {
-  const picture = problem.images.find(({ key }) => key);
-  const node = h(
-    "a",
-    { class: "row", href: address(problem), "data-at": at, "aria-current": problem === browser.open ? "true" : null },
-    picture && h("img", { src: byId(`picture-${picture.key}`).textContent, alt: "" }),
-    h(
-      "span",
-      { class: "what" },
-      h("span", { class: "name" }, problem.id, EVALUATION.benchmarks.length > 1 && ` · ${EVALUATION.benchmarks[problem.benchmark].title}`),
-      h(
-        "span",
-        { class: "snippet" },
-        problem.question.replaceAll("<image>", " ").replace(/\s+/g, " ").trim().slice(0, 140) || "(no question)",
-      ),
-    ),
-    h("span", { class: "score" }, shareText(problem), marks(problem)),
-  );
-  node.style.top = `${at * ROW}px`;
-  return node;
-}
-
-// Right of counted, and how many are not counted.
-function shareText({ right, counted, samples }) {
-  const left = samples.length - counted;
-  return h(
-    "b",
-    { title: `${right} of ${counted} right${left ? `, ${left} not counted` : ""}` },
-    counted ? `${right}/${counted}` : "–",
-    left > 0 && h("small", {}, ` +${left}?`),
-  );
-}
-
-function marks(problem) {
-  if (problem.samples.length <= MOST_MARKS) {
-    return h(
-      "span",
-      { class: "marks", "aria-hidden": "true" },
-      problem.samples.map(({ verdict }) => h("i", { class: verdict })),
-    );
-  }
-  const counts = {};
-  for (const { verdict } of problem.samples) counts[verdict] = (counts[verdict] || 0) + 1;
-  return verdictBar({ counts });
-}
-
-const openAt = () => browser.matches.findIndex(({ problem }) => problem === browser.open);
-
-function scrollToRow() {
-  const at = openAt();
-  const list = byId("list-body");
-  if (at < 0 || list.scrollHeight <= list.clientHeight) return;
-  if (at * ROW < list.scrollTop) list.scrollTop = at * ROW;
-  else if ((at + 1) * ROW > list.scrollTop + list.clientHeight) list.scrollTop = (at + 1) * ROW - list.clientHeight;
-}
-
-function turn(by) {
-  const match = browser.matches[Math.max(0, openAt() + by)];
-  if (!match || match.problem === browser.open) return;
-  browser.open = match.problem;
-  browser.sample = null;
-  writeAddress();
-  scrollToRow();
-  drawRows();
-  drawProblem();
-}
-
-function turnByKey(event) {
+/** @param {PageEvent} event */
+export function turnByKey(event) {
   if (event.altKey || event.ctrlKey || event.metaKey || byId("lightbox").open) return;
   if (event.key === "Escape" && event.target === byId("search")) event.target.blur();
   if (event.target.closest?.("input, select, textarea")) return;

@@ -1,19 +1,16 @@
-"""`make demo` and `make demo-text`: data, flow field, held-out accuracy, RL with flow rewards,
-held-out accuracy again, and the page.
-
-    python scripts/demo.py vision|text [--seed S] [a.b=c ...]
+"""`rlfr-vlm demo vision|text`: data, flow field, held-out accuracy, RL with flow rewards, held-out
+accuracy again, and the page.
 
 The last line on standard output is one JSON object with the figures.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
-import subprocess
 import sys
 import time
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -22,28 +19,38 @@ from rich.table import Table
 
 from rlfr_vlm import commands
 from rlfr_vlm.config import Config, load_config
-from rlfr_vlm.errors import Preempted, UserError
+from rlfr_vlm.demo import DATA, arithmetic, digits, recipe
 from rlfr_vlm.evaluation.heldout import HeldoutResult
 from rlfr_vlm.report.html import write_report
 from rlfr_vlm.types import Prompt
 
-ROOT = Path(__file__).resolve().parent.parent
-RECIPES = {"vision": "digits.py", "text": "arithmetic.py"}
 console = Console(stderr=True)
+
+
+def demo(task: str, seed: int = 0, overrides: Sequence[str] = ()) -> None:
+    """Run a demo, `vision` or `text`, in runs/ of this folder. Raises UserError where what it needs
+    is not installed.
+    """
+    folder = f"runs/demo_{task}_{time.strftime('%Y%m%d-%H%M%S')}_seed{seed}"
+    prepare(task)
+    cfg = load_config(recipe(task), (f"output_dir={folder}", f"seed={seed}", *overrides))
+    result = run(task, cfg)
+    print(
+        f"page: {result['report']}   curves: tensorboard --logdir {cfg.output_dir}/tb",
+        file=sys.stderr,
+    )
+    print(json.dumps(result), flush=True)
 
 
 def prepare(task: str) -> None:
     """Build the data set, and for text the model's folder, where they are missing."""
-    data = Path("runs/demo_data") / task
-    recipe = str(ROOT / "data" / RECIPES[task])
-    if not (data / "expert.jsonl").exists():
-        subprocess.run([sys.executable, recipe, "build", str(data)], check=True, stdout=sys.stderr)
-    if task == "text" and not Path("runs/demo_data/smollm2/config.json").exists():
-        subprocess.run(
-            [sys.executable, recipe, "model", "runs/demo_data/smollm2"],
-            check=True,
-            stdout=sys.stderr,
-        )
+    recipes = {"vision": digits, "text": arithmetic}
+    if not (DATA / task / "expert.jsonl").exists():
+        commands.say(recipes[task].build(DATA / task))
+    model = DATA / "smollm2"
+    if task == "text" and not (model / "config.json").exists():
+        commands.say(f"writing SmolLM2-135M-Instruct to {model}")
+        arithmetic.save_model(model)
 
 
 def commonest_answer_accuracy(train: list[Prompt], test: list[Prompt]) -> float:
@@ -152,29 +159,3 @@ def show(
             source, f"{figures['accuracy']:.1%}", f"{after.by_source[source]['accuracy']:.1%}"
         )
     console.print(by_type)
-
-
-def main() -> None:
-    """Command line."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
-    parser.add_argument("task", choices=sorted(RECIPES))
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("overrides", nargs="*", metavar="a.b=c")
-    arguments = parser.parse_args()
-    folder = f"runs/demo_{arguments.task}_{time.strftime('%Y%m%d-%H%M%S')}_seed{arguments.seed}"
-    config = ROOT / "scripts" / f"demo_{arguments.task}.yaml"
-    try:
-        prepare(arguments.task)
-        cfg = load_config(
-            config, (f"output_dir={folder}", f"seed={arguments.seed}", *arguments.overrides)
-        )
-        result = run(arguments.task, cfg)
-    except (UserError, Preempted) as error:
-        print(f"demo: {error}", file=sys.stderr)
-        sys.exit(error.exit_code)
-    print(f"page: {result['report']}   curves: tensorboard --logdir {folder}/tb", file=sys.stderr)
-    print(json.dumps(result), flush=True)
-
-
-if __name__ == "__main__":
-    main()

