@@ -22,6 +22,7 @@ from rlfr_vlm.config import Config, load_config
 from rlfr_vlm.demo import DATA, arithmetic, digits, recipe
 from rlfr_vlm.evaluation.heldout import HeldoutResult
 from rlfr_vlm.report.html import write_report
+from rlfr_vlm.shares import points
 from rlfr_vlm.types import Prompt
 
 console = Console(stderr=True)
@@ -147,15 +148,20 @@ def show(
         if result is not None:
             low, high = result.accuracy_ci
             table.add_row(
-                name, f"{result.accuracy:.1%}", f"{low:.1%} to {high:.1%}", f"{result.greedy:.1%}"
+                name,
+                f"{points(result.accuracy)}%",
+                f"{points(low)}% to {points(high)}%",
+                f"{points(result.greedy)}%",
             )
-    table.add_row("each type's commonest answer", f"{commonest:.1%}", "", "")
+    table.add_row("each type's commonest answer", f"{points(commonest)}%", "", "")
     console.print(table)
     by_type = Table(title="by question type, sampled", title_justify="left")
     for column in ("", "before", "after"):
         by_type.add_column(column, justify="left" if not column else "right")
     for source, figures in before.by_source.items():
         by_type.add_row(
-            source, f"{figures['accuracy']:.1%}", f"{after.by_source[source]['accuracy']:.1%}"
+            source,
+            f"{points(figures['accuracy'])}%",
+            f"{points(after.by_source[source]['accuracy'])}%",
         )
     console.print(by_type)

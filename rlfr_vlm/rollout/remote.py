@@ -56,7 +56,7 @@ class Workers(Protocol):
         ...
 
     def result(self, call: Any, timeout_s: float) -> Any:
-        """What it returned, a Problem where it raised a UserError. Raises WorkerLost, and
+        """What it returned, an ErrorMessage where it raised a UserError. Raises WorkerLost, and
         TimeoutError.
         """
         ...

@@ -245,8 +245,8 @@ def unpacked(tensor: Packed) -> Tensor:
 
 
 def answered(worker: RolloutWorker, method: str, arguments: Sequence[Any]) -> Any:
-    """What a method returns, or the Problem that it met: errors that are meant for the user travel
-    as values.
+    """What a method returns, or the ErrorMessage that it met: errors that are meant for the
+    user travel as values.
     """
     try:
         return getattr(worker, method)(*arguments)

@@ -30,3 +30,11 @@ def test_groups_do_not_see_each_other():
 
 def test_rewards_to_go_stay_within_their_response():
     assert rewards_to_go(torch.tensor([1.0, 2.0, 4.0]), torch.tensor([2, 1])).tolist() == [3, 2, 4]
+
+
+def test_rounding_of_equal_rewards_is_no_advantage():
+    reward = torch.tensor([0.1 + 0.2, 0.3, 0.3], dtype=torch.float64)
+    assert reward[0] != reward[1]
+    graded, group = torch.ones(3, dtype=torch.bool), torch.zeros(3, dtype=torch.long)
+    for scale in (True, False):
+        assert group_advantages(reward, graded, group, scale).tolist() == [0.0, 0.0, 0.0]

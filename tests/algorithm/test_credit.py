@@ -10,7 +10,8 @@ import torch
 from rlfr_vlm.algorithm.advantages import whiten
 from rlfr_vlm.algorithm.credit import assign_credit, make_samples, needs_scoring
 from rlfr_vlm.algorithm.losses import kl_estimate
-from rlfr_vlm.batch import join, split
+from rlfr_vlm.algorithm.objective import _as_means
+from rlfr_vlm.batch import UpdateSize, join, split
 from rlfr_vlm.errors import UserError
 from rlfr_vlm.training.loop import split_evenly, trains_policy
 from rlfr_vlm.training.scoring import score_samples
@@ -305,3 +306,27 @@ def test_make_samples_follows_the_method(model_folder):
     assert found["dr_grpo"] == [0.5, -0.5, -0.5, 0.5]
     assert found["rloo"] == [0.6667, -0.6667, -0.6667, 0.6667]
     assert found["ppo"] == [1.0, 0.0, 0.0, 1.0]
+
+
+def test_the_critics_coefficient_scales_its_gradient(model_folder):
+    norms = []
+    for coef in (0.1, 0.4):
+        method = {"method": "ppo", "value": {"coef": coef}}
+        cfg, learner, samples = prepared(model_folder, algorithm=method)
+        metrics, _ = update(cfg, learner, score_samples(cfg, learner, samples))
+        norms.append(metrics["critic/grad_norm"])
+    assert norms[1] == pytest.approx(4 * norms[0], rel=1e-4)
+
+
+def test_under_constant_weights_metrics_are_means_and_losses_stay():
+    """Two responses of 3 tokens, a budget of 12: the weights add up to a quarter."""
+    cfg = config("unused", algorithm={"loss_aggregation": "constant"})
+    one = torch.tensor(1.0)
+    found = _as_means(cfg, {"actor/pg_loss": one, "actor/pg_clipfrac": one / 4}, UpdateSize(6, 2))
+    assert found == {"actor/pg_loss": 1.0, "actor/pg_clipfrac": 1.0}
+    tokens = cfg.model_copy(
+        update={"algorithm": cfg.algorithm.model_copy(update={"loss_aggregation": "token"})}
+    )
+    assert _as_means(tokens, {"actor/pg_clipfrac": one}, UpdateSize(6, 2)) == {
+        "actor/pg_clipfrac": 1.0
+    }

@@ -200,6 +200,7 @@ def test_a_question_may_look_like_a_list(text):
         ({"prompt": "x"}, "f:1: the answer is empty or missing"),
         ({"prompt": "x", "answer": "  "}, "the answer is empty"),
         ({"prompt": "x", "answer": {"a": 1}}, "the answer is empty"),
+        ({"prompt": "x", "answer": ["3", "4"]}, "the answer is empty"),  # which one?
         ({"answer": "1"}, "no prompt"),
         ({"prompt": "", "answer": "1"}, "prompt is empty"),
         (
@@ -406,3 +407,23 @@ def test_rows_that_are_nested_too_deep_for_what_walks_over_them(tmp_path):
     for source in (write(tmp_path, deep, deeper), str(tmp_path / "rows.json")):
         with pytest.raises(UserError, match=r"(:2|\[1\]): nested more than 100 deep"):
             load_prompts(source, CFG, BadRows(CFG))
+
+
+def test_a_limit_takes_the_first_rows_good_or_bad(tmp_path):
+    rows = "".join(json.dumps({"prompt": f"{i}?", "answer": "1"}) + "\n" for i in range(5))
+    cfg = DataConfig(on_bad_row="skip", max_bad_frac=0.5)
+    bad = BadRows(cfg)
+    found = load_prompts(write(tmp_path, '{"prompt": "x"}\n' + rows), cfg, bad, limit=3)
+    assert ([p.messages[0]["content"][0]["text"] for p in found], len(bad.rows)) == (
+        ["0?", "1?"],
+        1,
+    )
+
+
+def test_no_two_seeds_share_an_order():
+    """Epochs of one seed are not those of the next, moved on by one."""
+    orders = set()
+    for seed in range(4):
+        stream = PromptStream(20, seed=seed, shuffle=True)
+        orders |= {tuple(stream.draw() for _ in range(20)) for _ in range(4)}
+    assert len(orders) == 16

@@ -471,3 +471,23 @@ def test_faults_of_a_function_are_named(custom, code, message):
 def test_faults_of_the_spec_are_named(spec):
     with pytest.raises(UserError, match=r"reward.function .*(file.py:function|there is no file)"):
         load_reward_function(spec)
+
+
+@pytest.mark.parametrize("number", ["inf", "-inf", "nan"])
+def test_a_score_that_is_no_number_is_an_error(custom, number):
+    code = f"""
+def f(completions, **_):
+    return [float("{number}"), *[0.5] * (len(completions) - 1)]
+"""
+    first, second, *_ = custom(code, max_error_frac=1.0)
+    assert (first.verdict, first.reward) == ("error", 0.0)
+    assert first.reason == f"the reward function returned reward={number}"
+    assert second.reward == 0.5
+
+
+def test_half_right_is_not_right(custom):
+    code = """
+def f(reward_inputs):
+    return [{"overall": 1.0, "accuracy": accuracy} for accuracy in (0.5, 0.51, 1.0, 0.0)]
+"""
+    assert [o.correct for o in custom(code)] == [False, True, True, False]

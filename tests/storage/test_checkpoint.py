@@ -83,6 +83,14 @@ def test_a_failed_write_leaves_nothing_and_a_stale_folder_is_cleared(tmp_path):
     ]
 
 
+def forget_a_file(folder):
+    """The manifest without a line, the file gone: nothing else shows it."""
+    content = json.loads((folder / "manifest.json").read_text())
+    del content["files"]["flow/flow.bin"]
+    (folder / "manifest.json").write_text(json.dumps(content))
+    (folder / "flow/flow.bin").unlink()
+
+
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
@@ -96,6 +104,8 @@ def test_a_failed_write_leaves_nothing_and_a_stale_folder_is_cleared(tmp_path):
         ),
         (lambda f: (f / "flow/flow.bin").unlink(), r"flow\.bin is missing"),
         (lambda f: (f / "manifest.json").write_text("{"), r"manifest\.json cannot be read"),
+        (forget_a_file, r"manifest\.json was changed after it was written"),
+        (lambda f: (f / "flow/more.bin").write_bytes(b"x"), r"more\.bin is not in the manifest"),
     ],
 )
 def test_damage_is_named_and_the_one_before_is_used(tmp_path, damage, message):
@@ -198,3 +208,12 @@ def test_a_stale_file_of_a_roll_back_is_cleared_as_well(tmp_path):
         "global_step_2",
         "latest",
     ]
+
+
+def test_a_best_checkpoint_that_is_gone_is_none(tmp_path):
+    assert read_best(tmp_path) is None
+    committed(tmp_path, 1)
+    write_best(tmp_path, 2, 0.5)
+    assert read_best(tmp_path) is None
+    (tmp_path / "best.json").write_text("{")
+    assert read_best(tmp_path) is None
