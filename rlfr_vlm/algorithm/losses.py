@@ -27,11 +27,9 @@ def token_weights(
 ) -> Tensor:
     """Weight of each response token in the loss of an update.
 
-    token:    1 / num_tokens                      every token counts the same (DAPO,
-        arXiv:2503.14476)
-    sequence: 1 / (num_sequences * |y_b|)         per-sequence means averaged (GRPO,
-        arXiv:2402.03300)
-    constant: 1 / (num_sequences * max_tokens)    no response gains by its length (Dr. GRPO,
+    token:    1 / num_tokens: every token counts the same (DAPO, arXiv:2503.14476)
+    sequence: 1 / (num_sequences * |y_b|): per-sequence means averaged (GRPO, arXiv:2402.03300)
+    constant: 1 / (num_sequences * max_tokens): no response gains by its length (Dr. GRPO,
         arXiv:2503.20783)
 
     lengths: of this micro-batch. num_tokens, num_sequences: of the whole update; max_tokens: the

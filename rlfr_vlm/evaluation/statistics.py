@@ -202,8 +202,8 @@ def paired(
 def difference_interval(differences: Sequence[float]) -> tuple[float, float]:
     """95 % interval of the mean of the n problems' differences d in [-1, 1].
 
-    d' = d with +g and -g appended,   mean(d') -+ z sqrt(var(d') / (n + 2)),   g^2 = (sum d^2 + 1) /
-    (u + 1),   u: problems with d != 0
+    d' = d with +g and -g appended,   mean(d') -+ z sqrt(var(d') / (n + 2)),
+    g^2 = (sum d^2 + 1) / (u + 1),   u: problems with d != 0
 
     With one sample per problem g = 1, and it is the interval of Bonett and Price
     (doi:10.3102/1076998611411915), which does not shrink to a point where no problem changed. With

@@ -38,11 +38,13 @@ def load_reward_function(spec: str) -> Callable[[Sequence[Rollout]], list[Custom
     names of its parameters.
 
     TRL       f(prompts, completions, **columns) -> list of float or None; both are chat messages,
-    columns are lists verl      compute_score(data_source, solution_str, ground_truth, extra_info)
-    -> float, or dict with `score` and maybe `acc` EasyR1    compute_score(reward_inputs) -> list of
-    dict with `overall` and maybe `accuracy`; or one for one (its REWARD_TYPE `sequential`) OpenRLHF
-    reward_func(queries, prompts, labels) -> rewards, or dict with `rewards` and maybe `extra_logs`
-    or other columns
+              columns are lists
+    verl      compute_score(data_source, solution_str, ground_truth, extra_info) -> float, or dict
+              with `score` and maybe `acc`
+    EasyR1    compute_score(reward_inputs) -> list of dict with `overall` and maybe `accuracy`; or
+              one for one (its REWARD_TYPE `sequential`)
+    OpenRLHF  reward_func(queries, prompts, labels) -> rewards, or dict with `rewards` and maybe
+              `extra_logs` or other columns
 
     Columns are answer (also as solution, ground_truth, label), id, data_source and those of the row
     that are none of ours. Raises UserError naming the file and function if it cannot be loaded or
