@@ -18,9 +18,10 @@ from safetensors.torch import load_file
 from rlfr_vlm.cli import main
 from rlfr_vlm.config import config_hash, load_config, parse_config
 from rlfr_vlm.errors import UserError
+from rlfr_vlm.fitting import budget
 from rlfr_vlm.flow.network import VelocityNet
 from rlfr_vlm.flow.spec import SPEC_FILE
-from rlfr_vlm.planning import schedule, shapes
+from rlfr_vlm.planning import shapes
 from tests.runs import ROOT
 
 RECIPES = sorted((ROOT / "scripts").glob("*/*.yaml"))
@@ -440,24 +441,24 @@ def open_arrow(path, schema):
 
 
 def test_rows_are_counted_in_every_format_and_unknown_ones_said(tmp_path):
-    rows = [{"prompt": "?", "answer": "1"}] * 3
-    (tmp_path / "rows.json").write_text(json.dumps(rows))
-    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n\n" for row in rows))
+    found_rows = [{"prompt": "?", "answer": "1"}] * 3
+    (tmp_path / "rows.json").write_text(json.dumps(found_rows))
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n\n" for row in found_rows))
     assert [
-        schedule.count_rows(str(tmp_path / f"rows.{kind}")).count for kind in ("json", "jsonl")
+        rows.count_rows(str(tmp_path / f"rows.{kind}")).count for kind in ("json", "jsonl")
     ] == [3, 3]
     parquet = pytest.importorskip("pyarrow.parquet")
     parquet.write_table(
-        pytest.importorskip("pyarrow").Table.from_pylist(rows), tmp_path / "rows.parquet"
+        pytest.importorskip("pyarrow").Table.from_pylist(found_rows), tmp_path / "rows.parquet"
     )
-    assert schedule.count_rows(str(tmp_path / "rows.parquet"), 2) == schedule.RowCount(
+    assert rows.count_rows(str(tmp_path / "rows.parquet"), 2) == rows.RowCount(
         2, f"2 of 3 rows: {tmp_path}/rows.parquet"
     )
-    table = pytest.importorskip("pyarrow").Table.from_pylist(rows)
+    table = pytest.importorskip("pyarrow").Table.from_pylist(found_rows)
     with open_arrow(tmp_path / "rows.arrow", table.schema) as stream:
         for _ in range(2):
             stream.write_table(table)
-    assert schedule.count_rows(str(tmp_path / "rows.arrow")).count == 6
+    assert rows.count_rows(str(tmp_path / "rows.arrow")).count == 6
     for name, text in (
         ("broken.parquet", "PAR"),
         ("broken.arrow", "AR"),
@@ -466,12 +467,12 @@ def test_rows_are_counted_in_every_format_and_unknown_ones_said(tmp_path):
     ):
         (tmp_path / name).write_text(text)
         with pytest.raises(UserError, match=f"{name} cannot be read"):
-            schedule.count_rows(str(tmp_path / name))
+            rows.count_rows(str(tmp_path / name))
     for source, message in (
         (tmp_path / "none.jsonl", "is not there yet"),
         ("someone/data@train", "is read from the hub"),
     ):
-        found = schedule.count_rows(str(source))
+        found = rows.count_rows(str(source))
         assert found.count is None and message in found.text
 
 
@@ -482,8 +483,8 @@ def test_the_size_of_a_field_is_its_networks(hidden, depth, tmp_path):
         p.numel() for p in network.parameters()
     )
     (tmp_path / "config.json").write_text(json.dumps({"text_config": {"hidden_size": hidden}}))
-    assert schedule.hidden_size(str(tmp_path)) == hidden
-    assert schedule.hidden_size("someone/model") is None
+    assert shapes.hidden_size(str(tmp_path)) == hidden
+    assert shapes.hidden_size("someone/model") is None
 
 
 @pytest.mark.parametrize(
@@ -494,7 +495,7 @@ def test_the_size_of_a_model_is_estimated_from_its_config(family, model_folder):
     for file in Path(model_folder(family)).glob("*.safetensors"):
         weights |= load_file(file)
     language = sum(w.numel() for name, w in weights.items() if "visual" not in name)
-    assert schedule.num_parameters(model_folder(family)) == pytest.approx(language, rel=0.02)
+    assert shapes.num_parameters(model_folder(family)) == pytest.approx(language, rel=0.02)
 
 
 def test_memory_is_said_where_the_size_is_known(tmp_path, capsys):
@@ -538,7 +539,7 @@ def test_memory_is_said_where_the_size_is_known(tmp_path, capsys):
         '{"hidden_size": 8, "num_attention_heads": 0}',
     ):
         (tmp_path / "config.json").write_text(text)
-        assert schedule.num_parameters(str(tmp_path)) is None
+        assert shapes.num_parameters(str(tmp_path)) is None
 
 
 # -- runs of a tiny model --------------------------------------------------------------------------
@@ -632,10 +633,10 @@ def test_flow_rlfr_and_rlvr_run_on_a_tiny_model(folder, tiny, tmp_path, capsys):
     fit = load_config(folder / "flow.yaml", ("flow.fit.steps=2",))
     assert (
         len(Path(field, "flow_fit.jsonl").read_text().splitlines())
-        == schedule.fit_steps(fit, 6)[1]
+        == budget.fit_steps(fit, 6)[1]
         == 2
     )
-    assert Path(field, SPEC_FILE).exists() and schedule.FIELD_SPEC == SPEC_FILE
+    assert Path(field, SPEC_FILE).exists() and budget.FIELD_SPEC == SPEC_FILE
     for kind in ("rlfr", "rlvr"):
         mine = [f"output_dir={tmp_path}/{kind}", *SMALL_RL]
         mine += [f"flow.checkpoint={field}"] if kind == "rlfr" else []

@@ -55,7 +55,7 @@ class Opened:
 
 CHANGES = """({
     click: (selector) => document.querySelector(selector).click(),
-    choose: ([id, value]) => { const node = document.getElementById(id); node.value = value; node.dispatchEvent(new LoggedEvent("change")); },
-    type: (text) => { const node = document.getElementById("choose-search"); node.value = text; node.dispatchEvent(new LoggedEvent("input")); },
-    slide: (at) => { const node = document.getElementById("slide-step"); node.value = at; node.dispatchEvent(new LoggedEvent("input")); },
+    choose: ([id, value]) => { const node = document.getElementById(id); node.value = value; node.dispatchEvent(new Event("change")); },
+    type: (text) => { const node = document.getElementById("choose-search"); node.value = text; node.dispatchEvent(new Event("input")); },
+    slide: (at) => { const node = document.getElementById("slide-step"); node.value = at; node.dispatchEvent(new Event("input")); },
 })"""

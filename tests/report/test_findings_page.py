@@ -219,7 +219,7 @@ def test_latents_are_drawn_played_hovered_and_opened(demo, open_report):
     )
     assert page.locator("#latent-map").evaluate(colours) > 50
     report.evaluate(
-        "() => { const s = byId('latent-step'); s.value = 3; s.dispatchEvent(new LoggedEvent('input')); }"
+        "() => { const s = byId('latent-step'); s.value = 3; s.dispatchEvent(new Event('input')); }"
     )
     assert page.inner_text("#latent-frame").startswith("step 8 ")
     assert page.url.endswith("#latents?step=8")

@@ -412,7 +412,7 @@ def test_an_open_page_follows_a_run_that_grows_and_keeps_its_view(tmp_path, chro
         page.evaluate("""() => {
             const slider = document.getElementById("smoothing");
             slider.value = 0.3;
-            slider.dispatchEvent(new LoggedEvent("input", { bubbles: true }));
+            slider.dispatchEvent(new Event("input", { bubbles: true }));
             scrollTo(0, 400);
         }""")
         grow(run, 10)

@@ -64,7 +64,7 @@ export interface ComparisonData {
   runs: ComparedData[];
   groups: GroupData[];
   settings: Setting[];
-  problems: Problem[];
+  problems: FileNote[];
   numMoreProblems: number;
   curves: ComparedCurves;
 }
@@ -85,7 +85,7 @@ export interface EvaluationData {
   model: string;
   writtenAt: string;
   benchmarks: BenchmarkData[];
-  problems: Problem[];
+  problems: FileNote[];
   numMoreProblems: number;
   numChunks: number;
 }
@@ -113,7 +113,7 @@ export interface SampleTexts {
 
 /** What the monitors said, as the page reads it. */
 export interface EventData {
-  events: Event[];
+  events: LoggedEvent[];
   numLeftOut: number;
   numRollBacks: number;
   numStepsTakenBack: number;
@@ -122,7 +122,7 @@ export interface EventData {
 
 /** The view of the flow without its tokens, as the page reads it. */
 export interface FlowData {
-  verdicts: Verdict[];
+  verdicts: Remark[];
   readings: Record<string, string>;
   missing: string;
   reference: number | null;
@@ -136,7 +136,7 @@ export interface LatentData {
   explained: [number, number];
   numResponses: number;
   numPoints: number;
-  verdicts: Verdict[];
+  verdicts: Remark[];
 }
 
 /** Why there are none. */
@@ -160,7 +160,7 @@ export interface OverviewData {
   latestCheckpoint: string;
   config: string;
   environment: Record<string, string>;
-  problems: Problem[];
+  problems: FileNote[];
   numMoreProblems: number;
   benchmarks: BenchmarkData[];
   benchmarkPage: string;
@@ -177,7 +177,7 @@ export interface CurveData {
 /** What the rollout browser needs before it unpacks anything. */
 export interface RolloutBrowserData {
   steps: number[];
-  scales: Record<string, Scale>;
+  scales: Record<string, ColourRange>;
   numGroups: number;
   numResponses: number;
   numGroupsLeftOut: number;
@@ -224,7 +224,7 @@ export interface TokenRow {
   count: number;
   in_right: number | null;
   in_wrong: number | null;
-  place: Place;
+  place: Occurrence;
 }
 
 /** A row of the table of runs. */
@@ -256,7 +256,7 @@ export interface Setting {
 }
 
 /** Something a reader of the run should know about its files. */
-export interface Problem {
+export interface FileNote {
   kind: "missing" | "damaged" | "note";
   file: string;
   text: string;
@@ -316,7 +316,7 @@ export interface SampleData {
 }
 
 /** One line of `events.jsonl`. */
-export interface Event {
+export interface LoggedEvent {
   step: number;
   since: number | null;
   monitor: string;
@@ -330,7 +330,7 @@ export interface Event {
 }
 
 /** One line about the flow. */
-export interface Verdict {
+export interface Remark {
   level: "good" | "bad" | "plain" | "none";
   text: string;
 }
@@ -374,14 +374,14 @@ export interface EvaluationPoint {
 }
 
 /** Range of a per-token quantity over the whole run, which fixes its colours. */
-export interface Scale {
+export interface ColourRange {
   kind: "signed" | "penalty" | "bonus" | "magnitude";
   low: number;
   high: number;
 }
 
 /** Where a token occurs: a response of the rollout files. */
-export interface Place {
+export interface Occurrence {
   step: number;
   group: number;
   response: number;

@@ -2,7 +2,7 @@
 
 import { plainText } from "./format.js";
 
-/** @import { Event } from "./data" */
+/** @import { LoggedEvent } from "./data" */
 /** @import { Range } from "./types" */
 
 /** @type {Record<string, [string, string]>} */
@@ -19,7 +19,7 @@ const WORDS_PER_LINE = 56; // letters, under the pointer
 /**
  * Whether an event stands at steps that the curves have: a damaged number does not stretch them.
  * @param {number[]} steps
- * @param {Event} event
+ * @param {LoggedEvent} event
  */
 export function isMarked(steps, { step }) {
   return steps.length > 0 && step >= steps[0] && step <= steps[steps.length - 1];
@@ -28,7 +28,7 @@ export function isMarked(steps, { step }) {
 /**
  * The last step of an event that is among those with rollouts on the page.
  * @param {number[]} logged
- * @param {Event} event
+ * @param {LoggedEvent} event
  */
 export function loggedStep(logged, { step, since }) {
   return logged.findLast((at) => at <= step && at >= (since ?? step)) ?? null;
@@ -37,7 +37,7 @@ export function loggedStep(logged, { step, since }) {
 /**
  * The steps around an event.
  * @param {number[]} steps
- * @param {Event} event
+ * @param {LoggedEvent} event
  * @returns {Range}
  */
 export function around(steps, { step, since }) {
@@ -49,18 +49,18 @@ export function around(steps, { step, since }) {
 
 /**
  * Lines of the two kinds, those that ended the run apart.
- * @param {Event[]} events
+ * @param {LoggedEvent[]} events
  * @param {number[]} steps that the curves have
  */
 export function eventMarks(events, steps) {
-  /** @type {Map<number, Event[]>} */
+  /** @type {Map<number, LoggedEvent[]>} */
   const byStep = new Map();
   for (const event of events.filter((each) => isMarked(steps, each)))
     byStep.set(event.step, [...(byStep.get(event.step) ?? []), event]);
-  const warned = (/** @type {[number, Event[]]} */ [, here]) =>
+  const warned = (/** @type {[number, LoggedEvent[]]} */ [, here]) =>
     here.every(({ action }) => !["stop", "roll_back"].includes(action));
   const marks = [...byStep].sort(([a], [b]) => a - b);
-  /** @type {[string, [number, Event[]][]][]} */
+  /** @type {[string, [number, LoggedEvent[]][]][]} */
   const kinds = [
     ["--warn", marks.filter(warned)],
     ["--bad", marks.filter((mark) => !warned(mark))],
@@ -81,7 +81,7 @@ export function eventMarks(events, steps) {
 
 /**
  * As text that Plotly, which reads some tags, shows as it is.
- * @param {Event} event
+ * @param {LoggedEvent} event
  */
 export function eventLabel({ action, monitor, what }) {
   const label = Object.hasOwn(ACTIONS, action) ? ACTIONS[action][0] : action;

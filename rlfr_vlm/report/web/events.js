@@ -8,7 +8,7 @@ import { runCharts } from "./run_charts.js";
 import { RUN } from "./run_data.js";
 import { openView, writeAddress } from "./tabs.js";
 
-/** @import { Event, EventData } from "./data" */
+/** @import { LoggedEvent, EventData } from "./data" */
 
 /**
  * The log in the order of the file. Small above the curves; on the overview, a run without events
@@ -58,7 +58,7 @@ function eventNote({ numLeftOut, numRollBacks, numStepsTakenBack }) {
   ];
 }
 
-/** @param {Event} event */
+/** @param {LoggedEvent} event */
 function eventRow(event) {
   const since = isNumber(event.since) && event.since < event.step;
   const limit = isNumber(event.limit) ? `, limit ${figure(event.limit)}` : "";
@@ -101,7 +101,7 @@ function eventRow(event) {
   );
 }
 
-/** @param {Event} event */
+/** @param {LoggedEvent} event */
 function actionBadge({ action }) {
   const [label, kind] = Object.hasOwn(ACTIONS, action)
     ? ACTIONS[action]
@@ -109,7 +109,7 @@ function actionBadge({ action }) {
   return h("span", { class: `action ${kind}` }, label);
 }
 
-/** @param {Event} event */
+/** @param {LoggedEvent} event */
 function zoomTo(event) {
   const [first, last] = around(RUN.curves.metrics.steps, event);
   writeAddress("curves");

@@ -10,7 +10,7 @@ import { RUN } from "./run_data.js";
 import { readAddress, writeAddress } from "./tabs.js";
 import { CAN_UNPACK, unpack } from "./unpack.js";
 
-/** @import { TokenRow, TokenWindow, Verdict, YardstickData } from "./data" */
+/** @import { TokenRow, TokenWindow, Remark, YardstickData } from "./data" */
 /** @import { Child, Part, Queue, RunChart } from "./types" */
 
 const FLOW_CHARTS = [
@@ -183,7 +183,7 @@ function plainTable(name, titles, rows) {
 
 /**
  * Lines that follow from the data, the most telling first.
- * @param {Verdict[]} verdicts
+ * @param {Remark[]} verdicts
  * @param {string} [otherwise]
  */
 export function verdictPanel(verdicts, otherwise) {

@@ -2,13 +2,13 @@
 
 import { isNumber } from "./format.js";
 
-/** @import { Scale } from "./data" */
+/** @import { ColourRange } from "./data" */
 
 const STRONGEST = 0.75; // opacity of the shading at the ends of the scale
 
 /**
  * @param {number | null | undefined} value
- * @param {Scale | undefined} scale
+ * @param {ColourRange | undefined} scale
  * @param {boolean} reversed a low value is the strong one
  * @returns {string} a colour of CSS, "" for none
  */
@@ -28,7 +28,7 @@ export function shadeOf(value, scale, reversed = false) {
 
 /**
  * Its colours from end to end.
- * @param {Scale} scale
+ * @param {ColourRange} scale
  * @param {boolean} reversed
  */
 export function ramp(scale, reversed = false) {

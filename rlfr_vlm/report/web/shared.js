@@ -3,16 +3,16 @@
 import { byId, h, part } from "./dom.js";
 import { plural } from "./format.js";
 
-/** @import { PictureData, Problem } from "./data" */
+/** @import { PictureData, FileNote } from "./data" */
 /** @import { Child, PageEvent } from "./types" */
 
 /**
  * What a reader should know about the files.
- * @param {{ problems: Problem[], numMoreProblems: number }} run
+ * @param {{ problems: FileNote[], numMoreProblems: number }} run
  * @param {string} missingTitle
  */
 export function problemPanel(run, missingTitle) {
-  const lines = (/** @type {Problem["kind"]} */ kind) =>
+  const lines = (/** @type {FileNote["kind"]} */ kind) =>
     run.problems.filter((problem) => problem.kind === kind);
   if (!run.problems.length) return null;
   const missing = lines("missing");
@@ -32,7 +32,7 @@ export function problemPanel(run, missingTitle) {
 
 /**
  * Files that are not there, those with something to say each on a line.
- * @param {Problem[]} missing
+ * @param {FileNote[]} missing
  * @param {string} title
  */
 function missingFiles(missing, title) {
