@@ -441,20 +441,20 @@ def open_arrow(path, schema):
 
 
 def test_rows_are_counted_in_every_format_and_unknown_ones_said(tmp_path):
-    found_rows = [{"prompt": "?", "answer": "1"}] * 3
-    (tmp_path / "rows.json").write_text(json.dumps(found_rows))
-    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n\n" for row in found_rows))
+    made = [{"prompt": "?", "answer": "1"}] * 3
+    (tmp_path / "rows.json").write_text(json.dumps(made))
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n\n" for row in made))
     assert [
         rows.count_rows(str(tmp_path / f"rows.{kind}")).count for kind in ("json", "jsonl")
     ] == [3, 3]
     parquet = pytest.importorskip("pyarrow.parquet")
     parquet.write_table(
-        pytest.importorskip("pyarrow").Table.from_pylist(found_rows), tmp_path / "rows.parquet"
+        pytest.importorskip("pyarrow").Table.from_pylist(made), tmp_path / "rows.parquet"
     )
     assert rows.count_rows(str(tmp_path / "rows.parquet"), 2) == rows.RowCount(
         2, f"2 of 3 rows: {tmp_path}/rows.parquet"
     )
-    table = pytest.importorskip("pyarrow").Table.from_pylist(found_rows)
+    table = pytest.importorskip("pyarrow").Table.from_pylist(made)
     with open_arrow(tmp_path / "rows.arrow", table.schema) as stream:
         for _ in range(2):
             stream.write_table(table)
