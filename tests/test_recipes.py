@@ -21,7 +21,7 @@ from rlfr_vlm.errors import UserError
 from rlfr_vlm.fitting import budget
 from rlfr_vlm.flow.network import VelocityNet
 from rlfr_vlm.flow.spec import SPEC_FILE
-from rlfr_vlm.planning import shapes
+from rlfr_vlm.planning import rows, shapes
 from tests.runs import ROOT
 
 RECIPES = sorted((ROOT / "scripts").glob("*/*.yaml"))
