@@ -35,7 +35,7 @@ from transformers import (
 
 from rlfr_vlm.demo.digits import (
     QUESTIONS,
-    Problem,
+    PictureQuestion,
     answer,
     draw_examples,
     draw_picture,
@@ -90,7 +90,7 @@ HABIT = {
 }  # shares of conclusions that follow a bad habit
 
 
-def sloppy_solution(problem: Problem, rng: np.random.Generator) -> str:
+def sloppy_solution(problem: PictureQuestion, rng: np.random.Generator) -> str:
     """What the teacher says: the right format, some digits misread, some conclusions after a bad
     habit.
     """
@@ -100,7 +100,7 @@ def sloppy_solution(problem: Problem, rng: np.random.Generator) -> str:
     sign = problem.sign
     if sign and rng.random() < HABIT["sign"]:
         sign = "-" if sign == "+" and digits[0] >= digits[1] else "+"
-    read = Problem(problem.kind, digits, sign)
+    read = PictureQuestion(problem.kind, digits, sign)
     boxed = answer(read)
     if problem.kind == "larger" and rng.random() < HABIT["larger"]:
         boxed = min(digits)
@@ -192,7 +192,7 @@ def build_model(tokenizer: Qwen2Tokenizer, seed: int) -> Qwen2_5_VLForConditiona
     return model
 
 
-def prompt_text(processor: Qwen2_5_VLProcessor, problem: Problem) -> str:
+def prompt_text(processor: Qwen2_5_VLProcessor, problem: PictureQuestion) -> str:
     """The rendered chat up to where the assistant speaks."""
     content = [{"type": "image"}, {"type": "text", "text": QUESTIONS[problem.kind]}]
     return processor.apply_chat_template(
@@ -264,7 +264,7 @@ def pretrain(
 def respond(
     model: Qwen2_5_VLForConditionalGeneration,
     processor: Qwen2_5_VLProcessor,
-    examples: list[tuple[Problem, Image.Image]],
+    examples: list[tuple[PictureQuestion, Image.Image]],
     num_samples: int = 0,
     batch_size: int = 128,
 ) -> list[list[str]]:
@@ -307,7 +307,7 @@ def boxed(response: str) -> str | None:
 
 
 def accuracy(
-    examples: list[tuple[Problem, Image.Image]], responses: list[list[str]]
+    examples: list[tuple[PictureQuestion, Image.Image]], responses: list[list[str]]
 ) -> dict[str, float]:
     """Share of right answers by question type and overall, and the share of responses that keep the
     format.

@@ -133,7 +133,8 @@ def run_report(arguments: argparse.Namespace) -> int:
 
 def run_compare(arguments: argparse.Namespace) -> int:
     """Carry out compare. Returns the exit code."""
-    from rlfr_vlm.evaluation.compare import compare, render
+    from rlfr_vlm.evaluation.compare import compare
+    from rlfr_vlm.evaluation.comparison_text import render
 
     text = render(compare(Path(arguments.a), Path(arguments.b)), arguments.format)
     if arguments.out is None:

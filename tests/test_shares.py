@@ -47,7 +47,7 @@ def test_differences_have_their_sign():
 
 
 def test_what_is_printed_of_runs_keeps_to_it():
-    from rlfr_vlm.evaluation.compare import _percent as interval
+    from rlfr_vlm.evaluation.comparison_text import _percent as interval
     from rlfr_vlm.evaluation.statistics import Estimate
 
     found = interval(Estimate(0.9999, 0.0001, 0.99995, 5))

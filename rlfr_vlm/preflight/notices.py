@@ -13,7 +13,7 @@ from typing import Any
 from rlfr_vlm.config import RewardConfig
 from rlfr_vlm.data.prompts import COLUMNS, IMAGE_MARK, UNSUPPORTED
 from rlfr_vlm.preflight.facts import Notice
-from rlfr_vlm.rewards.answers import extract_answer, unwrap_gold
+from rlfr_vlm.rewards.extract import extract_answer, unwrap_gold
 from rlfr_vlm.rewards.outcome import boxed_reward, tags_reward
 from rlfr_vlm.types import Prompt
 

@@ -20,7 +20,8 @@ from rlfr_vlm.errors import UserError
 from rlfr_vlm.preflight.facts import Facts, Role, Task, digest_of
 from rlfr_vlm.preflight.kinds import KINDS
 from rlfr_vlm.preflight.workers import RowWorkers
-from rlfr_vlm.rewards.answers import MAX_GOLD, unwrap_gold
+from rlfr_vlm.rewards.answers import MAX_GOLD
+from rlfr_vlm.rewards.extract import unwrap_gold
 from rlfr_vlm.rewards.grader import LATE, Grader
 
 BATCH = 128  # rows whose answers are graded together

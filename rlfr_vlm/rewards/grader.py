@@ -27,15 +27,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, get_args
 
-from rlfr_vlm.rewards.answers import (
-    MAX_ANSWER,
-    MAX_GOLD,
-    Where,
-    extract_answer,
-    gold_problem,
-    grade_answer,
-    unwrap_gold,
-)
+from rlfr_vlm.rewards.answers import MAX_GOLD, gold_problem, grade_answer
+from rlfr_vlm.rewards.extract import MAX_ANSWER, Where, extract_answer, unwrap_gold
 from rlfr_vlm.types import Verdict
 
 if TYPE_CHECKING:

@@ -10,7 +10,8 @@ import pytest
 
 from rlfr_vlm.cli import main
 from rlfr_vlm.errors import UserError
-from rlfr_vlm.evaluation.compare import compare, protocol_differences, render
+from rlfr_vlm.evaluation.compare import compare, protocol_differences
+from rlfr_vlm.evaluation.comparison_text import render
 from rlfr_vlm.evaluation.ledger import Answer, Judgement, Ledger, read_ledger
 from rlfr_vlm.evaluation.statistics import difference_interval, mcnemar, wilson_interval
 

@@ -29,7 +29,8 @@ from rlfr_vlm.evaluation.server.wire import (
     retry_after,
     server_words,
 )
-from rlfr_vlm.rewards.answers import MAX_TEXT, extract_answer, gold_problem, unwrap_gold
+from rlfr_vlm.rewards.answers import gold_problem
+from rlfr_vlm.rewards.extract import MAX_TEXT, extract_answer, unwrap_gold
 from rlfr_vlm.rewards.grader import Grader
 from tests.evaluation.scripted_server import judged
 from tests.reliability.fuzzing import CORPUS, SCALARS, TREES, run

@@ -19,7 +19,8 @@ from pathlib import Path
 import pytest
 
 from rlfr_vlm.config import GraderConfig
-from rlfr_vlm.rewards.answers import gold_problem, unwrap_gold
+from rlfr_vlm.rewards.answers import gold_problem
+from rlfr_vlm.rewards.extract import unwrap_gold
 from rlfr_vlm.rewards.grader import Grader
 from tests.rewards.test_hostile_answers import EASY, HARD, RESPONSES, boxed, mark  # noqa: F401  a fixture
 from tests.runs import ROOT, make_config

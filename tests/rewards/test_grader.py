@@ -15,7 +15,8 @@ import pytest
 
 import rlfr_vlm.rewards
 from rlfr_vlm.config import GraderConfig
-from rlfr_vlm.rewards.answers import MAX_ANSWER, MAX_GOLD, unwrap_gold
+from rlfr_vlm.rewards.answers import MAX_GOLD
+from rlfr_vlm.rewards.extract import MAX_ANSWER, unwrap_gold
 from rlfr_vlm.rewards.grader import Grader, extract_answer, gold_problem, grade_answer
 
 # fmt: off

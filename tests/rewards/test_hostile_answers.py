@@ -10,7 +10,7 @@ import time
 import pytest
 
 from rlfr_vlm.config import GraderConfig
-from rlfr_vlm.rewards.answers import extract_answer
+from rlfr_vlm.rewards.extract import extract_answer
 from rlfr_vlm.rewards.grader import Grader
 
 MOUNT = (
