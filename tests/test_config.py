@@ -276,3 +276,21 @@ def test_a_bare_off_switches_a_monitor_off(tmp_path):
     path.write_text("output_dir: o\nmodel: {path: m}\nmonitors: {length: off}\n")
     cfg = load_config(path, ("monitors.entropy=off",))
     assert (cfg.monitors.length, cfg.monitors.entropy) == ("off", "off")
+
+
+@pytest.mark.parametrize(
+    ("text", "key"),
+    [
+        ("output_dir: o\nmodel: {path: m}\nseed: 1\nseed: 2\n", "seed"),
+        (
+            "output_dir: o\nmodel: {path: m}\nrollout:\n  group_size: 4\n  group_size: 8\n",
+            "group_size",
+        ),
+    ],
+)
+def test_a_setting_that_stands_twice_is_refused(tmp_path, text, key):
+    """YAML itself takes the last one in silence."""
+    path = tmp_path / "c.yaml"
+    path.write_text(text)
+    with pytest.raises(UserError, match=f"`{key}` stands there twice"):
+        load_config(path)

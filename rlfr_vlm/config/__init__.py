@@ -12,7 +12,7 @@ from rlfr_vlm.config.algorithm import (
     TokenRewardConfig,
     ValueConfig,
 )
-from rlfr_vlm.config.base import Section
+from rlfr_vlm.config.base import Section, parse_yaml
 from rlfr_vlm.config.data import DataConfig, GraderConfig, RewardConfig
 from rlfr_vlm.config.evaluation import EndpointConfig, EvalConfig, JudgeConfig
 from rlfr_vlm.config.flow import (
@@ -63,5 +63,6 @@ __all__ = [
     "differences",
     "load_config",
     "parse_config",
+    "parse_yaml",
     "to_yaml",
 ]

@@ -13,6 +13,7 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, ValidationError
 
+from rlfr_vlm.config.base import parse_yaml
 from rlfr_vlm.config.methods import forget_method
 from rlfr_vlm.config.tree import Config
 from rlfr_vlm.errors import UserError
@@ -54,7 +55,7 @@ def _override(tree: dict[str, Any], assignment: str) -> None:
             raise UserError(f"override `{assignment}`: `{parent}` is a value, not a section")
         node = child
     try:
-        value = yaml.safe_load(text)
+        value = parse_yaml(text)
     except yaml.YAMLError as error:
         raise UserError(f"override `{assignment}`: the value is not YAML") from error
     # YAML 1.1 reads 1e-4 as text; what is quoted is meant as text
@@ -108,7 +109,7 @@ def load_config(path: str | Path | None, overrides: tuple[str, ...] = ()) -> Con
     Raises UserError for whatever does not fit.
     """
     try:
-        tree = yaml.safe_load(Path(path).read_text(encoding="utf-8")) if path is not None else {}
+        tree = parse_yaml(Path(path).read_text(encoding="utf-8")) if path is not None else {}
     except OSError as error:
         raise UserError(f"config {path}: {error.strerror}") from None
     except UnicodeDecodeError as error:

@@ -15,7 +15,7 @@ from typing import Any, Literal
 import yaml
 from pydantic import Field, ValidationError, model_validator
 
-from rlfr_vlm.config import Config, DataConfig, Section
+from rlfr_vlm.config import Config, DataConfig, Section, parse_yaml
 from rlfr_vlm.data.bad_rows import BadRows, RowError
 from rlfr_vlm.data.prompts import load_prompts, parse_row
 from rlfr_vlm.errors import UserError
@@ -87,7 +87,7 @@ def find_benchmark(name: str) -> tuple[Benchmark, Path]:
             "the path of a YAML"
         )
     try:
-        return Benchmark.model_validate(yaml.safe_load(path.read_text())), path.parent
+        return Benchmark.model_validate(parse_yaml(path.read_text())), path.parent
     except yaml.YAMLError as error:
         raise UserError(f"benchmark {path}: not YAML: {' '.join(str(error).split())}") from None
     except ValidationError as error:

@@ -19,7 +19,7 @@ from typing import Any, Literal
 import yaml
 from pydantic import ValidationError
 
-from rlfr_vlm.config import JudgeConfig
+from rlfr_vlm.config import JudgeConfig, parse_yaml
 from rlfr_vlm.errors import UserError
 from rlfr_vlm.evaluation.server.endpoint import ChatReply, ChatRequest, Endpoint, Failure
 
@@ -227,7 +227,7 @@ def load_judge(name: str) -> JudgeConfig:
             "defines one"
         )
     try:
-        return JudgeConfig.model_validate(yaml.safe_load(path.read_text()))
+        return JudgeConfig.model_validate(parse_yaml(path.read_text()))
     except yaml.YAMLError as error:
         raise UserError(f"judge {path}: not YAML: {' '.join(str(error).split())}") from None
     except ValidationError as error:
