@@ -14,7 +14,7 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
 
 
-class _UniqueKeys(yaml.SafeLoader):
+class _UniqueKeysSafeLoader(yaml.SafeLoader):
     """YAML takes the last of two equal keys in silence; here that is an error."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
@@ -31,7 +31,7 @@ class _UniqueKeys(yaml.SafeLoader):
 
 def parse_yaml(text: str) -> Any:
     """YAML of a user's. Raises yaml.YAMLError, also where a key stands twice in one mapping."""
-    return yaml.load(text, _UniqueKeys)
+    return yaml.load(text, _UniqueKeysSafeLoader)
 
 
 def refuse(wrong: object, why: str) -> None:

@@ -22,7 +22,7 @@ SAFE_LOADERS = ("SafeLoader", "CSafeLoader")
 # modules that the user names in a config or that are the package's own, and never anything of a
 # data set
 OWN_CODE = {
-    "rlfr_vlm/rewards/outcome.py": {"module_spec.loader.exec_module"},
+    "rlfr_vlm/rewards/custom.py": {"module_spec.loader.exec_module"},
 }
 
 
