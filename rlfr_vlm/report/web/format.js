@@ -38,8 +38,13 @@ export const plural = (value, noun) => `${count(value)} ${noun}${value === 1 ? "
  */
 export function percent(value) {
   if (!isNumber(value)) return "–";
-  const small = value !== 0 && Math.abs(value) < 0.01;
-  return `${small ? (100 * value).toPrecision(2) : (100 * value).toFixed(1)} %`;
+  const points = Math.round(1e11 * value) / 1e9; // what is left behind that, sums leave
+  const small = points !== 0 && Math.abs(points) < 1;
+  let text = small ? points.toPrecision(2) : points.toFixed(1);
+  for (let digits = 2; Math.abs(Number(text)) === 100 && Math.abs(points) !== 100; digits += 1) {
+    text = points.toFixed(digits);
+  }
+  return `${text} %`;
 }
 
 /**

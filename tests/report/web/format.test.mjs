@@ -29,6 +29,8 @@ test("small shares keep two digits instead of a zero", () => {
   assert.equal(percent(0.12345), "12.3 %");
   assert.equal(percent(0), "0.0 %");
   assert.equal(percent(1), "100.0 %");
+  assert.equal(percent(0.9999), "99.99 %");
+  assert.equal(percent(4.1e-15), "0.0 %");
   assert.equal(percent(0.00123), "0.12 %");
   assert.equal(percent(-0.00123), "-0.12 %");
   assert.equal(percent(null), "–");
