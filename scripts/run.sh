@@ -2,7 +2,7 @@
 # Run a recipe: scripts/run.sh RECIPE_DIR [rlfr|rlvr|flowrl|flow] [--dry-run] [a.b=c ...]
 # rlfr (the default) fits the flow field first where flow.checkpoint is not there yet, flow fits it alone, into flow.checkpoint=DIR/flow where
 # that is given. Overrides go to every command that is run. Relative paths, the recipe's own too, start where this is called. Run it again to
-# go on: training resumes from its newest checkpoint; a fit that was stopped starts anew, one that has finished is kept until its folder is gone.
+# go on: training resumes from its newest checkpoint; a fit that was stopped goes on where it last looked, one that has finished is kept until its folder is gone.
 set -euo pipefail
 
 usage() { sed -n '2,5s/^# //p' "$0"; }
